@@ -1,0 +1,69 @@
+# Everything that a person runs. The environment is .venv/, made from pyproject.toml (ranges) and constraints.txt (pins).
+SHELL := /bin/bash
+.SHELLFLAGS := -euo pipefail -c
+.DEFAULT_GOAL := help
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+# STAMP is written last. INCOMPLETE stands in a new environment until then: if its first installation was interrupted,
+# it is made anew, since pip takes half-copied packages for whole ones. A later update that fails (no network, say) is
+# only tried again.
+STAMP := $(VENV)/.installed
+INCOMPLETE := $(VENV)/.incomplete
+
+# A finished environment dies when its interpreter is upgraded or the folder is moved (scripts carry absolute paths).
+ifneq ($(wildcard $(STAMP)),)
+ifneq ($(shell $(BIN)/python -c '' 2>/dev/null && grep -qF '$(CURDIR)/$(BIN)/python' $(BIN)/ldm-scale && echo alive),alive)
+$(shell mv $(STAMP) $(INCOMPLETE))
+endif
+endif
+
+# DeepSpeed builds no operator at installation; the code needs none of them.
+export DS_BUILD_OPS := 0
+PIP_INSTALL := $(BIN)/python -m pip --disable-pip-version-check install --progress-bar off --constraint constraints.txt
+# pip's own report reduced to what takes time: large downloads, source builds and the copying at the end.
+PIP_PROGRESS := sed -un 's/^ *\(Downloading\|Using cached\) \([^ ]*\) \(([0-9.]* MB)\)/      \2 \3/p; s/^ *Building [^ ]* for \([^ ]*\) .*started/      building \1/p; s/^Installing collected packages.*/      copying files/p'
+
+.PHONY: help env lint types test demo bench clean
+
+help: ## this list
+	@sed -n 's/^\([a-z]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 15
+
+env: $(STAMP) ## the environment in .venv/ (about 3 minutes and 6 GB; at once when nothing changed)
+
+$(STAMP): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || { \
+		echo "error: ldm-scale needs Python 3.11 or newer and $(PYTHON) is not; name another: make $(MAKECMDGOALS) PYTHON=python3.12" >&2; exit 1; }
+	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || { \
+		echo "error: $(PYTHON) cannot make virtual environments; run: apt-get install python3-venv" >&2; exit 1; }
+	@if [ -e $(INCOMPLETE) ] || ! $(BIN)/python -m pip --version >/dev/null 2>&1; then \
+		echo "[1/3] making $(VENV)"; $(PYTHON) -m venv --clear $(VENV); touch $(INCOMPLETE); \
+	else \
+		echo "[1/3] keeping $(VENV)"; \
+	fi
+	@echo "[2/3] torch and torchvision: 2.5 GB to download the first time"
+	@$(PIP_INSTALL) torch torchvision | $(PIP_PROGRESS)
+	@echo "[3/3] the other dependencies, and ldm-scale itself (editable)"
+	@$(PIP_INSTALL) --editable '.[interchange,dev]' | $(PIP_PROGRESS)
+	@rm -f $(INCOMPLETE); touch $@
+
+lint: $(STAMP) ## ruff: rules and formatting
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: $(STAMP) ## mypy, strict
+	$(BIN)/mypy
+
+test: lint types ## lint, types and the whole test suite (no GPU and no root needed)
+	$(BIN)/python -m pytest
+
+demo: $(STAMP) ## both stages on real images, from shards to samples and an export (at most 20 minutes on 2 cores)
+	$(BIN)/ldm-scale demo
+
+bench: $(STAMP) ## the training step's speed against diffusers' UNet, on this machine
+	$(BIN)/python benchmarks/unet_step.py
+
+clean: ## remove caches and build outputs; the environment, data/ and runs/ stay
+	rm -rf build dist ./*.egg-info .mypy_cache .ruff_cache .pytest_cache
+	find ldm_scale kernels tests benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,297 @@
+"""Speed of a stage-2 training step: our UNet against diffusers' UNet2DConditionModel with the same weights.
+
+A step is forward, eps loss, backward and AdamW, on the same batch in the same process. The context asks for its
+gradient, as it does when tau_theta trains jointly. Both sides compute in channels_last; ours keeps its weights in the
+plain layout, as it does under ZeRO, which flattens them.
+
+Steps alternate (ours, theirs, ours, theirs, ...), and the result is the median over pairs of neighbouring steps of
+their times' ratio: whatever else slows the machine down hits both steps of a pair. That costs twice the memory and
+some cache, equally on both sides. Before anything is timed, outputs and gradients are compared in fp32; if they differ,
+the two are not the same function and no figure is printed.
+
+    python benchmarks/unet_step.py [--device cuda] [--case demo] [--pairs 20]
+
+CUDA computes in bf16 (weights and AdamW's moments too, on both sides), the CPU in fp32.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from ldm_scale.config.compose import load_config
+from ldm_scale.config.schema import UNetConfig
+from ldm_scale.interchange.diffusers import empty_unet
+from ldm_scale.interchange.name_maps import NameMap, translate, unet_names
+from ldm_scale.interchange.verify import load_both, relative_difference
+from ldm_scale.models.build import build_seeded, build_unet
+
+RESULTS = Path(__file__).resolve().parent / "results"
+TOLERANCE = 1e-4  # of the norm, for outputs and for gradients
+MIN_PAIRS = 10  # fewer are a trial: printed, not written
+WARMUP_PAIRS = 3
+LEARNING_RATE = 1e-5
+
+Step = Callable[[], None]
+
+
+@dataclass(frozen=True)
+class Case:
+    """One UNet and the batch that it trains on."""
+
+    unet: UNetConfig
+    batch: int
+    latent_channels: int
+    latent_side: int
+    context_tokens: int
+    context_width: int
+
+
+@dataclass(frozen=True)
+class Batch:
+    """A batch of random latents. Shapes: z_t and noise (B, c, H, W), t (B,), context (B, M, d_tau)."""
+
+    z_t: Tensor
+    t: Tensor
+    context: Tensor
+    noise: Tensor
+
+
+def cases() -> dict[str, Case]:
+    """The UNets that are measured, by name."""
+    demo = load_config(["experiment=demo_text"])
+    mid = UNetConfig(base_channels=128, channel_multipliers=(1, 2, 4), attention_levels=(0, 1, 2), head_dim=64)
+    return {
+        "demo": Case(
+            demo.unet,
+            demo.train.global_batch,
+            demo.autoencoder.latent_channels,
+            demo.data.resolution // demo.autoencoder.downsampling_factor,
+            demo.conditioning.max_tokens,
+            demo.conditioning.width,
+        ),
+        "mid": Case(mid, batch=4, latent_channels=4, latent_side=32, context_tokens=77, context_width=768),
+    }
+
+
+def main(argv: Sequence[str]) -> int:
+    """0; 1 if two UNets of a case do not compute the same."""
+    parser = argparse.ArgumentParser(description="Training step of our UNet against diffusers'.")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--case", choices=tuple(cases()), action="append", help="default: all")
+    parser.add_argument("--pairs", type=int, default=20, help=f"timed pairs of steps (below {MIN_PAIRS}: a trial)")
+    parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the JSON file")
+    arguments = parser.parse_args(argv)
+    device = torch.device(arguments.device)
+    if device.type == "cpu":
+        torch.set_num_threads(len(os.sched_getaffinity(0)))  # as training does on one rank
+    elif not torch.cuda.is_available():
+        parser.error("--device cuda: torch sees no CUDA device")
+
+    results: dict[str, Any] = {}
+    for name in arguments.case or cases():
+        case = cases()[name]
+        result = measure(case, device, arguments.pairs, name)
+        if result is None:
+            return 1
+        results[name] = {"case": asdict(case)} | result
+    print(table(results))
+    if arguments.pairs < MIN_PAIRS:
+        print(f"a trial: below {MIN_PAIRS} pairs nothing is written")
+        return 0
+    date = datetime.now(UTC).date().isoformat()
+    path = arguments.out / f"unet_step-{device.type}-{date}.json"
+    document = {"benchmark": "unet_step", "environment": environment(device, date), "results": results}
+    path.write_text(json.dumps(document, indent=2) + "\n")
+    print(f"written to {path}")
+    return 0
+
+
+def measure(case: Case, device: torch.device, num_pairs: int, name: str) -> dict[str, Any] | None:
+    """Times and ratios of a case; None, with the reason on stderr, if the two UNets are not the same function."""
+    ours, theirs, names = both_unets(case, device)
+    batch = random_batch(case, device)
+    output, gradient = differences(ours, theirs, names, batch)
+    # Written so that a NaN refuses too.
+    if not (output <= TOLERANCE and gradient <= TOLERANCE):
+        print(
+            f"{name}: outputs differ by {output:.1e} and gradients by {gradient:.1e} of their norms (allowed "
+            f"{TOLERANCE:.0e}); no speed is measured",
+            file=sys.stderr,
+        )
+        return None
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    if dtype != torch.float32:
+        ours, theirs = ours.to(dtype), theirs.to(dtype)
+    batch = Batch(batch.z_t.to(dtype), batch.t, batch.context.detach().to(dtype).requires_grad_(), batch.noise)
+    our_step = training_step(ours, lambda: ours(batch.z_t, batch.t, batch.context), batch)
+    their_step = training_step(theirs, lambda: theirs(batch.z_t, batch.t, batch.context, return_dict=False)[0], batch)
+    our_s, their_s = time_pairs(our_step, their_step, device, num_pairs, name)
+    ratios = [b / a for a, b in zip(our_s, their_s, strict=True)]
+    return {
+        "parameters": sum(parameter.numel() for parameter in ours.parameters()),
+        "dtype": str(dtype).removeprefix("torch."),
+        "output_difference": output,
+        "gradient_difference": gradient,
+        "pairs": num_pairs,
+        "ratio_images_per_s": spread(ratios),
+        "ours_step_s": spread(our_s),
+        "theirs_step_s": spread(their_s),
+    }
+
+
+def both_unets(case: Case, device: torch.device) -> tuple[nn.Module, nn.Module, NameMap]:
+    """Ours and theirs in fp32 with the same weights, none of them zero throughout, and the map between their names."""
+    ours = build_seeded(
+        lambda: build_unet(case.unet, case.latent_channels, case.latent_channels, case.context_width), seed=0
+    )
+    theirs = empty_unet(case.unet, case.latent_channels, case.context_width, case.latent_side).to_empty(device="cpu")
+    names = unet_names(case.unet)
+    load_both(ours, theirs, ours.state_dict(), names)
+    return ours.to(device).train(), theirs.to(device).to(memory_format=torch.channels_last).train(), names
+
+
+def random_batch(case: Case, device: torch.device) -> Batch:
+    """A fixed batch in fp32, the latents in channels_last."""
+    generator = torch.Generator().manual_seed(1)
+    latents = (case.batch, case.latent_channels, case.latent_side, case.latent_side)
+    z_t, noise = (torch.randn(latents, generator=generator).to(device) for _ in range(2))
+    context = torch.randn(case.batch, case.context_tokens, case.context_width, generator=generator).to(device)
+    t = torch.randint(1000, (case.batch,), generator=generator).to(device)
+    channels_last = torch.channels_last
+    return Batch(
+        z_t.contiguous(memory_format=channels_last),
+        t,
+        context.requires_grad_(),
+        noise.contiguous(memory_format=channels_last),
+    )
+
+
+def differences(ours: nn.Module, theirs: nn.Module, names: NameMap, batch: Batch) -> tuple[float, float]:
+    """|theirs - ours| / |ours| of the outputs, and of the loss's gradients over all weights together."""
+    torch.backends.cudnn.allow_tf32 = False
+    our_output = ours(batch.z_t, batch.t, batch.context)
+    their_output = theirs(batch.z_t, batch.t, batch.context).sample
+    torch.autograd.backward([F.mse_loss(output, batch.noise) for output in (our_output, their_output)])
+    torch.backends.cudnn.allow_tf32 = True
+    their_gradients = _gradients(theirs)
+    our_gradients = translate(_gradients(ours), names, their_gradients, "the UNet")
+    order = sorted(their_gradients)
+    return (
+        relative_difference(their_output.detach(), our_output.detach()),
+        relative_difference(_flat(their_gradients, order), _flat(our_gradients, order)),
+    )
+
+
+def training_step(model: nn.Module, predict: Callable[[], Tensor], batch: Batch) -> Step:
+    """One optimizer step on the batch; the weights move, so no step repeats another's values."""
+    optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, fused=True)
+
+    def step() -> None:
+        optimizer.zero_grad(set_to_none=True)
+        batch.context.grad = None
+        torch.autograd.backward(F.mse_loss(predict().float(), batch.noise))
+        optimizer.step()
+
+    return step
+
+
+def time_pairs(
+    ours: Step, theirs: Step, device: torch.device, num_pairs: int, name: str
+) -> tuple[list[float], list[float]]:
+    """Seconds of each step of ours and of theirs, taken in turn after a warm-up."""
+    our_s: list[float] = []
+    their_s: list[float] = []
+    for pair in tqdm(range(WARMUP_PAIRS + num_pairs), desc=name, unit="pair", mininterval=1.0):
+        seconds = [_time(step, device) for step in (ours, theirs)]
+        if pair >= WARMUP_PAIRS:
+            our_s.append(seconds[0])
+            their_s.append(seconds[1])
+    return our_s, their_s
+
+
+def spread(values: Sequence[float]) -> dict[str, float]:
+    """Minimum, quartiles and maximum."""
+    lower, median, upper = statistics.quantiles(values, n=4, method="inclusive")
+    return {
+        "min": min(values),
+        "lower_quartile": lower,
+        "median": median,
+        "upper_quartile": upper,
+        "max": max(values),
+    }
+
+
+def environment(device: torch.device, date: str) -> dict[str, Any]:
+    """What was measured on."""
+    return {
+        "date": date,
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else _cpu_name(),
+        "threads": torch.get_num_threads(),
+        "load_average": os.getloadavg()[0],
+        "platform": platform.platform(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "diffusers": version("diffusers"),
+    }
+
+
+def table(results: dict[str, Any]) -> str:
+    """Images/s of ours as a multiple of theirs, a line per case."""
+    lines = [f"{'images/s, ours / diffusers':<28}{'median':>8}{'quartiles':>18}{'min .. max':>18}{'pairs':>7}"]
+    for name, result in results.items():
+        ratio = result["ratio_images_per_s"]
+        quartiles = f"{ratio['lower_quartile']:.3f} .. {ratio['upper_quartile']:.3f}"
+        extremes = f"{ratio['min']:.3f} .. {ratio['max']:.3f}"
+        label = f"{name} ({result['parameters'] / 1e6:.1f}M, {result['dtype']})"
+        lines.append(f"{label:<28}{ratio['median']:>8.3f}{quartiles:>18}{extremes:>18}{result['pairs']:>7}")
+    return "\n".join(lines)
+
+
+def _time(step: Step, device: torch.device) -> float:
+    _synchronize(device)
+    begin_s = time.perf_counter()
+    step()
+    _synchronize(device)
+    return time.perf_counter() - begin_s
+
+
+def _synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def _gradients(model: nn.Module) -> dict[str, Tensor]:
+    return {name: parameter.grad for name, parameter in model.named_parameters() if parameter.grad is not None}
+
+
+def _flat(tensors: dict[str, Tensor], order: Sequence[str]) -> Tensor:
+    return torch.cat([tensors[name].flatten() for name in order])
+
+
+def _cpu_name() -> str:
+    """The processor as the kernel names it; Python's own answer is often empty."""
+    for line in Path("/proc/cpuinfo").read_text().splitlines():
+        if line.startswith("model name"):
+            return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,78 @@
+"""`ldm-scale <command> [arguments]`, the same as `python -m ldm_scale <command>`.
+
+A command is a module directly in ldm_scale/ with `main(argv) -> int | None`. The table below repeats their one-line
+descriptions on purpose: help must not import torch six times, and a test holds the table against the folder.
+"""
+
+from __future__ import annotations
+
+import difflib
+import os
+import sys
+from collections.abc import Callable, Sequence
+from importlib import import_module
+from typing import TypeVar
+
+from ldm_scale import __version__
+from ldm_scale.errors import LdmScaleError
+
+COMMANDS = {
+    "prepare": "turn images into webdataset shards and a manifest",
+    "plan": "print parameters and FLOPs of a configuration, before anything runs",
+    "train": "train an autoencoder or a diffusion model: ldm-scale train experiment=NAME [key=value ...]",
+    "sample": "draw images from a trained model",
+    "export": "turn a run or a checkpoint into a diffusers folder or plain safetensors",
+    "demo": "both stages on OpenMoji, from shards to samples and an export",
+}
+ArgvT = TypeVar("ArgvT")
+
+EXIT_USAGE = 2
+EXIT_INTERRUPTED = 130  # the shell's 128 + SIGINT
+EXIT_CLOSED_PIPE = 141  # the shell's 128 + SIGPIPE
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The exit status of the command that `argv` names."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    if not arguments or arguments[0] in ("-h", "--help", "help"):
+        print(help_text())
+        return 0
+    if arguments[0] in ("-V", "--version"):
+        print(f"ldm-scale {__version__}")
+        return 0
+    name, rest = arguments[0], arguments[1:]
+    if name not in COMMANDS:
+        near = difflib.get_close_matches(name, COMMANDS, n=1)
+        fix = f"did you mean {near[0]}?" if near else f"choose {', '.join(COMMANDS)}"
+        print(f"error: ldm-scale has no command {name!r}; {fix}", file=sys.stderr)
+        return EXIT_USAGE
+    return run_command(import_module(f"ldm_scale.{name}").main, rest)
+
+
+def run_command(command: Callable[[ArgvT], int | None], argv: ArgvT) -> int:
+    """The exit status of `command(argv)`, with a user's mistake told in one line on stderr and no traceback."""
+    try:
+        status = command(argv)
+        sys.stdout.flush()
+    except LdmScaleError as error:
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        return error.exit_code
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return EXIT_INTERRUPTED
+    except BrokenPipeError:
+        # `ldm-scale plan ... | head`: the reader has gone; without this the interpreter fails again at its own flush.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return EXIT_CLOSED_PIPE
+    return 0 if status is None else int(status)
+
+
+def help_text() -> str:
+    """The list of commands."""
+    width = max(map(len, COMMANDS))
+    lines = "\n".join(f"  {name:<{width}}  {summary}" for name, summary in COMMANDS.items())
+    return f"ldm-scale <command> [arguments]\n\n{lines}\n\nldm-scale <command> --help tells more about one of them."
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,128 @@
+"""Bounds of single numbers in the configuration, as one table.
+
+Rules across fields are `validate.py`'s; this table stands apart so that adding a field means adding one line here.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import reduce
+from typing import Any
+
+from ldm_scale.config.schema import Config
+from ldm_scale.errors import ConfigError
+
+
+def check_ranges(config: Config) -> None:
+    """Nothing, if every number of the configuration lies within its bounds.
+
+    Raises: ConfigError on the first that does not.
+    """
+    for rule in _RANGES:
+        rule.check(config)
+
+
+@dataclass(frozen=True)
+class _Range:
+    """Where a number must lie; `above` and `below` are exclusive bounds, the other two inclusive. None passes."""
+
+    keys: tuple[str, ...]
+    above: float | None = None
+    at_least: float | None = None
+    at_most: float | None = None
+    below: float | None = None
+
+    def check(self, config: Config) -> None:
+        for key in self.keys:
+            value = _value(config, key)
+            for number in value if isinstance(value, tuple) else (value,):
+                if number is not None and not self._contains(number):
+                    raise ConfigError(f"{key}={_plain(value)}: must be {self._rule()}; change {key}")
+
+    def _contains(self, number: float) -> bool:
+        return (
+            (self.above is None or number > self.above)
+            and (self.at_least is None or number >= self.at_least)
+            and (self.at_most is None or number <= self.at_most)
+            and (self.below is None or number < self.below)
+        )
+
+    def _rule(self) -> str:
+        bounds = (("above", self.above), ("at least", self.at_least), ("at most", self.at_most), ("below", self.below))
+        return " and ".join(f"{word} {bound:g}" for word, bound in bounds if bound is not None)
+
+
+_RANGES: tuple[_Range, ...] = (
+    _Range(
+        (
+            "autoencoder.base_channels",
+            "autoencoder.channel_multipliers",
+            "autoencoder.num_res_blocks",
+            "autoencoder.latent_channels",
+            "autoencoder.norm_groups",
+            "autoencoder_loss.discriminator_base_channels",
+            "autoencoder_loss.discriminator_layers",
+            "latents.statistics_images",
+            "unet.base_channels",
+            "unet.channel_multipliers",
+            "unet.num_res_blocks",
+            "unet.transformer_depth",
+            "unet.head_dim",
+            "unet.num_heads",
+            "unet.norm_groups",
+            "conditioning.width",
+            "conditioning.depth",
+            "conditioning.num_heads",
+            "diffusion.num_timesteps",
+            "data.resolution",
+            "data.prefetch_batches",
+            "data.max_consecutive_bad",
+            "zero.bucket_elements",
+            "train.total_images",
+            "train.global_batch",
+            "train.micro_batch",
+            "train.log_every_images",
+            "train.validate_every_images",
+            "train.sample_every_images",
+            "train.checkpoint_every_images",
+            "train.keep_checkpoints",
+            "sampling.num_steps",
+        ),
+        at_least=1,
+    ),
+    _Range(
+        (
+            "autoencoder_loss.reconstruction_weight",
+            "autoencoder_loss.squared_weight",
+            "autoencoder_loss.perceptual_weight",
+            "autoencoder_loss.kl_weight",
+            "autoencoder_loss.adversarial_weight",
+            "autoencoder_loss.adaptive_weight_max",
+            "autoencoder_loss.discriminator_start_images",
+            "data.num_workers",
+            "optimizer.weight_decay",
+            "optimizer.warmup_images",
+            "ema.half_life_images",
+            "ema.warmup_ratio",
+            "train.seed",
+            "train.checkpoint_every_s",
+            "sampling.guidance_scale",
+        ),
+        at_least=0,
+    ),
+    _Range(("optimizer.lr", "optimizer.eps", "optimizer.gradient_clip", "autoencoder_loss.discriminator_lr"), above=0),
+    _Range(("conditioning.drop_probability", "sampling.eta"), at_least=0, at_most=1),
+    _Range(("optimizer.betas", "unet.dropout"), at_least=0, below=1),
+    _Range(("diffusion.beta_start", "diffusion.beta_end"), above=0, below=1),
+    _Range(("data.crop_scale_min",), above=0, at_most=1),
+    _Range(("zero.stage",), at_least=0, at_most=3),
+    _Range(("zero.discriminator_stage",), at_least=0, at_most=1),
+)
+
+
+def _value(config: Config, key: str) -> Any:
+    return reduce(getattr, key.split("."), config)
+
+
+def _plain(value: object) -> object:
+    return list(value) if isinstance(value, tuple) else value

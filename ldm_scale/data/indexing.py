@@ -1,0 +1,111 @@
+"""From a tar to its sidecar: one pass over the headers, and everything unsafe or damaged refused.
+
+A tar from elsewhere is a stranger's input: links and devices, names that leave the folder, pickles, two members of one
+name and a missing end are errors here, once, so that reading needs no second look.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import tarfile
+from pathlib import Path
+from typing import Any
+
+from ldm_scale.data.shards import BLOCK, INDEX_FORMAT, VERSION
+from ldm_scale.errors import DataError
+
+# Members that only unpickling can read: code from strangers, refused before anything opens them.
+PICKLE_EXTENSIONS = frozenset({"pickle", "pkl", "pyd", "pth", "pt"})
+
+Members = dict[str, tuple[int, int]]  # extension -> (offset of the data in the tar, size)
+
+_META_MEMBER = re.compile(r"__[^/]*__($|/)")  # webdataset skips these
+_BASE_AND_EXTENSION = re.compile(r"^((?:.*/|)[^.]+)[.]([^/]*)$")  # webdataset's rule: the first dot of the file name
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Nothing; the file appears complete or not at all, with the same bytes for the same content."""
+    partial = path.with_name(f".{path.name}.partial-{os.getpid()}")
+    partial.write_text(json.dumps(content, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
+    os.replace(partial, path)
+
+
+def index_tar(path: Path) -> list[tuple[str, Members]]:
+    """(sample name, members) of every sample of a tar, in its order.
+
+    Raises: DataError on anything but a complete, uncompressed tar of plain files with safe, unique names.
+    """
+    samples: list[tuple[str, Members]] = []
+    seen: set[str] = set()
+    try:
+        with tarfile.open(path, "r:", errorlevel=2) as archive:
+            for member in archive:
+                split = _member_name(path, member)
+                if split is None:
+                    continue
+                name, extension = split
+                if not samples or samples[-1][0] != name:
+                    if name in seen:
+                        raise DataError(f"{path}: sample {name!r} occurs twice; give every sample its own name")
+                    seen.add(name)
+                    samples.append((name, {}))
+                members = samples[-1][1]
+                if extension in members:
+                    raise DataError(f"{path}: member {member.name!r} occurs twice; keep one of them")
+                members[extension] = (member.offset_data, member.size)
+            end = archive.offset
+    except (tarfile.TarError, EOFError) as error:
+        raise DataError(
+            f"{path}: not a complete, uncompressed tar ({error}); write it again without compression"
+        ) from None
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read ({error.strerror})") from None
+    with path.open("rb") as stream:
+        stream.seek(end)
+        # tarfile ends silently at a damaged header; a tar that its writer finished ends in blocks of zeros.
+        if stream.read(BLOCK) != bytes(BLOCK):
+            raise DataError(f"{path}: damaged or cut short after byte {end}; write or copy this shard again")
+    return samples
+
+
+def _member_name(path: Path, member: tarfile.TarInfo) -> tuple[str, str] | None:
+    """(sample name, lower-case extension) of a tar member, None where webdataset would skip it too."""
+    if member.isdir():
+        return None
+    if not member.isreg() or member.issparse():
+        raise DataError(
+            f"{path}: member {member.name!r} is a link, a device or a sparse file; only plain files are read"
+        )
+    if member.name.startswith("/") or ".." in member.name.split("/"):
+        raise DataError(f"{path}: member {member.name!r} points outside the tar; names must be relative, without '..'")
+    if not member.name.isprintable():
+        # Includes the surrogates that stand for bytes which are not UTF-8.
+        raise DataError(f"{path}: member {member.name!r} has a name that is not printable UTF-8; rename it")
+    match = _BASE_AND_EXTENSION.match(member.name)
+    if match is None or _META_MEMBER.match(member.name):
+        return None
+    extension = match[2].lower()
+    if extension.rpartition(".")[2] in PICKLE_EXTENSIONS:
+        raise DataError(
+            f"{path}: member {member.name!r} is a pickle, which runs code when read; store json or npy instead"
+        )
+    return match[1], extension
+
+
+def index_shard(shard: Path, sidecar: Path, base: Path, samples: list[tuple[str, Members]]) -> dict[str, Any]:
+    """The manifest's entry for a shard whose sidecar this writes; paths in it are relative to `base`."""
+    rows = [{"key": name, "files": {ext: list(place) for ext, place in members.items()}} for name, members in samples]
+    sidecar.parent.mkdir(parents=True, exist_ok=True)
+    write_json(sidecar, {"format": INDEX_FORMAT, "version": VERSION, "num_samples": len(rows), "samples": rows})
+    with shard.open("rb") as stream:
+        checksum = hashlib.file_digest(stream, "sha256").hexdigest()
+    return {
+        "file": Path(os.path.relpath(shard, base)).as_posix(),
+        "num_samples": len(rows),
+        "bytes": shard.stat().st_size,
+        "sha256": checksum,
+        "index": Path(os.path.relpath(sidecar, base)).as_posix(),
+    }

@@ -1,0 +1,150 @@
+"""Batches for one rank, made in its own process or in forked workers.
+
+Workers are forked: they share the shard index and start in milliseconds. They use one thread (OpenMP does not survive
+a fork) and leave signals to the training process, which alone decides when to stop; a shutdown that reached them first
+would otherwise look like a crash. An error of the data is handed over as an object and raised again as it was, where
+torch would turn its message into a traceback.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import threading
+from collections.abc import Iterator
+from types import TracebackType
+from typing import Any
+
+import torch
+import webdataset as wds
+
+from ldm_scale.config.schema import DataConfig
+from ldm_scale.data.decode import DecodeSettings
+from ldm_scale.data.order import check_batches
+from ldm_scale.data.pipeline import Batch, StreamSettings, build_pipeline
+from ldm_scale.data.policy import BadSampleLog
+from ldm_scale.data.shards import Dataset, open_manifest
+from ldm_scale.errors import ConfigError, LdmScaleError
+
+
+class Loader:
+    """Iterable over a rank's micro-batches; each iteration starts anew at `start_image`.
+
+    `bad_samples` tells what was skipped by the batches handed out so far.
+    """
+
+    def __init__(self, dataset: Dataset, pipeline: wds.DataPipeline, num_workers: int, prefetch_batches: int) -> None:
+        self.dataset = dataset
+        self.bad_samples = BadSampleLog()
+        self._pipeline = pipeline
+        self._num_workers = num_workers
+        self._prefetch_batches = prefetch_batches
+
+    def __iter__(self) -> Iterator[Batch]:
+        for item in self._source():
+            if isinstance(item, LdmScaleError):
+                raise item
+            self.bad_samples.add(item.bad)
+            yield item
+
+    def _source(self) -> Iterator[Any]:
+        """Batches, or the error that ended them."""
+        if self._num_workers == 0:
+            return iter(self._pipeline)
+        loader = wds.WebLoader(
+            _ErrorsAsItems(self._pipeline),
+            batch_size=None,
+            num_workers=self._num_workers,
+            prefetch_factor=self._prefetch_batches,
+            multiprocessing_context="fork",
+            worker_init_fn=_start_worker,
+            generator=torch.Generator(),  # torch would draw its workers' seeds from the global one
+        )
+        return iter(loader)
+
+
+class _ErrorsAsItems(torch.utils.data.IterableDataset[Any]):
+    """A pipeline whose own errors come out as its last item."""
+
+    def __init__(self, pipeline: wds.DataPipeline) -> None:
+        self._pipeline = pipeline
+
+    def __iter__(self) -> Iterator[Any]:
+        try:
+            yield from self._pipeline
+        except LdmScaleError as error:
+            yield error
+
+
+def _start_worker(worker_id: int) -> None:
+    """Nothing; makes a forked loader worker quiet: one thread, no reaction to signals that are not its parent's."""
+    torch.set_num_threads(1)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    sys.excepthook = _quiet_about_hang_ups
+    # Slurm and process groups send SIGTERM to workers too. Only the parent's may end one, and only sigwaitinfo tells
+    # the sender, so a thread waits for it while it is blocked everywhere else.
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+    threading.Thread(target=_obey_parent, args=(os.getppid(),), name="loader-signals", daemon=True).start()
+
+
+def _quiet_about_hang_ups(kind: type[BaseException], error: BaseException, traceback: TracebackType | None) -> None:
+    """Nothing; reports an exception of a helper thread unless it is the parent's going away.
+
+    Tensors are handed over by a thread of the standard library, which would print a traceback when an interrupted
+    parent closes the connection in the middle of that.
+    """
+    if not issubclass(kind, EOFError | ConnectionError):
+        sys.__excepthook__(kind, error, traceback)
+
+
+def _obey_parent(parent: int) -> None:
+    """Nothing; ends the process when its parent asks for it."""
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != parent:
+        pass
+    os._exit(0)
+
+
+def build_loader(
+    data: DataConfig,
+    *,
+    split: str | None = None,
+    seed: int,
+    global_batch: int,
+    micro_batch: int,
+    rank: int,
+    world_size: int,
+    start_image: int = 0,
+    augment: bool = True,
+    num_epochs: int | None = None,
+) -> Loader:
+    """The batches of one rank: its part of each global batch in pieces of `micro_batch`.
+
+    `num_epochs` ends the stream after every sample came so many times (1 for validation): the last global batch may be
+    smaller and is divided evenly, nothing is padded, and every rank gets the same number of micro-batches, some of
+    which may hold no image where fewer images than ranks are left.
+
+    Raises: ConfigError if the batch arithmetic does not work out; DataError if the data cannot be opened, and while
+    iterating if they cannot be read.
+    """
+    check_batches(global_batch, micro_batch, world_size)
+    assert 0 <= rank < world_size, f"rank {rank} of {world_size}"
+    if start_image % global_batch:
+        raise ConfigError(
+            f"cannot start at image {start_image}: it must be a multiple of train.global_batch={global_batch}; "
+            "continue with the batch that the run was started with"
+        )
+    if not data.manifest:
+        raise ConfigError("data.manifest is empty; set it to a manifest.json written by `ldm-scale prepare`")
+    dataset = open_manifest(data.manifest, split if split is not None else data.split)
+    settings = DecodeSettings(
+        resolution=data.resolution,
+        crop_scale_min=data.crop_scale_min,
+        horizontal_flip=data.horizontal_flip,
+        augment=augment,
+        seed=seed,
+    )
+    end_image = None if num_epochs is None else num_epochs * dataset.num_samples
+    stream = StreamSettings(global_batch, micro_batch, rank, world_size, start_image, end_image)
+    pipeline = build_pipeline(dataset, settings, stream, data.max_consecutive_bad)
+    return Loader(dataset, pipeline, data.num_workers, data.prefetch_batches)

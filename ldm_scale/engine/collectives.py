@@ -1,0 +1,61 @@
+"""The few collectives that the trainer needs beside ZeRO's own; each is a no-op on one rank."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+def world_size() -> int:
+    """Number of ranks; 1 without a process group."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def mean_over_ranks(x: Tensor) -> Tensor:
+    """x averaged over all ranks, on every rank; x itself is unchanged. Collective: all ranks."""
+    return sum_over_ranks(x) / world_size()
+
+
+def sum_over_ranks(x: Tensor) -> Tensor:
+    """x summed over all ranks, on every rank; x itself is unchanged. Collective: all ranks."""
+    if world_size() == 1:
+        return x
+    total = x.clone()
+    dist.all_reduce(total)
+    return total
+
+
+def any_rank(flag: bool, device: torch.device) -> bool:
+    """Whether the flag is set on any rank. Collective: all ranks."""
+    if world_size() == 1:
+        return flag
+    value = torch.tensor([float(flag)], device=device)
+    dist.all_reduce(value, op=dist.ReduceOp.MAX)
+    return bool(value.item() > 0)
+
+
+def gather_objects(value: Any) -> list[Any]:
+    """The values of all ranks, in rank order, on every rank. Collective: all ranks."""
+    if world_size() == 1:
+        return [value]
+    values: list[Any] = [None] * world_size()
+    dist.all_gather_object(values, value)
+    return values
+
+
+def broadcast_object(value: Any) -> Any:
+    """Rank 0's value on every rank. Collective: all ranks."""
+    if world_size() == 1:
+        return value
+    box = [value]
+    dist.broadcast_object_list(box, src=0)
+    return box[0]
+
+
+def barrier() -> None:
+    """Returns when all ranks have called it. Collective: all ranks."""
+    if world_size() > 1:
+        dist.barrier()

@@ -1,0 +1,143 @@
+"""Who this process is among the ranks, and what it computes on.
+
+The same script runs plainly, under torchrun, under the deepspeed launcher and as one Slurm task per rank; each tells
+the rank through its own environment variables. Reading them (`read_launch`) starts nothing, so that a configuration
+can be refused before any process group exists.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+
+from ldm_scale.config.schema import TrainConfig
+from ldm_scale.errors import ConfigError
+
+PROCESS_GROUP_TIMEOUT_S = 1800.0
+
+
+@dataclass(frozen=True)
+class Launch:
+    """This process's place among the ranks, as its launcher set it."""
+
+    rank: int = 0
+    world_size: int = 1
+    local_rank: int = 0
+    local_world_size: int = 1
+
+
+@dataclass(frozen=True)
+class Environment:
+    """A started rank: its place, its device and the type it computes in."""
+
+    launch: Launch
+    device: torch.device
+    dtype: torch.dtype
+
+    @property
+    def rank(self) -> int:
+        """Number of this process among all ranks."""
+        return self.launch.rank
+
+    @property
+    def world_size(self) -> int:
+        """Number of ranks."""
+        return self.launch.world_size
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this rank prints and writes what exists once."""
+        return self.launch.rank == 0
+
+    def describe(self) -> str:
+        """One line for the log: ranks, device, backend, type."""
+        backend = dist.get_backend() if dist.is_initialized() else "none"
+        dtype = str(self.dtype).removeprefix("torch.")
+        return f"{self.world_size} rank(s) on {self.device.type} ({backend}), {dtype}, channels_last"
+
+
+def read_launch() -> Launch:
+    """This process's place from RANK, WORLD_SIZE, LOCAL_RANK (torchrun, deepspeed) or SLURM_* (one task per rank).
+
+    Raises: ConfigError if the variables are incomplete or contradict each other.
+    """
+    environ = os.environ
+    if "RANK" in environ or "WORLD_SIZE" in environ:
+        names = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
+        local_size = environ.get("LOCAL_WORLD_SIZE", environ.get("LOCAL_SIZE"))
+    elif int(environ.get("SLURM_NTASKS", "1")) > 1 and "SLURM_PROCID" in environ:
+        names = ("SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID")
+        local_size = environ.get("SLURM_NTASKS_PER_NODE")
+    else:
+        return Launch()
+    missing = [name for name in names if name not in environ]
+    if missing:
+        raise ConfigError(
+            f"environment variable(s) {', '.join(missing)} missing while {names[0]} or {names[1]} is set: "
+            "a launcher sets all three; unset them to run on one rank"
+        )
+    rank, world_size, local_rank = (int(environ[name]) for name in names)
+    if not 0 <= rank < world_size:
+        raise ConfigError(f"{names[0]}={rank} is outside 0..{world_size - 1} ({names[1]}={world_size})")
+    return Launch(rank, world_size, local_rank, int(local_size) if local_size else world_size)
+
+
+def start(launch: Launch, train: TrainConfig) -> Environment:
+    """The started rank: device chosen, threads set, process group up.
+
+    Raises: ConfigError if train.device asks for CUDA and there is none, or MASTER_ADDR is missing.
+    Collective: all ranks.
+    """
+    device = _choose_device(launch, train)
+    precision = train.precision if train.precision != "auto" else ("bf16" if device.type == "cuda" else "fp32")
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+        torch.backends.cudnn.benchmark = True
+    else:
+        # More ranks on one CPU than one: each takes its share of the cores, or they fight for all of them.
+        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // launch.local_world_size))
+    _start_process_group(launch, "nccl" if device.type == "cuda" else "gloo")
+    return Environment(launch, device, torch.bfloat16 if precision == "bf16" else torch.float32)
+
+
+def stop() -> None:
+    """Ends the process group of a run that finished; after an error the process just ends."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def _choose_device(launch: Launch, train: TrainConfig) -> torch.device:
+    if train.device == "cpu" or (train.device == "auto" and not torch.cuda.is_available()):
+        return torch.device("cpu")
+    if not torch.cuda.is_available():
+        raise ConfigError("train.device=cuda but torch sees no CUDA device; set train.device=auto or cpu")
+    if launch.local_rank >= torch.cuda.device_count():
+        raise ConfigError(
+            f"local rank {launch.local_rank} has no GPU of its own ({torch.cuda.device_count()} on this host); "
+            "start at most one rank per GPU"
+        )
+    return torch.device("cuda", launch.local_rank)
+
+
+def _start_process_group(launch: Launch, backend: str) -> None:
+    if dist.is_initialized():
+        return
+    timeout = timedelta(seconds=PROCESS_GROUP_TIMEOUT_S)
+    if launch.world_size == 1:
+        # A store in memory: a single rank needs no port, so any number of runs can share a host.
+        store = dist.HashStore()  # type: ignore[attr-defined]  # documented, but absent from torch's stubs
+        dist.init_process_group(backend, store=store, rank=0, world_size=1, timeout=timeout)
+        return
+    missing = [name for name in ("MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
+    if missing:
+        raise ConfigError(
+            f"{' and '.join(missing)} not set for {launch.world_size} ranks: use torchrun, deepspeed or "
+            "slurm/train_ldm.sh, which set them"
+        )
+    dist.init_process_group(
+        backend, init_method="env://", rank=launch.rank, world_size=launch.world_size, timeout=timeout
+    )

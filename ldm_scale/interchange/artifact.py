@@ -1,0 +1,324 @@
+"""Folders that carry a trained model from one command to the next: config.json and weights.safetensors.
+
+    autoencoder artifact     config.json: architecture, latent statistics, pixel range, provenance
+    diffusion artifact       config.json: UNet, text encoder, diffusion, sampling defaults, provenance
+        autoencoder/         the autoencoder artifact that defines its latents, so that it samples on its own
+
+config.json holds the hash of the weights and, over everything else in it, the content hash by which others refer to
+the artifact. Reading checks both: a changed weight, statistic or configuration is noticed. The hashes are over names,
+shapes and values, not over file bytes, so copying or rewriting a folder keeps them. It costs one pass over the
+weights (seconds for the largest).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ldm_scale.conditioning.latent_diffusion import LatentDiffusion
+from ldm_scale.config.convert import config_to_dict, section_from_dict
+from ldm_scale.config.schema import (
+    AutoencoderConfig,
+    DiffusionConfig,
+    SamplingConfig,
+    TextConditioningConfig,
+    UNetConfig,
+)
+from ldm_scale.errors import CheckpointError, ConfigError
+from ldm_scale.interchange.safetensors_io import (
+    describe_difference,
+    json_sha256,
+    published_folder,
+    read_json,
+    read_tensors,
+    tensors_sha256,
+    write_json,
+    write_tensors,
+)
+from ldm_scale.models.autoencoder import Autoencoder, LatentStatistics
+
+AUTOENCODER_FORMAT, DIFFUSION_FORMAT = "ldm-scale-autoencoder", "ldm-scale-diffusion"
+VERSION = 1
+CONFIG, WEIGHTS, AUTOENCODER_FOLDER = "config.json", "weights.safetensors", "autoencoder"
+CONTENT_HASH = "content_sha256"
+DESCRIPTION = "ldm_scale.json"  # our description in folders whose layout is another program's
+PIXEL_RANGE = [-1.0, 1.0]
+
+
+@dataclass(frozen=True, eq=False)
+class Artifact:
+    """A trained autoencoder and all that stage 2 must know of it.
+
+    `content` is config.json without the content hash, kept as it was read: written again by a newer version it keeps
+    its hash. Everything else is derived from it.
+    """
+
+    content: dict[str, Any]
+    state: dict[str, Tensor] = field(repr=False)  # of `models.autoencoder.Autoencoder`
+
+    @cached_property
+    def config(self) -> AutoencoderConfig:
+        """Architecture."""
+        return section_from_dict(AutoencoderConfig, self.content["autoencoder"], "autoencoder")
+
+    @cached_property
+    def statistics(self) -> LatentStatistics:
+        """The map from raw latents to latents."""
+        return section_from_dict(LatentStatistics, self.content["latent_statistics"], "latent_statistics")
+
+    @property
+    def provenance(self) -> dict[str, Any]:
+        """Where the weights come from; `resolution` (pixels per side in training) is always there."""
+        return self.content["provenance"]  # type: ignore[no-any-return]
+
+    @cached_property
+    def content_hash(self) -> str:
+        """What other files refer to the artifact by."""
+        return json_sha256(self.content)
+
+
+@dataclass(frozen=True, eq=False)
+class DiffusionArtifact:
+    """A trained latent diffusion model with the autoencoder that it belongs to; `content` as in `Artifact`."""
+
+    content: dict[str, Any]
+    state: dict[str, Tensor] = field(repr=False)  # of `conditioning.latent_diffusion.LatentDiffusion`
+    autoencoder: Artifact
+
+    @cached_property
+    def unet(self) -> UNetConfig:
+        """Architecture of the denoiser."""
+        return section_from_dict(UNetConfig, self.content["unet"], "unet")
+
+    @cached_property
+    def conditioning(self) -> TextConditioningConfig:
+        """Architecture of tau_theta."""
+        return section_from_dict(TextConditioningConfig, self.content["conditioning"], "conditioning")
+
+    @cached_property
+    def diffusion(self) -> DiffusionConfig:
+        """Forward process and prediction type."""
+        return section_from_dict(DiffusionConfig, self.content["diffusion"], "diffusion")
+
+    @cached_property
+    def sampling(self) -> SamplingConfig:
+        """Defaults of sampling."""
+        return section_from_dict(SamplingConfig, self.content["sampling"], "sampling")
+
+    @property
+    def provenance(self) -> dict[str, Any]:
+        """As `Artifact.provenance`."""
+        return self.content["provenance"]  # type: ignore[no-any-return]
+
+    @cached_property
+    def content_hash(self) -> str:
+        """As `Artifact.content_hash`."""
+        return json_sha256(self.content)
+
+
+def make_artifact(
+    state: Mapping[str, Tensor],
+    config: AutoencoderConfig,
+    statistics: LatentStatistics,
+    provenance: Mapping[str, Any],
+) -> Artifact:
+    """The artifact of an autoencoder, in memory.
+
+    Raises: CheckpointError if the tensors are not those of `config`.
+    """
+    assert "resolution" in provenance, "provenance says at which resolution the model was trained"
+    _require_tensors(expected_autoencoder_tensors(config), state, "the autoencoder's weights")
+    content = {
+        "format": AUTOENCODER_FORMAT,
+        "version": VERSION,
+        "autoencoder": config_to_dict(config),
+        "latent_statistics": config_to_dict(statistics),
+        "pixel_range": PIXEL_RANGE,
+        "provenance": dict(provenance),
+        "weights_sha256": tensors_sha256(state),
+    }
+    return Artifact(content, dict(state))
+
+
+def make_diffusion_artifact(
+    state: Mapping[str, Tensor],
+    autoencoder: Artifact,
+    *,
+    unet: UNetConfig,
+    conditioning: TextConditioningConfig,
+    diffusion: DiffusionConfig,
+    sampling: SamplingConfig,
+    provenance: Mapping[str, Any],
+) -> DiffusionArtifact:
+    """The artifact of a latent diffusion model, in memory.
+
+    Raises: CheckpointError if the tensors are not those of the configuration.
+    """
+    assert "resolution" in provenance, "provenance says at which resolution the model was trained"
+    expected = expected_diffusion_tensors(unet, conditioning, autoencoder.config.latent_channels)
+    _require_tensors(expected, state, "the diffusion model's weights")
+    content = {
+        "format": DIFFUSION_FORMAT,
+        "version": VERSION,
+        "unet": config_to_dict(unet),
+        "conditioning": config_to_dict(conditioning),
+        "diffusion": config_to_dict(diffusion),
+        "sampling": config_to_dict(sampling),
+        "autoencoder_sha256": autoencoder.content_hash,
+        "provenance": dict(provenance),
+        "weights_sha256": tensors_sha256(state),
+    }
+    return DiffusionArtifact(content, dict(state), autoencoder)
+
+
+def write_artifact(
+    directory: Path,
+    state: Mapping[str, Tensor],
+    config: AutoencoderConfig,
+    statistics: LatentStatistics,
+    provenance: Mapping[str, Any],
+) -> str:
+    """Content hash of the autoencoder artifact that `directory` holds from now on; an older one there is replaced.
+
+    Raises: CheckpointError if the tensors are not those of `config`, or the directory holds something else.
+    """
+    artifact = make_artifact(state, config, statistics, provenance)
+    with published_folder(directory, may_replace=artifact_format) as folder:
+        fill_artifact_folder(folder, artifact)
+    return artifact.content_hash
+
+
+def write_diffusion_artifact(directory: Path, artifact: DiffusionArtifact) -> str:
+    """Content hash of the diffusion artifact that `directory` holds from now on; an older one there is replaced.
+
+    Raises: CheckpointError if the directory holds something else.
+    """
+    with published_folder(directory, may_replace=artifact_format) as folder:
+        fill_artifact_folder(folder, artifact)
+    return artifact.content_hash
+
+
+def fill_artifact_folder(folder: Path, artifact: Artifact | DiffusionArtifact) -> None:
+    """Nothing; the empty `folder` holds the artifact's files."""
+    write_tensors(folder / WEIGHTS, artifact.state)
+    write_json(folder / CONFIG, artifact.content | {CONTENT_HASH: artifact.content_hash})
+    if isinstance(artifact, DiffusionArtifact):
+        (folder / AUTOENCODER_FOLDER).mkdir()
+        fill_artifact_folder(folder / AUTOENCODER_FOLDER, artifact.autoencoder)
+
+
+def artifact_format(directory: Path) -> str | None:
+    """AUTOENCODER_FORMAT or DIFFUSION_FORMAT; None if the folder is no artifact of ours."""
+    if not (directory / CONFIG).is_file():
+        return None
+    found = read_json(directory / CONFIG).get("format")
+    return found if found in (AUTOENCODER_FORMAT, DIFFUSION_FORMAT) else None
+
+
+def read_artifact(directory: Path) -> Artifact:
+    """The autoencoder artifact in `directory`.
+
+    Raises: CheckpointError if it is incomplete, changed since it was written, or of another format or version.
+    """
+    artifact = Artifact(*_read_verified(directory, AUTOENCODER_FORMAT))
+    check_autoencoder_content(artifact, directory)
+    return artifact
+
+
+def read_diffusion_artifact(directory: Path) -> DiffusionArtifact:
+    """The diffusion artifact in `directory`, its autoencoder included.
+
+    Raises: as `read_artifact`, and if the autoencoder is not the one that the model was trained on.
+    """
+    content, state = _read_verified(directory, DIFFUSION_FORMAT)
+    artifact = DiffusionArtifact(content, state, read_artifact(directory / AUTOENCODER_FOLDER))
+    check_diffusion_content(artifact, directory)
+    return artifact
+
+
+def check_autoencoder_content(artifact: Artifact, directory: Path) -> None:
+    """Nothing, if the parts of the artifact from `directory` fit each other.
+
+    Raises: CheckpointError that names the part.
+    """
+    if artifact.content.get("pixel_range") != PIXEL_RANGE:
+        raise CheckpointError(
+            f"{directory / CONFIG}: pixel_range is {artifact.content.get('pixel_range')}, this program's pixels are in "
+            f"{PIXEL_RANGE}; use an artifact that was trained on that range"
+        )
+    with _naming(directory):
+        config, _ = artifact.config, artifact.statistics
+    _require_tensors(expected_autoencoder_tensors(config), artifact.state, str(directory))
+
+
+def check_diffusion_content(artifact: DiffusionArtifact, directory: Path) -> None:
+    """As `check_autoencoder_content`."""
+    trained_on, found = artifact.content.get("autoencoder_sha256"), artifact.autoencoder.content_hash
+    if trained_on != found:
+        raise CheckpointError(
+            f"{directory}: the model was trained on the autoencoder {trained_on}, the one beside it is {found}; "
+            "its latents would mean something else: export the model again"
+        )
+    with _naming(directory):
+        unet, conditioning, _, _ = artifact.unet, artifact.conditioning, artifact.diffusion, artifact.sampling
+    expected = expected_diffusion_tensors(unet, conditioning, artifact.autoencoder.config.latent_channels)
+    _require_tensors(expected, artifact.state, str(directory))
+
+
+def expected_autoencoder_tensors(config: AutoencoderConfig) -> dict[str, Tensor]:
+    """State dict of the autoencoder of `config`, without memory behind it."""
+    with torch.device("meta"):
+        return Autoencoder(config).state_dict()
+
+
+def expected_diffusion_tensors(
+    unet: UNetConfig, conditioning: TextConditioningConfig, latent_channels: int
+) -> dict[str, Tensor]:
+    """State dict of the latent diffusion model of those configurations, without memory behind it."""
+    with torch.device("meta"):
+        return LatentDiffusion(unet, conditioning, latent_channels).state_dict()
+
+
+def _read_verified(directory: Path, expected_format: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """config.json without its content hash, and the weights, both as they were written."""
+    path = directory / CONFIG
+    content = read_json(path)
+    found = (content.get("format"), content.get("version"))
+    if found != (expected_format, VERSION):
+        raise CheckpointError(f"{path} has format and version {found}, expected {(expected_format, VERSION)}")
+    written_hash = content.pop(CONTENT_HASH, None)
+    if json_sha256(content) != written_hash:
+        raise CheckpointError(
+            f"{path} was changed after it was written: its content hash is {json_sha256(content)}, it says "
+            f"{written_hash}; restore the file, or export the model again"
+        )
+    state = read_tensors(directory / WEIGHTS)
+    weights_hash = tensors_sha256(state)
+    if weights_hash != content.get("weights_sha256"):
+        raise CheckpointError(
+            f"{directory / WEIGHTS} is not what was written with {CONFIG}: its hash is {weights_hash}, expected "
+            f"{content.get('weights_sha256')}; copy the folder again"
+        )
+    return content, state
+
+
+@contextmanager
+def _naming(directory: Path) -> Iterator[None]:
+    """Turns what is wrong inside a section of config.json into an error that names the file."""
+    try:
+        yield
+    except (ConfigError, KeyError) as error:
+        raise CheckpointError(f"{directory / CONFIG} cannot be used: {error}; a newer version wrote it") from error
+
+
+def _require_tensors(expected: Mapping[str, Tensor], found: Mapping[str, Tensor], what: str) -> None:
+    difference = describe_difference(expected, found)
+    if difference:
+        raise CheckpointError(f"{what} does not fit the configuration: {difference}; give the two that belong together")

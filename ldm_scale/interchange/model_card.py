@@ -1,0 +1,87 @@
+"""README.md of an exported folder: what it is, how to use it, and what was compared before it was published."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Literal
+
+from ldm_scale.interchange.artifact import Artifact, DiffusionArtifact
+
+Target = Literal["diffusers", "safetensors"]
+
+_DIFFUSERS_PIPELINE = """\
+from diffusers import StableDiffusionPipeline
+
+pipeline = StableDiffusionPipeline.from_pretrained("path/of/this/folder")
+image = pipeline("a caption", num_inference_steps={num_steps}, guidance_scale={guidance_scale}).images[0]
+"""
+_DIFFUSERS_AUTOENCODER = """\
+from diffusers import AutoencoderKL
+
+autoencoder = AutoencoderKL.from_pretrained("path/of/this/folder")
+"""
+_OWN_DIFFUSION = """\
+from ldm_scale import load_diffusion
+
+images = load_diffusion("path/of/this/folder").sample(["a caption"], seeds=[0])  # (1, 3, H, W) in [-1, 1]
+"""
+_OWN_AUTOENCODER = """\
+from ldm_scale import load_autoencoder
+
+latents = load_autoencoder("path/of/this/folder").encode(pixels)  # pixels (B, 3, H, W) in [-1, 1]
+"""
+_CAPTIONS = """\
+Captions were tokenised by OpenCLIP, which first repairs text: curly quotes become straight, HTML entities characters,
+ligatures and full-width letters plain. `CLIPTokenizer` leaves that out, so give it captions in plain characters.
+"""
+
+
+def model_card(artifact: Artifact | DiffusionArtifact, target: Target, differences: Mapping[str, float]) -> str:
+    """The text of README.md; `differences` as `verify.measure_differences` returns them, empty for our own format."""
+    is_autoencoder = isinstance(artifact, Artifact)
+    provenance = artifact.provenance
+    facts = {
+        "experiment": provenance.get("config", {}).get("experiment") or "-",
+        "weights": provenance.get("weights", "-"),
+        "images seen in training": f"{provenance['images']:,}" if "images" in provenance else "-",
+        "resolution": f"{provenance['resolution']} pixels",
+        "parameters": f"{sum(tensor.numel() for tensor in artifact.state.values()):,}",
+        "content hash (sha256)": artifact.content_hash,
+    }
+    autoencoder = artifact if isinstance(artifact, Artifact) else artifact.autoencoder
+    statistics = autoencoder.statistics
+    facts["latents"] = (
+        f"{autoencoder.config.latent_channels} channels, f = {autoencoder.config.downsampling_factor}, "
+        f"z = (raw - {statistics.shift:g}) * {statistics.scale:.6g}, measured on {statistics.num_images:,} images"
+    )
+    if not is_autoencoder:
+        facts["autoencoder's content hash"] = autoencoder.content_hash
+    sections = [
+        f"# {'Autoencoder' if is_autoencoder else 'Latent diffusion model'} made with ldm-scale",
+        "\n".join(f"- {name}: {value}" for name, value in facts.items()),
+        f"```python\n{_usage(artifact, target)}```",
+    ]
+    if target == "diffusers" and not is_autoencoder:
+        sections.append(_CAPTIONS.rstrip())
+    sections += ["## Checked before publication", _checks(differences)]
+    return "\n\n".join(sections) + "\n"
+
+
+def _usage(artifact: Artifact | DiffusionArtifact, target: Target) -> str:
+    if isinstance(artifact, Artifact):
+        return _DIFFUSERS_AUTOENCODER if target == "diffusers" else _OWN_AUTOENCODER
+    if target == "safetensors":
+        return _OWN_DIFFUSION
+    sampling = artifact.sampling
+    return _DIFFUSERS_PIPELINE.format(num_steps=sampling.num_steps, guidance_scale=sampling.guidance_scale)
+
+
+def _checks(differences: Mapping[str, float]) -> str:
+    if not differences:
+        return "The folder was read back; names, shapes and values of all tensors are those that were written."
+    rows = "\n".join(f"| {part} | {difference:.1e} |" for part, difference in differences.items())
+    return (
+        "The folder was read back by diffusers and transformers. All tensors are those that were written; the outputs "
+        "on fixed inputs, in float32, differ from the original model's by\n\n"
+        f"| part | difference / norm |\n|---|---|\n{rows}"
+    )

@@ -1,0 +1,186 @@
+"""Which of our tensors is which of diffusers' and transformers'.
+
+A map is a table from a tensor name of ours to the names of theirs that hold its rows in equal parts: usually one,
+three for a joint query-key-value projection. Tables list every part that a model of the configuration may have;
+`translate` and `restore` then insist that every tensor on both sides is used exactly once, so a part that is
+forgotten, invented or of another shape is an error and never a silent difference.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from ldm_scale.config.schema import AutoencoderConfig, TextConditioningConfig, UNetConfig
+from ldm_scale.errors import CheckpointError
+from ldm_scale.interchange.safetensors_io import describe_difference
+
+NameMap = dict[str, tuple[str, ...]]
+
+# Parts of a block: ours -> theirs, relative to the block. A block without one of the parts leaves its row unused.
+_RESIDUAL_BLOCK: NameMap = {
+    "norm1": ("norm1",),
+    "conv1": ("conv1",),
+    "time_projection": ("time_emb_proj",),
+    "norm2": ("norm2",),
+    "conv2": ("conv2",),
+    "skip": ("conv_shortcut",),
+}
+_TRANSFORMER_BLOCK: NameMap = {
+    "norm1": ("norm1",),
+    "self_attention.to_qkv": ("attn1.to_q", "attn1.to_k", "attn1.to_v"),
+    "self_attention.to_out": ("attn1.to_out.0",),
+    "norm2": ("norm2",),
+    "cross_attention.to_q": ("attn2.to_q",),
+    "cross_attention.to_kv": ("attn2.to_k", "attn2.to_v"),
+    "cross_attention.to_out": ("attn2.to_out.0",),
+    "norm3": ("norm3",),
+    "feed_forward.in_projection": ("ff.net.0.proj",),
+    "feed_forward.out_projection": ("ff.net.2",),
+}
+_IMAGE_ATTENTION: NameMap = {
+    "norm": ("group_norm",),
+    "attention.to_qkv": ("to_q", "to_k", "to_v"),
+    "attention.to_out": ("to_out.0",),
+}
+_TEXT_BLOCK: NameMap = {
+    "norm1": ("layer_norm1",),
+    "attention.to_qkv": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+    "attention.to_out": ("self_attn.out_proj",),
+    "norm2": ("layer_norm2",),
+    "mlp_in": ("mlp.fc1",),
+    "mlp_out": ("mlp.fc2",),
+}
+
+
+def autoencoder_names(config: AutoencoderConfig) -> NameMap:
+    """Tensors of `Autoencoder` in `AutoencoderKL`. Theirs numbers the decoder's levels from the coarsest."""
+    num_levels = len(config.channel_multipliers)
+    modules: NameMap = {"quant_conv": ("quant_conv",), "post_quant_conv": ("post_quant_conv",)}
+    for half in ("encoder", "decoder"):
+        modules |= _prefixed(half, half, {"conv_in": ("conv_in",), "norm_out": ("conv_norm_out",)})
+        modules |= _prefixed(half, half, {"conv_out": ("conv_out",)})
+        modules |= _prefixed(f"{half}.middle.attention", f"{half}.mid_block.attentions.0", _IMAGE_ATTENTION)
+        for index in range(2):
+            ours, theirs = f"{half}.middle.block{index + 1}", f"{half}.mid_block.resnets.{index}"
+            modules |= _prefixed(ours, theirs, _RESIDUAL_BLOCK)
+    for level in range(num_levels):
+        down, up = f"encoder.down_blocks.{level}", f"decoder.up_blocks.{num_levels - 1 - level}"
+        for index in range(config.num_res_blocks):
+            modules |= _prefixed(f"encoder.levels.{level}.{index}", f"{down}.resnets.{index}", _RESIDUAL_BLOCK)
+        for index in range(config.num_res_blocks + 1):
+            modules |= _prefixed(f"decoder.levels.{level}.{index}", f"{up}.resnets.{index}", _RESIDUAL_BLOCK)
+        modules[f"encoder.downsamples.{level}.conv"] = (f"{down}.downsamplers.0.conv",)
+        # Upsampling i leads to level i, and belongs to the level that it leaves.
+        modules[f"decoder.upsamples.{level - 1}.conv"] = (f"{up}.upsamplers.0.conv",)
+    return _tensor_names(modules)
+
+
+def unet_names(config: UNetConfig) -> NameMap:
+    """Tensors of `UNet` in `UNet2DConditionModel`. Theirs numbers the levels on the way up from the coarsest."""
+    num_levels = len(config.channel_multipliers)
+    modules: NameMap = {
+        "time_embedding.linear1": ("time_embedding.linear_1",),
+        "time_embedding.linear2": ("time_embedding.linear_2",),
+        "conv_in": ("conv_in",),
+        "norm_out": ("conv_norm_out",),
+        "conv_out": ("conv_out",),
+    }
+    for index in range(2):
+        modules |= _prefixed(f"middle.block{index + 1}", f"mid_block.resnets.{index}", _RESIDUAL_BLOCK)
+    modules |= _spatial_transformer("middle.attention", "mid_block.attentions.0", config.transformer_depth)
+    for level in range(num_levels):
+        down, up = f"down_blocks.{level}", f"up_blocks.{num_levels - 1 - level}"
+        sides = (("down", down, config.num_res_blocks), ("up", up, config.num_res_blocks + 1))
+        for side, theirs, num_blocks in sides:
+            for index in range(num_blocks):
+                modules |= _prefixed(f"{side}.{level}.blocks.{index}", f"{theirs}.resnets.{index}", _RESIDUAL_BLOCK)
+                modules |= _spatial_transformer(
+                    f"{side}.{level}.attentions.{index}", f"{theirs}.attentions.{index}", config.transformer_depth
+                )
+        modules[f"downsamples.{level}.conv"] = (f"{down}.downsamplers.0.conv",)
+        modules[f"upsamples.{level - 1}.conv"] = (f"{up}.upsamplers.0.conv",)
+    return _tensor_names(modules)
+
+
+def text_encoder_names(config: TextConditioningConfig) -> NameMap:
+    """Tensors of `TextEncoder` in `CLIPTextModel`, under the names that its published checkpoints have."""
+    modules: NameMap = {
+        "token_embedding": ("text_model.embeddings.token_embedding",),
+        "norm_out": ("text_model.final_layer_norm",),
+    }
+    for index in range(config.depth):
+        modules |= _prefixed(f"blocks.{index}", f"text_model.encoder.layers.{index}", _TEXT_BLOCK)
+    position_embedding = {"position_embedding": ("text_model.embeddings.position_embedding.weight",)}
+    return _tensor_names(modules) | position_embedding
+
+
+def translate(ours: Mapping[str, Tensor], names: NameMap, target: Mapping[str, Tensor], what: str) -> dict[str, Tensor]:
+    """`ours` under their names and in their shapes; `target` is a state dict of theirs (meta tensors will do).
+
+    Raises: CheckpointError that names the tensors of `what` that have no place there, or places left empty.
+    """
+    unnamed = [name for name in ours if name not in names]
+    if unnamed:
+        raise CheckpointError(f"{what}: no place in the diffusers model for {', '.join(unnamed[:4])}; do not export it")
+    theirs: dict[str, Tensor] = {}
+    for name, tensor in ours.items():
+        parts = names[name]
+        for their_name, part in zip(parts, tensor.chunk(len(parts)), strict=True):
+            assert their_name not in theirs, f"{their_name} is filled twice"
+            theirs[their_name] = _reshaped(part, target.get(their_name, part))
+    difference = describe_difference(target, theirs)
+    if difference:
+        raise CheckpointError(f"{what} does not fit the diffusers model of its configuration: {difference}")
+    return theirs
+
+
+def restore(theirs: Mapping[str, Tensor], names: NameMap, target: Mapping[str, Tensor], what: str) -> dict[str, Tensor]:
+    """The inverse of `translate`: `theirs` under our names and in our shapes; `target` is a state dict of ours.
+
+    Raises: CheckpointError that names the tensors that are missing in `what` or that it should not have.
+    """
+    wanted = {name: names[name] for name in target}
+    expected = dict.fromkeys((part for parts in wanted.values() for part in parts), torch.empty(0))
+    absent, unknown = sorted(expected.keys() - theirs.keys()), sorted(theirs.keys() - expected.keys())
+    if absent or unknown:
+        raise CheckpointError(
+            f"{what} does not fit its configuration: {len(absent)} tensors missing ({', '.join(absent[:4])}), "
+            f"{len(unknown)} not expected ({', '.join(unknown[:4])})"
+        )
+    ours = {
+        name: _reshaped(torch.cat([theirs[part] for part in parts]), target[name]) for name, parts in wanted.items()
+    }
+    difference = describe_difference(target, ours)
+    if difference:
+        raise CheckpointError(f"{what} does not fit its configuration: {difference}")
+    return ours
+
+
+def _reshaped(tensor: Tensor, like: Tensor) -> Tensor:
+    """`tensor` in the shape of `like` if the two are a linear layer and a 1x1 convolution, unchanged otherwise."""
+    if sorted((tensor.ndim, like.ndim)) == [2, 4] and tensor.shape[:2] == like.shape[:2]:
+        return tensor.reshape(like.shape) if tensor.numel() == like.numel() else tensor
+    return tensor
+
+
+def _spatial_transformer(ours: str, theirs: str, depth: int) -> NameMap:
+    modules = _prefixed(ours, theirs, {name: (name,) for name in ("norm", "proj_in", "proj_out")})
+    for index in range(depth):
+        modules |= _prefixed(f"{ours}.blocks.{index}", f"{theirs}.transformer_blocks.{index}", _TRANSFORMER_BLOCK)
+    return modules
+
+
+def _prefixed(ours: str, theirs: str, parts: NameMap) -> NameMap:
+    return {f"{ours}.{name}": tuple(f"{theirs}.{part}" for part in their_parts) for name, their_parts in parts.items()}
+
+
+def _tensor_names(modules: NameMap) -> NameMap:
+    """Rows for the weight and the bias of every module."""
+    return {
+        f"{name}.{leaf}": tuple(f"{part}.{leaf}" for part in parts)
+        for name, parts in modules.items()
+        for leaf in ("weight", "bias")
+    }

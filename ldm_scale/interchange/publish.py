@@ -1,0 +1,107 @@
+"""From a model in memory to a folder for others: written beside its place, read back, compared, then renamed."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from ldm_scale.conditioning.latent_diffusion import LatentDiffusion
+from ldm_scale.config.convert import config_to_dict
+from ldm_scale.config.schema import Config
+from ldm_scale.errors import CheckpointError
+from ldm_scale.interchange.artifact import (
+    DESCRIPTION,
+    Artifact,
+    DiffusionArtifact,
+    artifact_format,
+    fill_artifact_folder,
+    make_artifact,
+    make_diffusion_artifact,
+)
+from ldm_scale.interchange.load import read_source, require_diffusers
+from ldm_scale.interchange.model_card import Target, model_card
+from ldm_scale.interchange.safetensors_io import published_folder
+from ldm_scale.models.autoencoder import LatentStatistics
+from ldm_scale.models.build import build_autoencoder, build_seeded
+from ldm_scale.telemetry.log import get_logger
+
+CARD = "README.md"
+
+
+@dataclass(frozen=True)
+class Published:
+    """What was written."""
+
+    path: Path
+    target: Target
+    kind: str  # "autoencoder" or "diffusion"
+    content_hash: str
+    differences: dict[str, float]  # part -> |theirs - ours| / |ours|; empty for our own format
+
+
+def publish(artifact: Artifact | DiffusionArtifact, target: Target, out: Path) -> Published:
+    """What `out` holds from now on; an earlier export there is replaced.
+
+    Raises: ConfigError without the target's libraries; CheckpointError if `out` holds anything else, if the target
+    cannot hold the model, or if what was written does not compute the same. `out` is as before then.
+    """
+    log = get_logger()
+    if target == "diffusers":
+        require_diffusers()
+    with published_folder(out, may_replace=is_export) as folder:
+        log.info(f"writing {target} files for {out}")
+        if target == "diffusers":
+            # diffusers takes seconds to import: only what writes its format waits for it.
+            from ldm_scale.interchange.diffusers import fill_diffusers_folder
+            from ldm_scale.interchange.verify import measure_differences
+
+            fill_diffusers_folder(folder, artifact)
+            log.info("reading them back with diffusers and comparing outputs")
+            differences = measure_differences(folder, artifact)
+        else:
+            fill_artifact_folder(folder, artifact)
+            log.info("reading them back")
+            _require_same(folder, artifact)
+            differences = {}
+        (folder / CARD).write_text(model_card(artifact, target, differences), encoding="utf-8")
+    kind = "autoencoder" if isinstance(artifact, Artifact) else "diffusion"
+    return Published(out, target, kind, artifact.content_hash, differences)
+
+
+def is_export(folder: Path) -> bool:
+    """Whether `publish` wrote the folder (and not a training run, whose artifact must not be replaced by mistake)."""
+    return (folder / CARD).is_file() and ((folder / DESCRIPTION).is_file() or artifact_format(folder) is not None)
+
+
+def untrained_artifact(config: Config, seed: int) -> Artifact | DiffusionArtifact:
+    """The model of `config` as a run with train.seed = `seed` starts with it.
+
+    Its latent statistics are unmeasured; a diffusion model gets an autoencoder that is untrained too.
+    """
+    provenance = {
+        "images": 0,
+        "weights": f"untrained, seed {seed}",
+        "resolution": config.data.resolution,
+        "config": config_to_dict(config),
+    }
+    state = build_seeded(lambda: build_autoencoder(config.autoencoder), seed).state_dict()
+    autoencoder = make_artifact(state, config.autoencoder, LatentStatistics(), provenance)
+    if config.stage == "autoencoder":
+        return autoencoder
+    network = build_seeded(
+        lambda: LatentDiffusion(config.unet, config.conditioning, config.autoencoder.latent_channels), seed
+    )
+    return make_diffusion_artifact(
+        network.state_dict(),
+        autoencoder,
+        unet=config.unet,
+        conditioning=config.conditioning,
+        diffusion=config.diffusion,
+        sampling=config.sampling,
+        provenance=provenance,
+    )
+
+
+def _require_same(folder: Path, artifact: Artifact | DiffusionArtifact) -> None:
+    if read_source(folder).content_hash != artifact.content_hash:
+        raise CheckpointError(f"{folder} is read back with other content than was written; is the disk sound?")

@@ -1,0 +1,139 @@
+"""Tensors on disk, their content hash, and folders that appear complete or not at all."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from ldm_scale.errors import CheckpointError
+
+
+def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Nothing; `path` holds the tensors, contiguous, and is on the disk before this returns."""
+    # Other libraries refuse a file that does not say which framework it is for.
+    save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, path, metadata={"format": "pt"})
+    _sync(path)
+
+
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """All tensors of a safetensors file, on the CPU.
+
+    Raises: CheckpointError if the file is absent, cut short or something else.
+    """
+    if not path.is_file():
+        raise CheckpointError(f"{path} is missing: the folder is incomplete; export or copy it again")
+    try:
+        return load_file(path)
+    except SafetensorError as error:
+        raise CheckpointError(f"{path} cannot be read ({error}): it is damaged or cut short; copy it again") from error
+
+
+def write_json(path: Path, content: Mapping[str, Any]) -> None:
+    """Nothing; `path` holds `content`, readable by people, and is on the disk before this returns."""
+    path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    _sync(path)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The JSON object in `path`.
+
+    Raises: CheckpointError if the file is absent or holds anything else.
+    """
+    if not path.is_file():
+        raise CheckpointError(f"{path} is missing: the folder is incomplete; export or copy it again")
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise CheckpointError(f"{path} is not JSON ({error}): it is damaged; copy it again") from error
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{path} holds a {type(content).__name__}, expected a JSON object; copy it again")
+    return content
+
+
+def tensors_sha256(tensors: Mapping[str, Tensor]) -> str:
+    """Hash of names, types, shapes and values: the same for the same tensors in whatever order, file or layout."""
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        tensor = tensors[name].detach().cpu().contiguous()
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def json_sha256(content: Mapping[str, Any]) -> str:
+    """Hash of a JSON object: the same for the same content in whatever order and indentation."""
+    canonical = json.dumps(content, sort_keys=True, separators=(",", ":"), ensure_ascii=True)
+    return hashlib.sha256(canonical.encode()).hexdigest()
+
+
+def describe_difference(expected: Mapping[str, Tensor], found: Mapping[str, Tensor]) -> str:
+    """How names and shapes of two sets of tensors differ, in one line; "" if they do not."""
+    missing = sorted(expected.keys() - found.keys())
+    unknown = sorted(found.keys() - expected.keys())
+    reshaped = [
+        f"{name} {tuple(found[name].shape)} instead of {tuple(expected[name].shape)}"
+        for name in sorted(expected.keys() & found.keys())
+        if found[name].shape != expected[name].shape
+    ]
+    kinds = {"missing": missing, "not expected": unknown, "of another shape": reshaped}
+    return "; ".join(f"{len(names)} {kind} ({_shortened(names)})" for kind, names in kinds.items() if names)
+
+
+@contextmanager
+def published_folder(target: Path, may_replace: Callable[[Path], object]) -> Iterator[Path]:
+    """An empty folder beside `target` that takes its place when the block ends, and vanishes if the block fails.
+
+    A target that `may_replace` recognises is replaced. Between two renames it is absent for an instant (there is no
+    portable way to exchange two folders), but it is never seen half-written, and a crash in between leaves the old one
+    under a sibling name.
+    Raises: CheckpointError if there is something else, before the block runs.
+    """
+    if target.is_dir():
+        if any(target.iterdir()) and not may_replace(target):
+            raise CheckpointError(
+                f"{target} holds files that this command did not write and will not replace: give another folder, or "
+                "empty that one"
+            )
+    elif target.exists():
+        raise CheckpointError(f"{target} is a file, expected a folder to write: give another path")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".tmp", dir=target.parent))
+    try:
+        # mkdtemp makes it private; what is published follows the user's umask like any other folder.
+        content = temporary / "new"
+        content.mkdir()
+        yield content
+        _sync(content)
+        if target.exists():
+            target.rename(temporary / "old")
+        content.rename(target)
+        _sync(target.parent)
+    finally:
+        if (temporary / "old").exists() and not target.exists():
+            (temporary / "old").rename(target)
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _shortened(names: list[str], limit: int = 4) -> str:
+    more = f", and {len(names) - limit} more" if len(names) > limit else ""
+    return ", ".join(names[:limit]) + more
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

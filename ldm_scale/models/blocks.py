@@ -1,0 +1,68 @@
+"""Convolutional blocks that the UNet and the autoencoder share."""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ldm_scale.models.fused import GroupNorm
+
+
+class ResidualBlock(nn.Module):
+    """norm-SiLU-conv twice around a skip connection; the timestep shifts the features before the second norm.
+
+    Source: arXiv:2006.11239, appendix B (the DDPM block, in the form that VQGAN and LDM use).
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        norm_groups: int,
+        eps: float,
+        time_dim: int | None = None,
+        dropout: float = 0.0,
+    ) -> None:
+        super().__init__()
+        self.norm1 = GroupNorm(norm_groups, in_channels, eps)
+        self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
+        self.time_projection = nn.Linear(time_dim, out_channels) if time_dim is not None else None
+        self.norm2 = GroupNorm(norm_groups, out_channels, eps)
+        self.dropout = nn.Dropout(dropout)
+        self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
+        self.skip = nn.Conv2d(in_channels, out_channels, 1) if in_channels != out_channels else None
+
+    def forward(self, x: Tensor, time: Tensor | None = None) -> Tensor:
+        """Shapes: x (B, in, H, W), time (B, time_dim) already through its SiLU; returns (B, out, H, W)."""
+        shift = self.time_projection(time) if self.time_projection is not None else None
+        h = self.conv1(self.norm1(x))
+        h = self.conv2(self.dropout(self.norm2(h, sample_shift=shift)))
+        return (x if self.skip is None else self.skip(x)) + h  # type: ignore[no-any-return]
+
+
+class Downsample(nn.Module):
+    """Stride-2 3x3 convolution.
+
+    The autoencoder pads only right and below (the asymmetric padding of VQGAN), the UNet on all sides.
+    """
+
+    def __init__(self, channels: int, asymmetric: bool) -> None:
+        super().__init__()
+        self.asymmetric = asymmetric
+        self.conv = nn.Conv2d(channels, channels, 3, stride=2, padding=0 if asymmetric else 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Shapes: (B, C, H, W) to (B, C, H/2, W/2)."""
+        return self.conv(F.pad(x, (0, 1, 0, 1)) if self.asymmetric else x)  # type: ignore[no-any-return]
+
+
+class Upsample(nn.Module):
+    """Nearest-neighbour doubling followed by a 3x3 convolution."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Shapes: (B, C, H, W) to (B, C, 2H, 2W)."""
+        return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))  # type: ignore[no-any-return]

@@ -1,0 +1,80 @@
+"""`ldm-scale plan experiment=NAME [key=value ...] [--json]`: what a configuration amounts to, before anything runs."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Sequence
+
+from ldm_scale.config.compose import load_config
+from ldm_scale.config.schema import Config
+from ldm_scale.config.validate import validate_architecture
+from ldm_scale.planning.flops import NetworkSize, RunSize, measure_run
+
+
+def main(argv: Sequence[str]) -> int:
+    """0, after printing the table or, with --json, one JSON object."""
+    parser = argparse.ArgumentParser(
+        prog="ldm-scale plan", description="Parameters and forward FLOPs of a configuration."
+    )
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="such as experiment=sd2 data.resolution=256")
+    parser.add_argument("--json", action="store_true", help="print one JSON object instead of the table")
+    arguments = parser.parse_intermixed_args(argv)
+    config = load_config(arguments.overrides)
+    validate_architecture(config)
+    size = measure_run(config)
+    print(json.dumps(plan_dict(config, size)) if arguments.json else plan_table(config, size))
+    return 0
+
+
+def plan_dict(config: Config, size: RunSize) -> dict[str, object]:
+    """The plan for programs; keys of a network appear where the stage has it.
+
+    Units: FLOPs (2 x MAC) per image and forward pass.
+    """
+    plan: dict[str, object] = {
+        "experiment": config.experiment,
+        "stage": config.stage,
+        "resolution": config.data.resolution,
+        "latent_shape": list(size.latent_shape),
+        "forward_flops": size.trained.forward_flops,
+        "parameters": size.trained.parameters,
+        "autoencoder_parameters": size.autoencoder.parameters,
+        "encode_flops": size.encoder.forward_flops,
+        "decode_flops": size.decoder.forward_flops,
+    }
+    for name, network in (
+        ("unet", size.unet),
+        ("conditioner", size.conditioner),
+        ("discriminator", size.discriminator),
+    ):
+        if network is not None:
+            plan[f"{name}_parameters"] = network.parameters
+            plan[f"{name}_forward_flops"] = network.forward_flops
+    return plan
+
+
+def plan_table(config: Config, size: RunSize) -> str:
+    """The plan for people: one line per network, then what is trained."""
+    networks: list[tuple[str, NetworkSize | None]] = [
+        ("autoencoder encode", size.encoder),
+        ("autoencoder decode", size.decoder),
+        ("discriminator", size.discriminator),
+        ("text encoder", size.conditioner),
+        ("UNet", size.unet),
+    ]
+    channels, height, width = size.latent_shape
+    resolution = config.data.resolution
+    lines = [
+        f"{config.experiment or 'defaults'}: stage {config.stage}, {resolution}x{resolution} pixels, "
+        f"latents {channels}x{height}x{width} (f={config.autoencoder.downsampling_factor})",
+        f"{'network':<20}{'parameters':>16}{'forward GFLOP per image':>26}",
+    ]
+    lines += [_row(name, network) for name, network in networks if network is not None]
+    trained = "autoencoder" if size.unet is None else "UNet + text encoder"
+    lines.append(f"trained: {size.trained.parameters:,} parameters ({trained}); 1 multiply-add = 2 FLOP")
+    return "\n".join(lines)
+
+
+def _row(name: str, network: NetworkSize) -> str:
+    return f"{name:<20}{network.parameters:>16,}{network.forward_flops / 1e9:>26.2f}"

@@ -1,0 +1,1 @@
+"""What a run says while it works: log lines, TensorBoard and metrics.jsonl, images per second."""

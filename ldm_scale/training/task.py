@@ -1,0 +1,57 @@
+"""What the trainer asks of a stage. The two stages are `AutoencoderTask` and `DiffusionTask`."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from ldm_scale.config.schema import BatchPlan, Config
+from ldm_scale.data import Batch
+from ldm_scale.engine.checkpoint import Trained
+from ldm_scale.engine.env import Environment
+from ldm_scale.training.optimizer import learning_rate
+
+
+class Task(ABC):
+    """One stage's networks, objective, validation and product."""
+
+    def __init__(self, config: Config, plan: BatchPlan, environment: Environment) -> None:
+        self.config, self.plan, self.environment = config, plan, environment
+        self.trained: dict[str, Trained] = {}
+        self.autoencoder_hash = ""  # of the artifact that defines a diffusion model's latents
+
+    @abstractmethod
+    def accumulate(self, batches: Sequence[Batch], images: int) -> dict[str, Tensor]:
+        """Metrics of this rank, after the gradients of one optimizer step were accumulated.
+
+        `batches` are this rank's micro-batches of the step, `images` the images seen before it.
+        Collective: all ranks.
+        """
+
+    @abstractmethod
+    def update(self, images: int) -> dict[str, float]:
+        """Gradient norms and learning rates, after the optimizers and averages made their step.
+
+        `images` are the images seen before the step. Collective: all ranks.
+        """
+
+    @abstractmethod
+    def validate(self, images: int) -> dict[str, float]:
+        """Validation figures, equal on all ranks. Collective: all ranks."""
+
+    @abstractmethod
+    def pictures(self) -> dict[str, Tensor]:
+        """Named image batches (N, 3, H, W) in [-1, 1] to look at; filled on rank 0. Collective: all ranks."""
+
+    @abstractmethod
+    def finish(self, checkpoint: Path, images: int) -> dict[str, Any]:
+        """What the stage leaves behind, once its last checkpoint is written. Collective: all ranks."""
+
+    def lr(self, images: int, peak: float | None = None) -> float:
+        """Learning rate of the step that starts after `images` images."""
+        optimizer = self.config.optimizer
+        return learning_rate(optimizer, peak or optimizer.lr, images, self.config.train.total_images)

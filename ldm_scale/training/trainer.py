@@ -1,0 +1,258 @@
+"""The training loop: one order of events for both stages.
+
+Per step: gradients of one global batch, one reduction of metrics over the ranks (with the request to stop riding on
+it), refusal of anything that is not finite, then the update. Everything that happens now and then (validation,
+pictures, checkpoints) happens between steps, at image counts, on all ranks.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ldm_scale.config.convert import config_to_dict
+from ldm_scale.config.fit import batch_plan
+from ldm_scale.config.schema import BatchPlan, Config
+from ldm_scale.data import Batch, Loader, build_loader
+from ldm_scale.engine import collectives
+from ldm_scale.engine.checkpoint import latest_checkpoint, load_checkpoint, read_manifest, save_checkpoint
+from ldm_scale.engine.env import Environment
+from ldm_scale.engine.health import require_finite
+from ldm_scale.engine.preemption import StopRequest
+from ldm_scale.errors import CheckpointError, ConfigError
+from ldm_scale.telemetry.log import get_logger, say_once
+from ldm_scale.telemetry.tensorboard import ScalarWriter
+from ldm_scale.telemetry.throughput import TrainProgress
+from ldm_scale.training.state import TrainingState
+from ldm_scale.training.task import Task
+
+RESULT = "result.json"
+SHOWN_LOSSES = ("loss", "loss/l1", "loss/discriminator")  # beside the progress bar; all others are in TensorBoard
+# Settings that decide which images a step sees, and so what `cur_images` means.
+FIXED_KEYS = (
+    ("train", "seed"),
+    ("train", "global_batch"),
+    ("data", "resolution"),
+    ("data", "split"),
+    ("diffusion", "num_timesteps"),
+)
+
+
+class Trainer:
+    """Runs a task from where its run directory stands to `train.total_images`."""
+
+    def __init__(self, config: Config, task: Task, environment: Environment) -> None:
+        self.config, self.task, self.environment = config, task, environment
+        self.plan: BatchPlan = batch_plan(config, environment.world_size)
+        self.run_dir = Path(config.run_dir)
+        self.checkpoints = self.run_dir / "checkpoints"
+        self.state = TrainingState(autoencoder_hash=task.autoencoder_hash)
+        self.log = get_logger(environment.rank)
+        self._last_save_s = time.monotonic()
+        self._saved_images = -1
+
+    def run(self) -> bool:
+        """Whether the run reached its end (False: it was asked to stop and has saved). Collective: all ranks."""
+        self._resume()
+        if self._was_finished():
+            self.log.info(f"finished before, nothing to do; remove {self.run_dir / RESULT} to make the product again")
+            return True
+        writer = ScalarWriter(self.run_dir, self.environment.is_main, self.state.cur_images or None)
+        progress = TrainProgress(
+            self.config.train.total_images, self.state.cur_images, self.environment.is_main, self.config.stage
+        )
+        try:
+            with StopRequest() as stop:
+                loader = self._loader()
+                for batches in self._steps(loader):
+                    if self._step(batches, writer, progress, stop):
+                        self._save()
+                        cause = stop.signal_name or "another rank"
+                        self.log.info(
+                            f"stopped by {cause} at {self.state.cur_images} images; the same command continues there"
+                        )
+                        return False
+        finally:
+            progress.close()
+            writer.close()
+        self._save()
+        self._finish()
+        return True
+
+    def _steps(self, loader: Loader) -> Iterator[list[Batch]]:
+        """This rank's micro-batches of each remaining step."""
+        if self.state.cur_images >= self.config.train.total_images:
+            return
+        micro_batches = iter(loader)
+        while self.state.cur_images < self.config.train.total_images:
+            yield list(itertools.islice(micro_batches, self.plan.accumulation_steps))
+
+    def _step(self, batches: list[Batch], writer: ScalarWriter, progress: TrainProgress, stop: StopRequest) -> bool:
+        """Makes one step and what falls due after it; returns whether the run shall stop."""
+        started = time.perf_counter()
+        images = self.state.cur_images
+        metrics = self.task.accumulate(batches, images)
+        means, stopping = self._reduce(metrics, stop.requested, self._name_bad_samples(batches))
+        require_finite(means, self.state.step, images)
+        means |= self.task.update(images)
+        self.state.cur_images += self.plan.global_batch
+        self.state.step += 1
+        seconds = time.perf_counter() - started
+        self.state.training_s += seconds
+        progress.update(self.plan.global_batch, {k: v for k, v in means.items() if k in SHOWN_LOSSES})
+        if self._due(self.config.train.log_every_images):
+            rate = {"images_per_s": self.plan.global_batch / seconds, "bad_samples": float(self.state.bad_samples)}
+            writer.add_scalars(means | rate, self.state.cur_images)
+        if stopping:
+            return True
+        with progress.paused():
+            self._now_and_then(writer)
+        return False
+
+    def _now_and_then(self, writer: ScalarWriter) -> None:
+        """Validation, pictures and a checkpoint, where they fall due."""
+        if self._due(self.config.train.validate_every_images) or self._at_end():
+            writer.add_scalars(self.task.validate(self.state.cur_images), self.state.cur_images)
+        if self._due(self.config.train.sample_every_images) or self._at_end():
+            for name, images in self.task.pictures().items():
+                writer.add_image_grid(name, images, self.state.cur_images)
+        if self._save_is_due():
+            self._save_and_go_on()
+
+    def _reduce(self, metrics: dict[str, Tensor], stop: bool, bad: int) -> tuple[dict[str, float], bool]:
+        """Metrics averaged over the ranks, and whether any was asked to stop; counts the ranks' bad samples.
+
+        One all-reduce for all of it.
+        """
+        names = sorted(metrics)
+        values = [metrics[name].double() for name in names] + [torch.tensor(float(v)).double() for v in (stop, bad)]
+        means = collectives.mean_over_ranks(torch.stack(values).to(self.environment.device)).tolist()
+        self.state.bad_samples += round(means[-1] * self.environment.world_size)
+        return dict(zip(names, means[:-2], strict=True)), means[-2] > 0
+
+    def _name_bad_samples(self, batches: list[Batch]) -> int:
+        """Number of samples that this rank skipped to make the batches; each is named once in the log."""
+        records = [record for batch in batches for record in batch.bad]
+        for key, reason in records:
+            say_once(f"bad sample {key}", f"skipped sample {key}: {reason}; another takes its place")
+        return len(records)
+
+    def _due(self, every_images: int) -> bool:
+        """Whether the last step crossed a multiple of `every_images`; 0 is never."""
+        if every_images <= 0:
+            return False
+        now = self.state.cur_images
+        return now // every_images > (now - self.plan.global_batch) // every_images
+
+    def _at_end(self) -> bool:
+        return self.state.cur_images >= self.config.train.total_images
+
+    def _save_is_due(self) -> bool:
+        every_s = self.config.train.checkpoint_every_s
+        overdue = every_s > 0 and time.monotonic() - self._last_save_s > every_s
+        return self._due(self.config.train.checkpoint_every_images) or collectives.any_rank(
+            overdue, self.environment.device
+        )
+
+    def _save_and_go_on(self) -> None:
+        try:
+            self._save()
+        except CheckpointError as error:
+            self.log.error(f"{error}; training goes on")
+            self._last_save_s = time.monotonic()
+
+    def _save(self) -> None:
+        if self._saved_images == self.state.cur_images:
+            return
+        save_checkpoint(
+            self.checkpoints,
+            self.state.cur_images,
+            self.task.trained,
+            self.state.to_dict(),
+            config_to_dict(self.config),
+            self.config.train.keep_checkpoints,
+        )
+        self._saved_images = self.state.cur_images
+        self._last_save_s = time.monotonic()
+
+    def _resume(self) -> None:
+        """Continues from the newest checkpoint of the run directory, which rank 0 chooses for all."""
+        path = collectives.broadcast_object(latest_checkpoint(self.checkpoints) if self.environment.is_main else None)
+        if path is None:
+            self.log.info(f"starting from scratch in {self.run_dir}")
+            return
+        manifest = read_manifest(path)
+        _require_same_run(path, manifest["config"], config_to_dict(self.config))
+        _require_same_artifact(path, manifest["state"]["autoencoder_hash"], self.task.autoencoder_hash, self.config)
+        self.state = TrainingState.from_dict(load_checkpoint(path, self.task.trained))
+        self._saved_images = self.state.cur_images
+        self.log.info(f"continuing at {self.state.cur_images} images from {path}")
+
+    def _was_finished(self) -> bool:
+        """Whether the product of these images exists already.
+
+        Making it again could change the last digit of the latent statistics (other ranks sum in another order) and so
+        the artifact's hash, on which the runs of stage 2 insist. Collective: all ranks.
+        """
+        finished = False
+        if self.environment.is_main and self._at_end():
+            try:
+                finished = json.loads((self.run_dir / RESULT).read_text())["images"] == self.state.cur_images
+            except (OSError, ValueError, KeyError):
+                finished = False
+        return bool(collectives.broadcast_object(finished))
+
+    def _loader(self) -> Loader:
+        return build_loader(
+            self.config.data,
+            seed=self.config.train.seed,
+            global_batch=self.plan.global_batch,
+            micro_batch=self.plan.micro_batch,
+            rank=self.environment.rank,
+            world_size=self.environment.world_size,
+            start_image=self.state.cur_images,
+        )
+
+    def _finish(self) -> None:
+        path = self.checkpoints / f"images-{self.state.cur_images:010d}"
+        report = self.task.finish(path, self.state.cur_images)
+        report |= {"images": self.state.cur_images, "steps": self.state.step, "training_s": self.state.training_s}
+        if self.environment.is_main:
+            (self.run_dir / RESULT).write_text(json.dumps(report, indent=2) + "\n")
+        self.log.info(f"finished: {', '.join(f'{key}={value}' for key, value in report.items())}")
+
+
+def _require_same_run(path: Path, saved: dict[str, Any], given: dict[str, Any]) -> None:
+    """Returns if the checkpoint's run is the one that is configured.
+
+    Raises: ConfigError naming the first keys that differ.
+    """
+    differences = [
+        f"{section}.{key}: {saved[section][key]} saved, {given[section][key]} given"
+        for section, key in FIXED_KEYS
+        if saved[section][key] != given[section][key]
+    ]
+    if differences:
+        raise ConfigError(
+            f"the run in {path.parent.parent} was started with other settings ({'; '.join(differences)}); set them "
+            "as before, or give another run_dir"
+        )
+
+
+def _require_same_artifact(path: Path, saved: str, given: str, config: Config) -> None:
+    """Returns if the checkpoint's latents are those of the artifact.
+
+    Raises: CheckpointError naming both.
+    """
+    if saved != given:
+        raise CheckpointError(
+            f"{path} was trained on the autoencoder {saved[:12]}, artifact={config.artifact} is {given[:12]}: the "
+            "latents of one mean nothing to the other; put the old artifact back, or give another run_dir"
+        )

@@ -1,0 +1,66 @@
+"""Every experiment composes, validates, keeps its header's promises and builds on the meta device."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+
+from ldm_scale.config.compose import CONFIG_DIR, list_choices, list_experiments, list_groups, load_config
+from ldm_scale.config.convert import config_from_dict, config_to_dict
+from ldm_scale.config.validate import validate
+from ldm_scale.planning.flops import measure_run
+
+# What only a user can give.
+GIVEN = ("data.manifest=data/manifest.json", "artifact=runs/autoencoder/artifact")
+HEADER_FIELDS = ("Purpose:", "Command:", "Hardware:", "Hours:", "Expected:")
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+@pytest.mark.parametrize("name", list_experiments())
+def test_experiment_composes_and_validates(name: str, world_size: int) -> None:
+    config = load_config([f"experiment={name}", *GIVEN])
+    validate(config, world_size=world_size)
+    assert (config.experiment, config.run_dir) == (name, f"runs/{name}")
+    assert config_from_dict(config_to_dict(config)) == config
+
+
+@pytest.mark.parametrize("name", list_experiments())
+def test_experiment_builds_on_meta(name: str) -> None:
+    config = load_config([f"experiment={name}"])
+    size = measure_run(config)
+    assert size.latent_shape[0] == config.autoencoder.latent_channels
+    assert size.latent_shape[1] * config.autoencoder.downsampling_factor == config.data.resolution
+    assert (size.unet is None) == (config.stage == "autoencoder")
+    assert size.trained.parameters > 0
+    assert size.trained.forward_flops > 0
+
+
+@pytest.mark.parametrize("name", list_experiments())
+def test_experiment_tells_what_it_is_for(name: str) -> None:
+    header = [
+        line
+        for line in (CONFIG_DIR / "experiment" / f"{name}.yaml").read_text().splitlines()
+        if line.startswith("# ") and not line.startswith("# @package")
+    ]
+    found = [field for line in header for field in HEADER_FIELDS if line.startswith(f"# {field}")]
+    assert found == list(HEADER_FIELDS)
+    assert re.search(rf"\bexperiment={name}\b|make demo", "\n".join(header))
+
+
+@pytest.mark.parametrize(
+    ("group", "name"),
+    [(group, name) for group in list_groups() if group != "experiment" for name in list_choices(group)],
+)
+def test_every_file_of_a_group_fits_the_schema(group: str, name: str) -> None:
+    load_config([f"{group}={name}"])
+
+
+@pytest.mark.parametrize(
+    ("first", "second"), [("demo_autoencoder", "demo_text"), ("openmoji_autoencoder", "openmoji_text")]
+)
+def test_the_second_stage_fits_the_first(first: str, second: str) -> None:
+    autoencoder, text = load_config([f"experiment={first}"]), load_config([f"experiment={second}"])
+    assert text.autoencoder == autoencoder.autoencoder
+    assert text.artifact == f"{autoencoder.run_dir}/artifact"
+    assert text.data.resolution == autoencoder.data.resolution

@@ -1,0 +1,397 @@
+"""Checkpoints: read by any number of ranks at any stage, exact, refused when damaged, never half written."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import random
+import shutil
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors import SafetensorError
+from torch import Tensor, nn
+
+from ldm_scale.config.convert import config_to_dict
+from ldm_scale.config.schema import Config, EmaConfig
+from ldm_scale.engine import checkpoint, collectives, env
+from ldm_scale.engine.checkpoint import (
+    Trained,
+    latest_checkpoint,
+    load_checkpoint,
+    read_full_tensors,
+    read_manifest,
+    save_checkpoint,
+)
+from ldm_scale.engine.ema import ShardedEma
+from ldm_scale.engine.zero import MOMENTS
+from ldm_scale.errors import CheckpointError
+from ldm_scale.operations.train import train
+from ldm_scale.training import trainer
+from tests.helpers.ranks import run_ranks
+from tests.helpers.runs import tiny_artifact, tiny_config
+from tests.helpers.sharded import (
+    BATCH,
+    Network,
+    masters,
+    max_difference,
+    moments,
+    network,
+    predict,
+    sharded,
+    train_step,
+    whole,
+)
+from tests.helpers.shards import make_dataset
+
+EMA = EmaConfig(half_life_images=10.0, warmup_ratio=0.0)
+STATE = {"cur_images": 16, "note": "as it was given"}
+
+
+def _start(module: nn.Module, stage: int, precision: str = "fp32") -> dict[str, Trained]:
+    model = sharded(module, stage, precision)
+    return {"net": Trained(model, ShardedEma(model, EMA))}
+
+
+def _content(item: Trained) -> dict[str, dict[str, Tensor]]:
+    assert item.ema is not None
+    kinds = {key: moments(item.model, key) for key in MOMENTS}
+    return kinds | {"weight": masters(item.model), "ema": whole(item.model, item.ema.values)[0]}
+
+
+def _train(item: Trained, steps: range) -> None:
+    assert item.ema is not None
+    for step in steps:
+        train_step(item.model, step, 1e-2)
+        item.ema.update((step + 1) * BATCH, BATCH)
+
+
+def _save(root: Path, images: int, trained: dict[str, Trained], keep: int = 9) -> Path:
+    return save_checkpoint(root, images, trained, STATE, config_to_dict(Config()), keep)
+
+
+def _train_and_save(root: Path, stage: int, precision: str) -> dict[str, Any]:
+    trained = _start(network(), stage, precision)
+    _train(trained["net"], range(2))
+    path = _save(root, 16, trained)
+    return {"path": path, "content": _content(trained["net"]), "prediction": predict(trained["net"].model)}
+
+
+def _load(path: Path, stage: int, precision: str) -> dict[str, Any]:
+    trained = _start(network(seed=12), stage, precision)
+    state = load_checkpoint(path, trained)
+    model = trained["net"].model
+    report = {"state": state, "content": _content(trained["net"]), "prediction": predict(model)}
+    return report | {"steps": model.optimizer_steps}
+
+
+@pytest.mark.parametrize(
+    ("saved", "loaded", "precision"),
+    [
+        ((2, 2), (1, 0), "fp32"),
+        ((2, 2), (2, 3), "fp32"),
+        ((2, 2), (1, 1), "fp32"),
+        ((2, 3), (1, 2), "fp32"),
+        ((2, 0), (2, 1), "fp32"),
+        ((1, 1), (2, 0), "fp32"),
+        ((1, 0), (2, 3), "fp32"),
+        ((2, 3), (2, 0), "bf16"),
+        ((2, 0), (1, 2), "bf16"),
+    ],
+)
+def test_any_ranks_and_stage_read_what_any_other_wrote(
+    tmp_path: Path, saved: tuple[int, int], loaded: tuple[int, int], precision: str
+) -> None:
+    written = run_ranks(_train_and_save, saved[0], tmp_path, saved[1], precision)[0]
+    content = written["content"]
+    for weights, kind in (("raw", "weight"), ("ema", "ema")):
+        assert max_difference(read_full_tensors(written["path"], "net", weights), content[kind]) == 0
+    for report in run_ranks(_load, loaded[0], written["path"], loaded[1], precision):
+        assert report["state"] == STATE
+        assert report["steps"] == 2
+        assert report["content"].keys() == content.keys()
+        for kind, tensors in content.items():
+            assert max_difference(report["content"][kind], tensors) == 0, kind
+            assert max(float(tensor.abs().max()) for tensor in tensors.values()) > 0, f"{kind} is all zero"
+        assert torch.allclose(report["prediction"], written["prediction"], rtol=0, atol=1e-6)
+
+
+def _train_run(config: Config) -> bool:
+    return train(config, env.read_launch())
+
+
+@pytest.mark.parametrize(("stage", "ranks", "zero_stage"), [("autoencoder", 2, 2), ("diffusion", 2, 3)])
+def test_a_resumed_run_equals_an_unbroken_one_bit_for_bit(
+    tmp_path: Path, stage: str, ranks: int, zero_stage: int
+) -> None:
+    manifest = make_dataset(tmp_path / "data", num_samples=20, resolution=20)
+    tiny_artifact(tmp_path / "artifact")
+    run, unbroken = tmp_path / "run", tmp_path / "unbroken"
+    cadence = {"total_images": 32, "checkpoint_every_images": 16}
+    config = tiny_config(
+        stage,
+        manifest,
+        run,
+        zero={"stage": zero_stage},
+        train=cadence,
+        autoencoder_loss={"discriminator_start_images": 8},
+        optimizer={"warmup_images": 8, "decay": "cosine"},
+        sampling={"prompts": ("a",)},
+    )
+    assert run_ranks(_train_run, ranks, config) == [True] * ranks
+    run.rename(unbroken)
+    shutil.copytree(unbroken / "checkpoints" / "images-0000000016", run / "checkpoints" / "images-0000000016")
+    assert run_ranks(_train_run, ranks, config) == [True] * ranks
+
+    first, second = (folder / "checkpoints" / "images-0000000032" for folder in (unbroken, run))
+    before, after = read_manifest(first), read_manifest(second)
+    assert after["state"] | {"training_s": 0} == before["state"] | {"training_s": 0}
+    assert after["models"] == before["models"], "other tensors, pieces or optimizer steps"
+    assert {name: r["crc32"] for name, r in after["files"].items()} == {
+        name: r["crc32"] for name, r in before["files"].items()
+    }
+    results = [json.loads((folder / "result.json").read_text()) for folder in (unbroken, run)]
+    assert results[0].pop("training_s") > 0
+    assert results[1].pop("training_s") > 0
+    if stage == "diffusion":  # the path is that of the folder that was renamed
+        assert results[0] == results[1]
+    else:
+        assert results[0]["hash"] == results[1]["hash"]
+
+
+def _save_often(root: Path) -> list[list[str]]:
+    trained = _start(network(), 1)
+    left = []
+    for images in (0, 8, 16, 1_000_000_000):
+        _save(root, images, trained, keep=2)
+        left.append(sorted(path.name for path in root.iterdir()))
+    _save(root, 1_000_000_000, trained, keep=2)  # the same count again
+    left.append(sorted(path.name for path in root.iterdir()))
+    return left
+
+
+def test_old_checkpoints_and_what_a_killed_save_left_are_removed(tmp_path: Path) -> None:
+    killed = tmp_path / ".tmp-images-0000000004"
+    killed.mkdir()
+    (killed / "rank-00000.safetensors").write_bytes(b"half")
+    (tmp_path / "images-0000000012").mkdir()  # not ours to judge: no manifest
+    lists = run_ranks(_save_often, 1, tmp_path)[0]
+    names = [f"images-{n:010d}" for n in (0, 8, 16, 1_000_000_000)]
+    other = "images-0000000012"
+    assert lists == [sorted([*kept, other]) for kept in ([names[0]], names[0:2], names[1:3], names[2:4], names[2:4])]
+    assert latest_checkpoint(tmp_path) == tmp_path / names[3]
+    assert read_full_tensors(tmp_path / names[3], "net", "raw").keys() == dict(network().named_parameters()).keys()
+
+
+def test_the_latest_checkpoint_is_the_newest_with_a_manifest(tmp_path: Path) -> None:
+    assert latest_checkpoint(tmp_path / "nowhere") is None
+    assert latest_checkpoint(tmp_path) is None
+    for images in (900, 10_000, 20_000):
+        (tmp_path / f"images-{images:010d}").mkdir()
+    assert latest_checkpoint(tmp_path) is None
+    for images in (900, 10_000):
+        (tmp_path / f"images-{images:010d}" / "manifest.json").write_text("{}")
+    assert latest_checkpoint(tmp_path) == tmp_path / "images-0000010000"
+
+
+@pytest.fixture(scope="module")
+def intact(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return Path(run_ranks(_train_and_save, 2, tmp_path_factory.mktemp("intact"), 2, "fp32")[0]["path"])
+
+
+def _cut(path: Path, size: int) -> None:
+    os.truncate(path, size)
+
+
+def _flip(path: Path, offset: int) -> None:
+    content = bytearray(path.read_bytes())
+    content[offset] ^= 1
+    path.write_bytes(content)
+
+
+RANK_1 = "rank-00001.safetensors"
+DAMAGES: dict[str, tuple[str, Callable[[Path], object]]] = {
+    "a file cut by a byte": (RANK_1, lambda p: _cut(p, p.stat().st_size - 1)),
+    "an empty file": (RANK_1, lambda p: _cut(p, 0)),
+    "a missing file": (RANK_1, Path.unlink),
+    "a flipped bit in the values": (RANK_1, lambda p: _flip(p, p.stat().st_size - 3)),
+    "a flipped bit in the header": (RANK_1, lambda p: _flip(p, 20)),
+    "half a manifest": ("manifest.json", lambda p: _cut(p, p.stat().st_size // 2)),
+    "an empty manifest": ("manifest.json", lambda p: _cut(p, 0)),
+    "a missing manifest": ("manifest.json", Path.unlink),
+    "a manifest of another program": ("manifest.json", lambda p: p.write_text('{"format": "other", "version": 1}')),
+    "a manifest that is a list": ("manifest.json", lambda p: p.write_text("[]")),
+}
+
+
+def _loading_errors(paths: Sequence[Path]) -> list[str]:
+    trained = _start(network(), 1)
+    errors = []
+    for path in paths:
+        try:
+            load_checkpoint(path, trained)
+        except CheckpointError as error:
+            errors.append(str(error))
+        else:
+            errors.append("loaded")
+    return errors
+
+
+def test_damaged_checkpoints_are_refused_with_the_files_name(tmp_path: Path, intact: Path) -> None:
+    paths = []
+    for name, (file, damage) in DAMAGES.items():
+        paths.append(tmp_path / name / intact.name)
+        shutil.copytree(intact, paths[-1])
+        damage(paths[-1] / file)
+    loading = run_ranks(_loading_errors, 1, [*paths, intact])[0]
+    assert loading.pop() == "loaded"
+    for (name, (file, _)), path, message in zip(DAMAGES.items(), paths, loading, strict=True):
+        expected = "has no manifest.json" if name == "a missing manifest" else str(path / file)
+        assert expected in message, f"{name}: {message}"
+        with pytest.raises(CheckpointError) as caught:
+            read_full_tensors(path, "net", "raw")
+        assert expected in str(caught.value), name
+
+
+def test_no_changed_byte_of_a_manifest_passes(tmp_path: Path, intact: Path) -> None:
+    path = tmp_path / intact.name
+    shutil.copytree(intact, path)
+    manifest = path / "manifest.json"
+    original = manifest.read_bytes()
+    rng = random.Random(0)
+    for _ in range(300):
+        content = bytearray(original)
+        content[rng.randrange(len(content))] ^= 1 << rng.randrange(8)
+        manifest.write_bytes(content)
+        with pytest.raises(CheckpointError, match=r"manifest\.json"):
+            read_manifest(path)
+    manifest.write_bytes(original)
+    assert read_manifest(path)["state"] == STATE
+
+
+class _Deeper(Network):
+    def __init__(self) -> None:
+        super().__init__()
+        self.middle = nn.Linear(7, 7)
+
+
+def _misfits(path: Path) -> list[str]:
+    messages = []
+    for module, name in ((Network(width=9), "net"), (_Deeper(), "net"), (nn.Linear(5, 1), "net"), (network(), "other")):
+        try:
+            load_checkpoint(path, {name: Trained(sharded(module, 1))})
+        except CheckpointError as error:
+            messages.append(str(error))
+    return messages
+
+
+def test_another_architecture_is_refused_with_the_tensors_names(intact: Path) -> None:
+    wider, deeper, other, model = run_ranks(_misfits, 1, intact)[0]
+    assert all(str(intact) in message for message in (wider, deeper, other, model))
+    assert "first.weight: (7, 5) saved, (9, 5) configured" in wider
+    assert "missing middle.bias, middle.weight" in deeper
+    assert "missing bias, weight; unknown first.bias, first.weight, last.bias" in other
+    assert "holds net, not other" in model
+    with pytest.raises(CheckpointError, match="holds net, not other"):
+        read_full_tensors(intact, "other", "raw")
+
+
+def _without_average(root: Path) -> Path:
+    return _save(root, 16, {"net": Trained(_start(network(), 0)["net"].model)})
+
+
+def test_without_an_average_the_weights_take_its_place(tmp_path: Path) -> None:
+    path = run_ranks(_without_average, 2, tmp_path)[0]
+    with pytest.raises(CheckpointError, match=r"no EMA of net .*half_life_images"):
+        read_full_tensors(path, "net", "ema")
+    content = run_ranks(_load, 1, path, 0, "fp32")[0]["content"]
+    assert max_difference(content["ema"], content["weight"]) == 0
+    assert max_difference(content["weight"], dict(network().named_parameters())) == 0
+
+
+def _fail(error: Exception) -> Callable[..., None]:
+    def raising(*args: Any) -> None:
+        raise error
+
+    return raising
+
+
+NO_SPACE = OSError(28, "No space left on device")
+SAFETENSORS = SafetensorError("I/O error: No space left on device (os error 28)")
+
+
+def _failing_save(root: Path, broken_rank: int, broken: str, error: Exception) -> str:
+    """What a save says of which one rank fails, after one that worked and before another."""
+    trained = _start(network(), 2)
+    _train(trained["net"], range(1))
+    _save(root, 8, trained)
+    _train(trained["net"], range(1, 2))
+    working = getattr(checkpoint, broken)
+    if trained["net"].model.environment.rank == broken_rank:
+        setattr(checkpoint, broken, _fail(error))
+    message = "saved"
+    try:
+        _save(root, 16, trained)
+    except CheckpointError as caught:
+        message = str(caught)
+    left = sorted(path.name for path in root.iterdir())
+    assert left == ["images-0000000008"], left
+    collectives.barrier()
+    setattr(checkpoint, broken, working)
+    _save(root, 24, trained)
+    return message
+
+
+@pytest.mark.parametrize(
+    ("rank", "broken", "error"),
+    [(1, "save_file", NO_SPACE), (1, "save_file", SAFETENSORS), (0, "save_file", NO_SPACE), (0, "_sync", NO_SPACE)],
+)
+def test_a_save_that_cannot_write_fails_on_all_ranks_and_leaves_nothing(
+    tmp_path: Path, rank: int, broken: str, error: Exception
+) -> None:
+    for message in run_ranks(_failing_save, 2, tmp_path, rank, broken, error):
+        assert str(tmp_path / "images-0000000016") in message
+        assert f"rank {rank}: " in message
+        assert "No space left on device" in message
+    for images in (8, 24):
+        read_full_tensors(tmp_path / f"images-{images:010d}", "net", "ema")
+
+
+def _save_into(root: Path) -> str:
+    try:
+        _save(root, 8, _start(network(), 1))
+    except CheckpointError as error:
+        return str(error)
+    return "saved"
+
+
+def test_a_folder_that_cannot_be_made_fails_on_all_ranks(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("in the way")
+    for message in run_ranks(_save_into, 2, tmp_path / "file" / "checkpoints"):
+        assert "rank 0: " in message
+        assert "Not a directory" in message
+
+
+def _train_with_one_failing_save(config: Config) -> bool:
+    def once_failing(*args: Any) -> Path:
+        setattr(trainer, "save_checkpoint", save_checkpoint)  # noqa: B010
+        raise CheckpointError("checkpoint not written")
+
+    setattr(trainer, "save_checkpoint", once_failing)  # noqa: B010
+    return _train_run(config)
+
+
+def test_training_goes_on_after_a_save_that_failed(tmp_path: Path) -> None:
+    manifest = make_dataset(tmp_path / "data", num_samples=16, resolution=20)
+    tiny_artifact(tmp_path / "artifact")
+    config = tiny_config("diffusion", manifest, tmp_path / "run", train={"total_images": 24})
+    config = dataclasses.replace(config, train=dataclasses.replace(config.train, checkpoint_every_images=8))
+    assert run_ranks(_train_with_one_failing_save, 1, config) == [True]
+    assert sorted(path.name for path in (tmp_path / "run" / "checkpoints").iterdir()) == [
+        "images-0000000016",
+        "images-0000000024",
+    ]

@@ -1,0 +1,172 @@
+"""One rank, two ranks and every ZeRO stage train the same model, given equal global batches (fp32).
+
+Stage 2 is followed over 20 steps. Stage 1 is chaotic (signs of L1, Adam on gradients near zero), so a correct program's
+free-running losses drift apart; there one step is compared, from a common checkpoint, at four moments of training.
+"""
+
+from __future__ import annotations
+
+import itertools
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from deepspeed.utils import safe_get_full_grad
+
+from ldm_scale.config.convert import config_to_dict
+from ldm_scale.config.fit import batch_plan
+from ldm_scale.config.schema import Config
+from ldm_scale.data import build_loader
+from ldm_scale.engine import env
+from ldm_scale.engine.checkpoint import load_checkpoint, save_checkpoint
+from ldm_scale.engine.collectives import mean_over_ranks
+from ldm_scale.training.autoencoder_step import AutoencoderTask
+from ldm_scale.training.diffusion_step import DiffusionTask
+from ldm_scale.training.task import Task
+from tests.helpers.ranks import run_ranks
+from tests.helpers.runs import set_random_outputs, tiny_artifact, tiny_config
+from tests.helpers.shards import make_dataset
+
+STEPS = 20
+START = 32  # images at which the discriminator starts, in the stage 1 runs
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("equivalence")
+    make_dataset(path / "data", num_samples=24, resolution=20)
+    tiny_artifact(path / "artifact")
+    return path
+
+
+def _config(folder: Path, stage: str, zero_stage: int, **sections: dict[str, Any]) -> Config:
+    return tiny_config(stage, folder / "data" / "manifest.json", folder / "run", zero={"stage": zero_stage}, **sections)
+
+
+def _start(config: Config) -> tuple[Task, Any]:
+    launch = env.read_launch()
+    environment = env.start(launch, config.train)
+    plan = batch_plan(config, launch.world_size)
+    task = (AutoencoderTask if config.stage == "autoencoder" else DiffusionTask)(config, plan, environment)
+    return task, environment
+
+
+def _batches(task: Task, start_image: int) -> Any:
+    loader = build_loader(
+        task.config.data,
+        seed=task.config.train.seed,
+        global_batch=task.plan.global_batch,
+        micro_batch=task.plan.micro_batch,
+        rank=task.environment.rank,
+        world_size=task.environment.world_size,
+        start_image=start_image,
+    )
+    stream = iter(loader)
+    while True:
+        yield list(itertools.islice(stream, task.plan.accumulation_steps))
+
+
+def _diffusion_losses(config: Config) -> list[float]:
+    task, _ = _start(config)
+    losses = []
+    for step, batches in zip(range(STEPS), _batches(task, 0), strict=False):
+        metrics = task.accumulate(batches, step * 8)
+        losses.append(float(mean_over_ranks(metrics["loss"])))
+        task.update(step * 8)
+    return losses
+
+
+@pytest.fixture(scope="module")
+def reference_losses(folder: Path) -> list[float]:
+    return run_ranks(_diffusion_losses, 1, _config(folder, "diffusion", 0))[0]
+
+
+@pytest.mark.parametrize(("ranks", "zero_stage"), [(1, 2), (2, 0), (2, 1), (2, 2), (2, 3)])
+def test_diffusion_losses_do_not_depend_on_ranks_or_stage(
+    folder: Path, reference_losses: list[float], ranks: int, zero_stage: int
+) -> None:
+    for losses in run_ranks(_diffusion_losses, ranks, _config(folder, "diffusion", zero_stage)):
+        assert losses == pytest.approx(reference_losses, rel=1e-5)
+    assert reference_losses[-1] < reference_losses[0], "20 steps did not lower the loss: the comparison shows nothing"
+
+
+def test_accumulation_equals_a_large_batch(folder: Path, reference_losses: list[float]) -> None:
+    config = _config(folder, "diffusion", 1, train={"micro_batch": 2})
+    assert run_ranks(_diffusion_losses, 1, config)[0] == pytest.approx(reference_losses, rel=1e-5)
+
+
+def _train_and_save(config: Config, images: tuple[int, ...], root: Path) -> None:
+    """Writes checkpoints of a free-running stage 1 at these image counts."""
+    task, _ = _start(config)
+    assert isinstance(task, AutoencoderTask)
+    set_random_outputs(task.network, seed=3)
+    stream = _batches(task, 0)
+    for seen in range(0, max(images) + 1, 8):
+        if seen in images:
+            save_checkpoint(root / str(seen), seen, task.trained, {}, config_to_dict(config), keep=1)
+        task.accumulate(next(stream), seen)
+        task.update(seen)
+
+
+def _one_step(config: Config, images: int, root: Path) -> dict[str, Any]:
+    """Losses and full gradients of the step that follows a checkpoint."""
+    task, _ = _start(config)
+    load_checkpoint(root / str(images) / f"images-{images:010d}", task.trained)
+    metrics = task.accumulate(next(_batches(task, images)), images)
+    gradients: dict[str, dict[str, torch.Tensor]] = {}
+    for model, trained in task.trained.items():
+        if model == "discriminator" and not task.adversarial_active(images):  # type: ignore[attr-defined]
+            continue
+        gradients[model] = {}
+        for name, parameter in trained.model.module.named_parameters():
+            gradient = safe_get_full_grad(parameter)
+            assert gradient is not None, f"{model}.{name} has no gradient"
+            gradients[model][name] = gradient.clone()
+    return {"metrics": {k: float(mean_over_ranks(v)) for k, v in metrics.items()}, "gradients": gradients}
+
+
+MOMENTS = (0, START - 8, START, START + 50 * 8)
+LOSS = {"discriminator_start_images": START}
+
+
+@pytest.fixture(scope="module")
+def stage1_checkpoints(folder: Path) -> Path:
+    run_ranks(_train_and_save, 1, _config(folder, "autoencoder", 0, autoencoder_loss=LOSS), MOMENTS, folder / "stage1")
+    return folder / "stage1"
+
+
+@pytest.fixture(scope="module")
+def reference_steps(folder: Path, stage1_checkpoints: Path) -> dict[int, dict[str, Any]]:
+    config = _config(folder, "autoencoder", 0, autoencoder_loss=LOSS)
+    return {images: run_ranks(_one_step, 1, config, images, stage1_checkpoints)[0] for images in MOMENTS}
+
+
+@pytest.mark.parametrize("images", MOMENTS)
+@pytest.mark.parametrize(
+    ("ranks", "zero_stage", "micro_batch"), [(2, 0, 4), (2, 1, 4), (2, 2, 2), (2, 3, 4), (1, 1, 2)]
+)
+def test_autoencoder_step_does_not_depend_on_ranks_or_stage(
+    folder: Path,
+    stage1_checkpoints: Path,
+    reference_steps: dict[int, dict[str, Any]],
+    images: int,
+    ranks: int,
+    zero_stage: int,
+    micro_batch: int,
+) -> None:
+    expected = reference_steps[images]
+    config = _config(folder, "autoencoder", zero_stage, autoencoder_loss=LOSS, train={"micro_batch": micro_batch})
+    actual = run_ranks(_one_step, ranks, config, images, stage1_checkpoints)[0]
+
+    assert ("adaptive_weight" in expected["metrics"]) == (images >= START)
+    for name, value in expected["metrics"].items():
+        tolerance = 1e-4 if name == "adaptive_weight" else 1e-6
+        assert actual["metrics"][name] == pytest.approx(value, rel=tolerance, abs=1e-7), name
+    assert actual["gradients"].keys() == expected["gradients"].keys()
+    for model, gradients in expected["gradients"].items():
+        # Gradients that cancel to zero (the last bias's, when the discriminator starts) have no norm of their own.
+        floor = 1e-7 * torch.nn.utils.get_total_norm(list(gradients.values()))
+        for name, gradient in gradients.items():
+            error = torch.linalg.vector_norm(actual["gradients"][model][name] - gradient)
+            assert error <= 1e-5 * torch.linalg.vector_norm(gradient) + floor, f"{model}.{name}"

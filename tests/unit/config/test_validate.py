@@ -1,0 +1,139 @@
+"""Rules across fields: each breach is named with its key, and correct neighbours pass."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+
+import pytest
+
+from ldm_scale.config.compose import load_config
+from ldm_scale.config.convert import config_to_dict
+from ldm_scale.config.fit import batch_plan, check_artifact_fits
+from ldm_scale.config.ranges import _RANGES
+from ldm_scale.config.schema import BatchPlan, Config
+from ldm_scale.config.validate import validate, validate_architecture
+from ldm_scale.errors import ConfigError
+
+TEXT = ("experiment=demo_text", "data.manifest=m.json", "artifact=a")
+AUTOENCODER = ("experiment=demo_autoencoder", "data.manifest=m.json")
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (
+            ["train.global_batch=33"],
+            "train.global_batch=33 does not divide by the 2 ranks of this run; set train.global_batch to a multiple of "
+            "2 (32 or 34)",
+        ),
+        (["train.global_batch=1"], "set train.global_batch to a multiple of 2 (2)"),
+        (["train.micro_batch=5"], "train.micro_batch=5 does not divide the 16 images of each rank"),
+        (["train.micro_batch=32"], "set train.micro_batch=16, or null"),
+        (["data.resolution=33"], "data.resolution=33 does not divide by the autoencoder's f=4"),
+        (["data.resolution=40"], "set data.resolution to a multiple of 16 (32 or 48)"),
+        (["unet.norm_groups=24"], "unet.norm_groups=24 does not divide the 64 channels"),
+        (["autoencoder.norm_groups=24"], "autoencoder.norm_groups=24 does not divide the 32 channels"),
+        (["unet.head_dim=48"], "unet.head_dim=48 does not divide the 128 channels of level 1"),
+        (["unet.head_dim=null", "unet.num_heads=3"], "unet.num_heads=3 does not divide the 128 channels of level 1"),
+        (["unet.num_heads=4"], "unet.head_dim=32 and unet.num_heads=4: exactly one must be set"),
+        (["unet.head_dim=null"], "unet.head_dim=null and unet.num_heads=null: exactly one must be set"),
+        (["unet.attention_levels=[0,3]"], "level 3 does not exist"),
+        (["unet.attention_levels=[-1]"], "level -1 does not exist"),
+        (["unet.attention_levels=[2,1]"], "must rise, without repetition; write [1, 2]"),
+        (["unet.channel_multipliers=[]"], "must have at least one level"),
+        (["unet.channel_multipliers=[1,0,2]"], "unet.channel_multipliers=[1, 0, 2]: must be at least 1"),
+        (["conditioning.num_heads=3"], "conditioning.width=128 does not divide by conditioning.num_heads=3"),
+        (["conditioning.max_tokens=2"], "conditioning.max_tokens=2: must be at least 3"),
+        (["conditioning.vocab_size=49407"], "set conditioning.vocab_size=49408"),
+        (["conditioning.drop_probability=1.5"], "must be at least 0 and at most 1"),
+        (["zero.stage=4"], "zero.stage=4: must be at least 0 and at most 3"),
+        (["zero.discriminator_stage=2"], "zero.discriminator_stage=2: must be at least 0 and at most 1"),
+        (["optimizer.betas=[0.9,1.0]"], "optimizer.betas=[0.9, 1.0]: must be at least 0 and below 1"),
+        (["optimizer.lr=0"], "optimizer.lr=0.0: must be above 0"),
+        (["optimizer.warmup_images=40000000"], "is not below train.total_images"),
+        (["diffusion.beta_start=0.5"], "diffusion.beta_start=0.5 must be below diffusion.beta_end=0.012"),
+        (["sampling.num_steps=1001"], "sampling.num_steps=1001 exceeds diffusion.num_timesteps=1000"),
+        (["artifact="], "stage=diffusion works in the latent space of a trained autoencoder"),
+        (["data.manifest="], "data.manifest='': training needs a data set"),
+    ],
+)
+def test_breaches_are_one_line(overrides: list[str], message: str) -> None:
+    config = load_config([*TEXT, *overrides])
+    with pytest.raises(ConfigError, match=re.escape(message)) as caught:
+        validate(config, world_size=2)
+    assert "\n" not in str(caught.value)
+
+
+def test_run_folder_is_needed() -> None:
+    with pytest.raises(ConfigError, match="run_dir='': a run needs a folder"):
+        validate(load_config(["data.manifest=m.json", "artifact=a"]), world_size=1)
+
+
+def test_discriminator_must_fit_the_resolution() -> None:
+    overrides = [*AUTOENCODER, "autoencoder_loss.discriminator_layers=4"]
+    with pytest.raises(ConfigError, match=r"it needs 48 pixels"):
+        validate(load_config(overrides), world_size=1)
+    validate(load_config([*overrides, "autoencoder_loss.adversarial_weight=0"]), world_size=1)
+    validate(load_config([*overrides, "data.resolution=48"]), world_size=1)
+
+
+def test_stage_1_does_not_care_about_the_unet() -> None:
+    validate(load_config([*AUTOENCODER, "unet.norm_groups=7", "data.resolution=36"]), world_size=1)
+
+
+def test_plan_needs_neither_data_nor_artifact_nor_ranks() -> None:
+    validate_architecture(load_config(["experiment=sd2"]))
+
+
+def test_bf16_on_the_cpu_is_allowed() -> None:
+    validate(load_config([*TEXT, "train.device=cpu", "train.precision=bf16"]), world_size=1)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "world_size", "expected"),
+    [
+        ([], 1, BatchPlan(micro_batch=32, accumulation_steps=1, global_batch=32)),
+        ([], 4, BatchPlan(micro_batch=8, accumulation_steps=1, global_batch=32)),
+        (["train.micro_batch=4"], 2, BatchPlan(micro_batch=4, accumulation_steps=4, global_batch=32)),
+        (["train.global_batch=30", "train.micro_batch=5"], 3, BatchPlan(5, 2, 30)),
+    ],
+)
+def test_batch_plan(overrides: list[str], world_size: int, expected: BatchPlan) -> None:
+    plan = batch_plan(load_config([*TEXT, *overrides]), world_size)
+    assert plan == expected
+    assert plan.micro_batch * plan.accumulation_steps * world_size == plan.global_batch
+
+
+def test_artifact_must_be_of_the_configured_autoencoder() -> None:
+    config = load_config(list(TEXT))
+    check_artifact_fits(config, f=4, latent_channels=4)
+    with pytest.raises(ConfigError, match=r"artifact=a has f=8, the config's autoencoder has f=4"):
+        check_artifact_fits(config, f=8, latent_channels=4)
+    with pytest.raises(ConfigError, match=r"latents of 3 channels, the config says autoencoder\.latent_channels=4"):
+        check_artifact_fits(config, f=4, latent_channels=3)
+
+
+def _number_keys(section: dict[str, object], prefix: str = "") -> set[str]:
+    keys = set()
+    for name, value in section.items():
+        if isinstance(value, dict):
+            keys |= _number_keys(value, f"{prefix}{name}.")
+        elif isinstance(value, int | float | list) and not isinstance(value, bool) and name != "prompts":
+            keys.add(f"{prefix}{name}")
+    return keys
+
+
+def test_every_number_of_the_schema_has_bounds() -> None:
+    bounded = {key for rule in _RANGES for key in rule.keys}
+    # Bounded elsewhere: by the number of levels, and by the tokenizer.
+    elsewhere = {"unet.attention_levels", "conditioning.max_tokens", "conditioning.vocab_size"}
+    assert _number_keys(config_to_dict(Config())) - bounded == elsewhere
+
+
+def test_every_bound_names_a_field_once() -> None:
+    keys = [key for rule in _RANGES for key in rule.keys]
+    assert len(keys) == len(set(keys))
+    for key in keys:
+        section, name = key.split(".")
+        assert name in {field.name for field in dataclasses.fields(getattr(Config(), section))}

@@ -1,0 +1,198 @@
+from __future__ import annotations
+
+import contextlib
+import io
+import struct
+import zlib
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from ldm_scale.data.decode import NO_CLASS, DecodeSettings, crop_box, decode_image, decode_sample, open_rgb, to_pixels
+from ldm_scale.data.policy import BadSample
+from tests.helpers.shards import png
+
+PLAIN = DecodeSettings(resolution=8)
+
+
+def _save(image: Image.Image, form: str, **options: object) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, format=form, **options)
+    return buffer.getvalue()
+
+
+def _png_16_bit(width: int, height: int, color_type: int, row: bytes) -> bytes:
+    """A PNG with 16 bits a channel, from the format's definition (Pillow writes only grey ones)."""
+
+    def chunk(kind: bytes, body: bytes) -> bytes:
+        return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
+
+    header = struct.pack(">IIBBBBB", width, height, 16, color_type, 0, 0, 0)
+    pixels = zlib.compress((b"\0" + row) * height)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", pixels) + chunk(b"IEND", b"")
+
+
+def _palette_with_transparency() -> bytes:
+    image = Image.new("P", (2, 1))
+    image.putpalette([255, 0, 0, 0, 255, 0])
+    image.putdata([0, 1])
+    return _save(image, "PNG", transparency=1)
+
+
+RED, WHITE = (255, 0, 0), (255, 255, 255)
+
+
+@pytest.mark.parametrize(
+    ("data", "expected"),
+    [
+        (png(Image.new("L", (2, 1), 100)), [(100,) * 3, (100,) * 3]),
+        (png(Image.new("1", (2, 1), 1)), [WHITE, WHITE]),
+        (png(Image.new("RGBA", (2, 1), (255, 0, 0, 0))), [WHITE, WHITE]),
+        (png(Image.new("RGBA", (2, 1), (0, 0, 0, 51))), [(204,) * 3, (204,) * 3]),
+        (png(Image.new("LA", (2, 1), (0, 51))), [(204,) * 3, (204,) * 3]),
+        (_palette_with_transparency(), [RED, WHITE]),
+        (_save(Image.new("RGB", (2, 1), RED), "PNG", transparency=RED), [WHITE, WHITE]),
+        (_png_16_bit(2, 1, 0, struct.pack(">HH", 0, 257 * 200)), [(0,) * 3, (200,) * 3]),
+        (_png_16_bit(2, 1, 2, struct.pack(">6H", 65535, 0, 0, 0, 0, 65535)), [RED, (0, 0, 255)]),
+        (_save(Image.new("RGB", (2, 1), RED), "WEBP", lossless=True), [RED, RED]),
+    ],
+    ids=["grey", "bilevel", "clear", "translucent", "grey-alpha", "palette", "colour-key", "grey-16", "rgb-16", "webp"],
+)
+def test_any_kind_of_picture_becomes_rgb_on_white(data: bytes, expected: list[tuple[int, ...]]) -> None:
+    image = open_rgb(data)
+    assert image.mode == "RGB"
+    assert [image.getpixel((x, 0)) for x in range(2)] == expected
+
+
+def test_cmyk_becomes_its_colour() -> None:
+    image = open_rgb(_save(Image.new("CMYK", (16, 16), (0, 255, 255, 0)), "JPEG", quality=100))
+    assert np.abs(np.asarray(image, dtype=int) - RED).max() < 40
+
+
+def test_a_photograph_is_turned_upright() -> None:
+    upright = Image.new("RGB", (32, 16), "white")
+    upright.paste("black", (0, 0, 8, 16))
+    exif = Image.Exif()
+    exif[0x0112] = 6  # stored turned: the viewer rotates it clockwise by a quarter
+    stored = upright.transpose(Image.Transpose.ROTATE_90)
+    image = open_rgb(_save(stored, "JPEG", exif=exif, quality=95))
+    assert image.size == (32, 16)
+    assert np.abs(np.asarray(image, dtype=int) - np.asarray(upright, dtype=int)).max() < 30
+
+
+@pytest.mark.parametrize("damage", ["empty", "text", "cut", "flipped"])
+@pytest.mark.parametrize("form", ["PNG", "JPEG", "WEBP"])
+def test_damaged_pictures_are_bad_samples(damage: str, form: str) -> None:
+    noise = np.random.default_rng(0).integers(0, 256, (32, 32, 3), dtype=np.uint8)
+    data = bytearray(_save(Image.fromarray(noise), form))
+    if damage == "empty":
+        data = bytearray()
+    elif damage == "text":
+        data = bytearray(b"<html>not found</html>")
+    elif damage == "cut":
+        data = data[: len(data) // 2]
+    else:
+        data[:32] = bytes(byte ^ 0xFF for byte in data[:32])
+    with pytest.raises(BadSample, match="image does not decode"):
+        open_rgb(bytes(data))
+
+
+def test_random_bytes_in_a_picture_never_raise_anything_else() -> None:
+    rng = np.random.default_rng(0)
+    noise = rng.integers(0, 256, (8, 8, 3), dtype=np.uint8)
+    for form in ("PNG", "JPEG", "WEBP"):
+        whole = _save(Image.fromarray(noise), form)
+        for _ in range(150):
+            data = bytearray(whole)
+            for at in rng.integers(0, len(data), 4):
+                data[at] = rng.integers(0, 256)
+            with contextlib.suppress(BadSample):
+                open_rgb(bytes(data))
+
+
+def test_without_augmentation_the_largest_centred_square_is_shown() -> None:
+    rng = np.random.default_rng(1)
+    array = rng.integers(0, 256, (20, 41, 3), dtype=np.uint8)
+    expected = Image.fromarray(array).resize((8, 8), Image.Resampling.BICUBIC, box=(10.5, 0.0, 30.5, 20.0))
+    for settings in (PLAIN, DecodeSettings(8, crop_scale_min=0.5, horizontal_flip=True, augment=False)):
+        assert np.array_equal(decode_image(png(Image.fromarray(array)), settings, 3, "k"), np.asarray(expected))
+
+
+def test_a_picture_of_the_right_size_stays_as_it_is() -> None:
+    array = np.random.default_rng(1).integers(0, 256, (8, 8, 3), dtype=np.uint8)
+    assert np.array_equal(decode_image(png(Image.fromarray(array)), PLAIN, 0, "k"), array)
+
+
+def test_random_crops_stay_inside_have_the_asked_sizes_and_depend_on_seed_position_and_key() -> None:
+    settings = DecodeSettings(8, crop_scale_min=0.5, horizontal_flip=True, seed=1)
+    boxes = [crop_box(30, 20, settings, position, "a/b") for position in range(2000)]
+    sides = np.array([right - left for (left, _, right, _), _ in boxes])
+    assert all(0 <= left < right <= 30 and 0 <= top < bottom <= 20 for (left, top, right, bottom), _ in boxes)
+    assert np.allclose(sides, [bottom - top for (_, top, _, bottom), _ in boxes])
+    assert 10 <= sides.min() < 10.1
+    assert 19.9 < sides.max() <= 20
+    assert abs(sides.mean() - 15) < 0.3
+    assert abs(np.mean([mirror for _, mirror in boxes]) - 0.5) < 0.05
+    assert boxes[7] == crop_box(30, 20, settings, 7, "a/b")
+    assert len({boxes[7], crop_box(30, 20, settings, 7, "a/c"), crop_box(30, 20, settings, 8, "a/b")}) == 3
+    assert boxes[7] != crop_box(30, 20, DecodeSettings(8, 0.5, True, seed=2), 7, "a/b")
+
+
+def test_a_mirrored_picture_is_the_mirror_image() -> None:
+    settings = DecodeSettings(8, horizontal_flip=True)
+    data = png(Image.fromarray(np.random.default_rng(2).integers(0, 256, (16, 16, 3), dtype=np.uint8)))
+    plain = decode_image(data, PLAIN, 0, "k")
+    seen = {crop_box(16, 16, settings, p, "k")[1]: decode_image(data, settings, p, "k") for p in range(20)}
+    assert np.array_equal(seen[False], plain)
+    assert np.array_equal(seen[True], plain[:, ::-1])
+
+
+def test_pixels_span_minus_one_to_one() -> None:
+    pixels = to_pixels(np.array([[[[0, 255, 51]]]], dtype=np.uint8))
+    assert pixels.shape == (1, 3, 1, 1)
+    assert pixels.dtype == torch.float32
+    assert pixels.flatten().tolist() == pytest.approx([-1.0, 1.0, -0.6], abs=1e-6)
+    assert to_pixels(np.zeros((2, 4, 4, 3), np.uint8)).is_contiguous(memory_format=torch.channels_last)
+
+
+IMAGE = png(Image.new("RGB", (4, 4)))
+NAMES = {"bar": 0, "foo": 1}
+
+
+@pytest.mark.parametrize(
+    ("members", "caption", "label"),
+    [
+        ({"txt": "caf\u00e9 \U0001f34e\n".encode(), "cls": b"1\n"}, "caf\u00e9 \U0001f34e", 1),
+        ({"json": b'{"caption": "from json", "class": 0}'}, "from json", 0),
+        ({"txt": b"text wins", "json": b'{"caption": "json", "class": "foo"}'}, "text wins", 1),
+        ({"json": b'{"caption": null}'}, "", NO_CLASS),
+        ({}, "", NO_CLASS),
+    ],
+)
+def test_captions_and_classes(members: dict[str, bytes], caption: str, label: int) -> None:
+    sample = decode_sample({"__key__": "s/k", "png": IMAGE, **members}, PLAIN, NAMES, 5)
+    assert (sample.caption, sample.label, sample.key, sample.position) == (caption, label, "s/k", 5)
+
+
+@pytest.mark.parametrize(
+    ("members", "reason"),
+    [
+        ({"png": IMAGE, "txt": b"\xff\xfe"}, "caption is not UTF-8"),
+        ({"png": IMAGE, "json": b"{"}, "metadata is not JSON"),
+        ({"png": IMAGE, "json": b'{"caption": "\xff"}'}, "metadata is not JSON"),
+        ({"png": IMAGE, "json": b"[]"}, "metadata is not a JSON object"),
+        ({"png": IMAGE, "json": b'{"caption": 3}'}, "caption is not a string"),
+        ({"png": IMAGE, "json": b'{"class": 2}'}, "class is not in the manifest's list"),
+        ({"png": IMAGE, "json": b'{"class": -1}'}, "class is not in the manifest's list"),
+        ({"png": IMAGE, "cls": b"baz"}, "class is not in the manifest's list"),
+        ({"png": IMAGE, "json": b'{"class": [1]}'}, "class is neither a number nor a name"),
+        ({"png": b"junk"}, "image does not decode"),
+        ({"txt": b"words"}, "no image (png, jpg, jpeg, webp)"),
+    ],
+)
+def test_bad_samples_say_why(members: dict[str, bytes], reason: str) -> None:
+    with pytest.raises(BadSample) as caught:
+        decode_sample({"__key__": "s/k", **members}, PLAIN, NAMES, 0)
+    assert str(caught.value) == reason

@@ -1,0 +1,241 @@
+"""Images of a user: a folder of pictures, tars of other programs, and the command line around them."""
+
+from __future__ import annotations
+
+import io
+import json
+import tarfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from ldm_scale.config.schema import DataConfig
+from ldm_scale.data import build_loader, open_manifest
+from ldm_scale.data.sources.image_folder import list_images, prepare_image_folder, sample_name
+from ldm_scale.data.sources.tars import index_tars
+from ldm_scale.errors import DataError
+from ldm_scale.prepare import main
+from tests.helpers.shards import make_dataset, png, write_tar
+
+
+def _bytes(member: bytes | str) -> bytes:
+    assert isinstance(member, bytes)
+    return member
+
+
+@pytest.fixture
+def pictures(tmp_path: Path) -> Path:
+    folder = tmp_path / "pets"
+    (folder / "big-dogs" / "old").mkdir(parents=True)
+    (folder / "cats").mkdir()
+    (folder / ".cache").mkdir()
+    for name, color in (
+        ("cats/a.b.png", "red"),
+        ("cats/c.JPG", "blue"),
+        ("big-dogs/old/rex.webp", "green"),
+        ("root.png", "white"),
+    ):
+        image = Image.new("RGB", (40, 20), "black")
+        image.paste(color, (10, 0, 30, 20))
+        image.save(folder / name)
+    Image.new("RGB", (4, 4)).save(folder / ".cache" / "thumb.png")
+    (folder / "cats" / "c.txt").write_text("a blue caf\u00e9 cat\n")
+    (folder / "notes.md").write_text("no image")
+    return folder
+
+
+def test_a_folder_becomes_captioned_classified_squares(tmp_path: Path, pictures: Path) -> None:
+    prepared = prepare_image_folder(pictures, tmp_path / "out", 8, 0.0, 100)
+    assert prepared.manifest["classes"] == ["big-dogs", "cats", "pets"]
+    dataset = open_manifest(prepared.manifest_path, "train")
+    samples = {json.loads(raw["json"])["file"]: raw for raw in (dataset.read(n) for n in range(dataset.num_samples))}
+    captions = {name: _bytes(raw["txt"]).decode() for name, raw in samples.items()}
+    assert captions == {
+        "big-dogs/old/rex.webp": "big dogs",
+        "cats/a.b.png": "cats",
+        "cats/c.JPG": "a blue caf\u00e9 cat",
+        "root.png": "pets",
+    }
+    assert json.loads(samples["cats/c.JPG"]["json"])["class"] == 1
+    red = np.asarray(Image.open(io.BytesIO(_bytes(samples["cats/a.b.png"]["png"]))))
+    assert red.shape == (8, 8, 3)
+    assert (red[:, 2:-2] == (255, 0, 0)).all()
+    loader = build_loader(
+        DataConfig(manifest=str(prepared.manifest_path), resolution=8, num_workers=0),
+        seed=0,
+        global_batch=4,
+        micro_batch=4,
+        rank=0,
+        world_size=1,
+        num_epochs=1,
+    )
+    assert sorted(next(iter(loader)).classes.tolist()) == [0, 1, 1, 2]
+    assert prepare_image_folder(pictures, tmp_path / "out", 8, 0.0, 100).reused
+
+
+def test_names_of_samples_are_safe_unique_and_stable() -> None:
+    names = [sample_name(path) for path in ("a/b.png", "a/b.jpg", "a-b.png", "a/\u00e9 .x.png", "l" * 300 + ".png")]
+    assert len(set(names)) == 5
+    assert all(len(name) < 90 and set(name.lower()) <= set("abcdefghijklmnopqrstuvwxyz0123456789-") for name in names)
+    assert names[0] == "a-b-821a184674"
+
+
+def test_bad_images_are_left_out_counted_and_named(
+    tmp_path: Path, pictures: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (pictures / "cats" / "broken.png").write_bytes(b"junk")
+    (pictures / "cats" / "latin.png").write_bytes(png(Image.new("RGB", (4, 4))))
+    (pictures / "cats" / "latin.txt").write_bytes(b"caf\xe9")
+    assert (
+        main(
+            ["image-folder", str(pictures), "--resolution", "8", "--out", str(tmp_path / "o"), "--heldout-percent", "0"]
+        )
+        == 0
+    )
+    out = capsys.readouterr().out
+    assert "(train 4 samples)" in out
+    assert "left out: 1 (image does not decode)" in out
+    assert "cats/broken.png: image does not decode" in out
+    assert "cats/latin.png: caption is not UTF-8" in out
+
+
+def test_a_folder_with_no_usable_image(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="no such folder"):
+        prepare_image_folder(tmp_path / "none", tmp_path / "o", 8, 0.0, 10)
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(DataError, match="no images below it; looked for png, jpg, jpeg, webp"):
+        prepare_image_folder(tmp_path / "empty", tmp_path / "o", 8, 0.0, 10)
+    (tmp_path / "empty" / "x.png").write_bytes(b"junk")
+    with pytest.raises(DataError, match=r"none of 1 images can be used; x.png: image does not decode"):
+        prepare_image_folder(tmp_path / "empty", tmp_path / "o", 8, 0.0, 10)
+    assert not (tmp_path / "o").exists()
+
+
+def test_a_changed_folder_is_another_request(tmp_path: Path, pictures: Path) -> None:
+    prepare_image_folder(pictures, tmp_path / "o", 8, 0.0, 10)
+    old = (pictures / "root.png").read_bytes()
+    Image.new("RGB", (90, 90)).save(pictures / "root.png")
+    with pytest.raises(DataError, match="listing="):
+        prepare_image_folder(pictures, tmp_path / "o", 8, 0.0, 10)
+    (pictures / "root.png").write_bytes(old)
+    assert prepare_image_folder(pictures, tmp_path / "o", 8, 0.0, 10).reused
+    Image.new("RGB", (9, 9)).save(pictures / "new.png")
+    with pytest.raises(DataError, match="listing="):
+        prepare_image_folder(pictures, tmp_path / "o", 8, 0.0, 10)
+    assert "new.png" in list_images(pictures)
+
+
+def test_foreign_tars_are_indexed_where_they_lie(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    far, near = tmp_path / "far", tmp_path / "near"
+    far.mkdir()
+    near.mkdir()
+    image = png(Image.new("RGB", (20, 10), "red"))
+    jpeg = io.BytesIO()
+    Image.new("RGB", (20, 10), "red").save(jpeg, format="JPEG")
+    # As img2dataset writes them: number, jpg, txt and a json with the caption among much else.
+    first = write_tar(
+        far / "00000.tar",
+        [("000000000", {"jpg": jpeg.getvalue(), "json": b'{"caption": "one", "url": "u"}', "txt": b"one"})],
+    )
+    second = write_tar(
+        near / "00001.tar",
+        [("./d.1/x", {"PNG": image, "cls": b"7"}), ("__meta__/x", {"json": b"{}"}), ("plain", {"cls": b"2"})],
+    )
+    with tarfile.open(second, "a") as archive:
+        directory = tarfile.TarInfo("dir")
+        directory.type = tarfile.DIRTYPE
+        archive.addfile(directory)
+    before = [path.read_bytes() for path in (first, second)]
+    arguments = ["index", str(second), str(first), "--out", str(near / "m.json"), "--json"]
+    assert main(arguments) == 0
+    result = json.loads(capsys.readouterr().out)
+    assert (result["status"], result["splits"]) == ("written", {"train": 3})
+    assert [path.read_bytes() for path in (first, second)] == before
+    assert sorted(path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*.json")) == [
+        "near/00001.index.json",
+        "near/m.index/00000.index.json",
+        "near/m.json",
+    ]
+    manifest = json.loads((near / "m.json").read_text())
+    assert manifest["classes"] == [str(n) for n in range(8)]
+    dataset = open_manifest(near / "m.json", "train")
+    assert [dataset.key(n) for n in range(3)] == ["00000/000000000", "00001/./d.1/x", "00001/plain"]
+    assert dataset.read(1)["png"] == image
+    assert main(arguments) == 0
+    assert json.loads(capsys.readouterr().out)["status"] == "reused"
+
+
+def test_a_second_split_joins_the_manifest(tmp_path: Path) -> None:
+    pixel = png(Image.new("RGB", (2, 2)))
+    one = write_tar(tmp_path / "one.tar", [("a", {"png": pixel, "cls": b"dog"})])
+    two = write_tar(tmp_path / "two.tar", [("a", {"png": pixel, "cls": b"cat"})])
+    index_tars([one], tmp_path / "m.json", "train")
+    index_tars([two], tmp_path / "m.json", "heldout")
+    assert open_manifest(tmp_path / "m.json", "train").read(0)["cls"] == b"dog"
+    assert open_manifest(tmp_path / "m.json", "heldout").class_names == ("cat", "dog")
+    assert index_tars([one], tmp_path / "m.json", "train").reused
+    with pytest.raises(DataError, match="already has a split 'train'"):
+        index_tars([two], tmp_path / "m.json", "train")
+    with pytest.raises(DataError, match="a second shard with the name one"):
+        index_tars([one], tmp_path / "m.json", "third")
+
+
+def test_tars_that_cannot_be_indexed(tmp_path: Path) -> None:
+    pixel = png(Image.new("RGB", (2, 2)))
+    out = tmp_path / "m.json"
+    with pytest.raises(DataError, match=r"missing.tar: cannot be read \(No such file"):
+        index_tars([tmp_path / "missing.tar"], out, "train")
+    with pytest.raises(DataError, match="no image in it"):
+        index_tars([write_tar(tmp_path / "a.tar", [("a", {"txt": b"x"})])], out, "train")
+    mixed = write_tar(tmp_path / "b.tar", [(n, {"png": pixel, "cls": c}) for n, c in (("a", b"dog"), ("b", b"3"))])
+    with pytest.raises(DataError, match="sample b has class 3, others have a name"):
+        index_tars([mixed], out, "train")
+    with pytest.raises(DataError, match="class numbers are below"):
+        index_tars([write_tar(tmp_path / "c.tar", [("a", {"png": pixel, "cls": b"99999999"})])], out, "train")
+    assert not out.exists()
+
+
+def test_a_manifest_of_another_source_is_not_added_to(tmp_path: Path) -> None:
+    assert main(["openmoji", "--subset", "demo", "--resolution", "8", "--out", str(tmp_path / "o")]) == 0
+    tar = write_tar(tmp_path / "x.tar", [("a", {"png": png(Image.new("RGB", (2, 2)))})])
+    with pytest.raises(DataError, match="not made by `ldm-scale prepare index`"):
+        index_tars([tar], tmp_path / "o" / "manifest.json", "extra")
+
+
+def test_the_command_says_what_it_did(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["openmoji", "--subset", "demo", "--resolution", "8", "--out", str(tmp_path / "o")]
+    assert main(arguments) == 0
+    first = capsys.readouterr()
+    assert first.out.startswith(f"written: {tmp_path}/o/manifest.json (train 64 samples)")
+    assert "CC BY-SA 4.0" in first.out
+    assert "images/s" in first.err
+    assert main(arguments) == 0
+    assert capsys.readouterr().out.startswith("reused: ")
+    assert main([*arguments, "--json"]) == 0
+    result = json.loads(capsys.readouterr().out)
+    assert result["status"] == "reused"
+    assert result["splits"] == {"train": 64}
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["--resolution", "0"],
+        ["--resolution", "8", "--heldout-percent", "100"],
+        ["--resolution", "8", "--samples-per-shard", "0"],
+    ],
+)
+def test_impossible_arguments_end_with_usage(arguments: list[str], tmp_path: Path) -> None:
+    with pytest.raises(SystemExit) as caught:
+        main(["openmoji", "--out", str(tmp_path / "o"), *arguments])
+    assert caught.value.code == 2
+
+
+def test_the_helper_of_other_tests_makes_what_it_promises(tmp_path: Path) -> None:
+    manifest = make_dataset(tmp_path, num_samples=10, samples_per_shard=4, splits=("train", "heldout"))
+    for split in ("train", "heldout"):
+        dataset = open_manifest(manifest, split)
+        assert dataset.num_samples == 10
+        assert [shard.num_samples for shard in dataset.shards] == [4, 4, 2]

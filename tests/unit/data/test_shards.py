@@ -1,0 +1,239 @@
+from __future__ import annotations
+
+import io
+import json
+import tarfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import webdataset as wds
+from PIL import Image
+
+from ldm_scale.data.indexing import index_tar
+from ldm_scale.data.shards import open_manifest
+from ldm_scale.data.sources.tars import index_tars
+from ldm_scale.errors import DataError
+from tests.helpers.shards import make_dataset, png, write_tar
+
+PIXEL = png(Image.new("RGB", (4, 4), "red"))
+
+
+def _edit(path: Path, change: Callable[[Any], None]) -> None:
+    content = json.loads(path.read_text())
+    change(content)
+    path.write_text(json.dumps(content))
+
+
+def _bytes_of(archive: tarfile.TarFile, member: tarfile.TarInfo) -> bytes:
+    stream = archive.extractfile(member)
+    assert stream is not None
+    return stream.read()
+
+
+def test_every_sample_reads_back_as_the_standard_library_and_webdataset_see_it(tmp_path: Path) -> None:
+    manifest = make_dataset(tmp_path, num_samples=20, samples_per_shard=8)
+    dataset = open_manifest(manifest, "train")
+    assert dataset.num_samples == 20
+    assert dataset.class_names == ("0", "1", "2")
+    number = 0
+    for shard in sorted(tmp_path.glob("*.tar")):
+        with tarfile.open(shard) as archive:
+            content = {member.name: _bytes_of(archive, member) for member in archive}
+        for seen in wds.WebDataset(str(shard), shardshuffle=False, empty_check=False):
+            sample = dataset.read(number)
+            assert sample["__key__"] == f"{shard.stem}/{seen['__key__']}" == dataset.key(number)
+            for extension in ("png", "txt", "json"):
+                assert sample[extension] == seen[extension] == content[f"{seen['__key__']}.{extension}"]
+            number += 1
+    assert number == 20
+
+
+def test_many_more_shards_than_open_files_read_well(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("ldm_scale.data.shards._MAX_OPEN_FILES", 2)
+    dataset = open_manifest(make_dataset(tmp_path, num_samples=12, samples_per_shard=2), "train")
+    keys = [dataset.read(number)["__key__"] for number in (0, 4, 8, 0, 10, 2, 6, 4)]
+    assert keys == [dataset.key(number) for number in (0, 4, 8, 0, 10, 2, 6, 4)]
+    assert len(dataset._files) == 2
+
+
+@pytest.mark.parametrize("name", ["d/" * 60 + "x" * 90, "caf\u00e9", "a" * 120])
+def test_long_and_foreign_names_read_back(tmp_path: Path, name: str) -> None:
+    for tar_format in (tarfile.GNU_FORMAT, tarfile.PAX_FORMAT):
+        path = tmp_path / f"s{tar_format}.tar"
+        with tarfile.open(path, "w", format=tar_format) as archive:
+            info = tarfile.TarInfo(f"{name}.png")
+            info.size = len(PIXEL)
+            archive.addfile(info, io.BytesIO(PIXEL))
+        index_tars([path], tmp_path / f"m{tar_format}.json", "train")
+        sample = open_manifest(tmp_path / f"m{tar_format}.json", "train").read(0)
+        assert sample == {"__key__": f"{path.stem}/{name}", "png": PIXEL}
+
+
+def test_no_manifest_at_the_path(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"nothing/manifest.json: no manifest here; no shards lie in .* data.manifest"):
+        open_manifest(tmp_path / "nothing" / "manifest.json", "train")
+
+
+def test_shards_without_a_manifest_are_told_how_to_get_one(tmp_path: Path) -> None:
+    write_tar(tmp_path / "a.tar", [("x", {"png": PIXEL})])
+    with pytest.raises(DataError, match=r"no manifest here; 1 tars lie in its folder: `ldm-scale prepare index"):
+        open_manifest(tmp_path / "manifest.json", "train")
+
+
+def test_no_shards_in_the_split(tmp_path: Path) -> None:
+    manifest = make_dataset(tmp_path)
+    _edit(manifest, lambda content: content["splits"]["train"].update(shards=[], num_samples=0))
+    with pytest.raises(DataError, match="split 'train' has no shards"):
+        open_manifest(manifest, "train")
+
+
+def test_an_unknown_split_names_the_known_ones(tmp_path: Path) -> None:
+    manifest = make_dataset(tmp_path, splits=("train", "test"))
+    with pytest.raises(DataError, match="no split 'heldout'; it has: test, train"):
+        open_manifest(manifest, "heldout")
+
+
+@pytest.mark.parametrize("text", ["{", "[]", '{"format": "other"}', '{"format": "ldm-scale-shards", "splits": {}}'])
+def test_what_is_no_manifest_of_ours_is_refused(tmp_path: Path, text: str) -> None:
+    path = tmp_path / "manifest.json"
+    path.write_text(text)
+    with pytest.raises(DataError, match="manifest"):
+        open_manifest(path, "train")
+
+
+def test_a_missing_shard_is_named(tmp_path: Path) -> None:
+    manifest = make_dataset(tmp_path)
+    (tmp_path / "train-000001.tar").unlink()
+    with pytest.raises(DataError, match=r"train-000001.tar: shard named in the manifest cannot be opened"):
+        open_manifest(manifest, "train")
+
+
+def test_a_shard_of_another_size_is_named_with_both_sizes(tmp_path: Path) -> None:
+    manifest = make_dataset(tmp_path)
+    shard = tmp_path / "train-000002.tar"
+    size = shard.stat().st_size
+    shard.write_bytes(shard.read_bytes()[:-512])
+    with pytest.raises(DataError, match=rf"train-000002.tar: {size - 512} bytes, but its manifest says {size}"):
+        open_manifest(manifest, "train")
+
+
+def test_sample_counts_that_disagree(tmp_path: Path) -> None:
+    manifest = make_dataset(tmp_path)
+
+    def one_more(content: Any) -> None:
+        content["splits"]["train"]["num_samples"] += 1
+
+    _edit(manifest, one_more)
+    with pytest.raises(DataError, match="said to have 25 samples but its shards have 24"):
+        open_manifest(manifest, "train")
+
+    def one_more_in_the_shard(content: Any) -> None:
+        content["splits"]["train"]["shards"][0]["num_samples"] += 1
+
+    _edit(manifest, one_more_in_the_shard)
+    with pytest.raises(DataError, match=r"train-000000.index.json: 8 samples, but the manifest says 9"):
+        open_manifest(manifest, "train").read(0)
+
+
+def test_a_sidecar_entry_beyond_the_end(tmp_path: Path) -> None:
+    manifest = make_dataset(tmp_path)
+    _edit(tmp_path / "train-000000.index.json", lambda c: c["samples"][3]["files"].update(png=[10**9, 100]))
+    with pytest.raises(DataError, match=r"train00003.png is said to lie at bytes 1000000000 to 1000000100"):
+        open_manifest(manifest, "train").read(0)
+
+
+@pytest.mark.parametrize(
+    "change", [lambda c: c.pop("samples"), lambda c: c.update(samples=[{"key": 1}]), lambda c: c.update(version=9)]
+)
+def test_a_malformed_sidecar(tmp_path: Path, change: Callable[[Any], None]) -> None:
+    manifest = make_dataset(tmp_path)
+    _edit(tmp_path / "train-000000.index.json", change)
+    with pytest.raises(DataError, match=r"train-000000.index.json: .* index the shard anew"):
+        open_manifest(manifest, "train").read(0)
+
+
+def test_a_sidecar_that_points_at_another_member_never_gives_a_wrong_image(tmp_path: Path) -> None:
+    manifest = make_dataset(tmp_path)
+
+    def swap(content: Any) -> None:
+        first, second = content["samples"][0]["files"], content["samples"][1]["files"]
+        first["png"], second["png"] = second["png"], first["png"]
+
+    _edit(tmp_path / "train-000000.index.json", swap)
+    dataset = open_manifest(manifest, "train")
+    with pytest.raises(DataError, match=r"train-000000.tar: no member train00000.png of \d+ bytes at byte"):
+        dataset.read(0)
+    assert dataset.read(2)["txt"] == b"blue bar"
+
+
+def test_a_tar_replaced_by_one_of_equal_size_is_noticed(tmp_path: Path) -> None:
+    manifest = make_dataset(tmp_path)
+    shard = tmp_path / "train-000000.tar"
+    shard.write_bytes(bytes(shard.stat().st_size))
+    with pytest.raises(DataError, match="the shard was changed"):
+        open_manifest(manifest, "train").read(0)
+
+
+def _link(info: tarfile.TarInfo) -> None:
+    info.type, info.linkname, info.size = tarfile.SYMTYPE, "/etc/passwd", 0
+
+
+def _device(info: tarfile.TarInfo) -> None:
+    info.type, info.size = tarfile.CHRTYPE, 0
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (_link, "is a link"),
+        (_device, "a device"),
+        (lambda info: setattr(info, "name", "/abs/b.png"), "outside the tar"),
+        (lambda info: setattr(info, "name", "a/../../b.png"), "outside the tar"),
+        (lambda info: setattr(info, "name", "a.png"), "occurs twice"),
+        (lambda info: setattr(info, "name", "a.PNG"), "occurs twice"),
+        (lambda info: setattr(info, "name", "b.pyd"), "is a pickle"),
+        (lambda info: setattr(info, "name", "b.mask.pth"), "is a pickle"),
+        (lambda info: setattr(info, "name", "b\udcff.png"), "not printable UTF-8"),
+    ],
+)
+def test_unsafe_members_are_refused_by_name(
+    tmp_path: Path, change: Callable[[tarfile.TarInfo], None], message: str
+) -> None:
+    path = tmp_path / "bad.tar"
+    with tarfile.open(path, "w") as archive:
+        for name, edit in (("a.png", None), ("b.png", change)):
+            info = tarfile.TarInfo(name)
+            info.size = len(PIXEL)
+            if edit is not None:
+                edit(info)
+            archive.addfile(info, io.BytesIO(PIXEL))
+    with pytest.raises(DataError, match=rf"bad.tar: member .*{message}"):
+        index_tar(path)
+
+
+def test_a_sample_name_that_comes_back_later_is_refused(tmp_path: Path) -> None:
+    path = write_tar(tmp_path / "bad.tar", [("a", {"png": PIXEL}), ("b", {"png": PIXEL}), ("a", {"txt": b"late"})])
+    with pytest.raises(DataError, match="sample 'a' occurs twice"):
+        index_tar(path)
+
+
+@pytest.mark.parametrize("damage", ["compressed", "cut in a member", "cut at a member", "header overwritten", "no tar"])
+def test_damaged_tars_are_refused(tmp_path: Path, damage: str) -> None:
+    path = write_tar(tmp_path / "bad.tar", [(f"{n}", {"png": PIXEL}) for n in range(4)])
+    data = bytearray(path.read_bytes())
+    if damage == "compressed":
+        with tarfile.open(path, "w:gz") as archive:
+            archive.addfile(tarfile.TarInfo("a.png"))
+    elif damage == "cut in a member":
+        path.write_bytes(data[:600])
+    elif damage == "cut at a member":
+        path.write_bytes(data[:2048])
+    elif damage == "header overwritten":
+        data[2048:2100] = b"\xff" * 52
+        path.write_bytes(data)
+    else:
+        path.write_text("hello")
+    with pytest.raises(DataError, match=r"bad.tar: (not a complete, uncompressed tar|damaged or cut short)"):
+        index_tar(path)

@@ -1,0 +1,221 @@
+"""Models are found in everything that this program leaves on disk, and sampled one seed per image."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import zlib
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from diffusers import UNet2DConditionModel
+from safetensors.torch import save_file
+from torch import Tensor
+
+from ldm_scale import load_autoencoder, load_diffusion
+from ldm_scale.config.convert import config_to_dict
+from ldm_scale.config.schema import Config, DataConfig
+from ldm_scale.errors import CheckpointError, ConfigError
+from ldm_scale.interchange.artifact import Artifact, DiffusionArtifact, write_artifact, write_diffusion_artifact
+from ldm_scale.interchange.diffusers import fill_diffusers_folder
+from ldm_scale.interchange.load import LoadedDiffusion, read_source
+
+
+def write_checkpoint(folder: Path, config: Config, model: str, kinds: dict[str, dict[str, Tensor]]) -> None:
+    """A checkpoint as a run of two ranks leaves it: every tensor flat, its first element with the second rank."""
+    folder.mkdir(parents=True)
+    files: dict[str, dict[str, Tensor]] = {"rank-00000.safetensors": {}, "rank-00001.safetensors": {}}
+    tensors: dict[str, dict[str, object]] = {}
+    for kind, state in kinds.items():
+        for name, tensor in state.items():
+            flat = tensor.reshape(-1)
+            files["rank-00001.safetensors"][f"{model}/{kind}/{name}"] = flat[:1].clone()
+            files["rank-00000.safetensors"][f"{model}/{kind}/{name}"] = flat[1:].clone()
+            tensors.setdefault(kind, {})[name] = {
+                "shape": list(tensor.shape),
+                "pieces": [
+                    {"file": "rank-00001.safetensors", "offset": 0, "length": 1},
+                    {"file": "rank-00000.safetensors", "offset": 1, "length": tensor.numel() - 1},
+                ],
+            }
+    records = {}
+    for name, content in files.items():
+        save_file(content, folder / name)
+        data = (folder / name).read_bytes()
+        records[name] = {"bytes": len(data), "crc32": zlib.crc32(data)}
+    manifest = {
+        "format": "ldm-scale-checkpoint",
+        "version": 1,
+        "images": 64,
+        "world_size": 2,
+        "files": records,
+        "models": {model: {"optimizer_steps": 8, "zero_stage": 1, "tensors": tensors}},
+        "state": {},
+        "config": config_to_dict(config),
+    }
+    manifest["crc32"] = zlib.crc32(json.dumps(manifest, sort_keys=True).encode())
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+
+
+@pytest.fixture
+def diffusion_run(tmp_path: Path, diffusion_artifact: DiffusionArtifact) -> Path:
+    """A stage-2 run whose EMA weights are those of `diffusion_artifact`, and whose raw weights are twice them."""
+    first = diffusion_artifact.autoencoder
+    write_artifact(tmp_path / "artifact", first.state, first.config, first.statistics, first.provenance)
+    config = Config(
+        stage="diffusion",
+        artifact=str(tmp_path / "artifact"),
+        autoencoder=first.config,
+        unet=diffusion_artifact.unet,
+        conditioning=diffusion_artifact.conditioning,
+        sampling=diffusion_artifact.sampling,
+        data=DataConfig(resolution=16),
+    )
+    ema = diffusion_artifact.state
+    kinds = {"weight": {name: 2 * tensor for name, tensor in ema.items()}, "ema": ema}
+    write_checkpoint(tmp_path / "run" / "checkpoints" / "images-0000000064", config, "diffusion", kinds)
+    return tmp_path / "run"
+
+
+def assert_same_model(loaded: LoadedDiffusion, artifact: DiffusionArtifact) -> None:
+    expected = LoadedDiffusion(artifact)
+    context = expected.encode_conditioning(["a cat"])
+    z, t = torch.randn(1, 3, 8, 8), torch.tensor([500])
+    assert torch.equal(loaded.encode_conditioning(["a cat"]), context)
+    assert torch.equal(loaded(z, t, context), expected(z, t, context))
+    assert torch.equal(loaded.autoencoder.decode(z), expected.autoencoder.decode(z))
+
+
+def test_autoencoder_of_an_artifact(tmp_path: Path, autoencoder_artifact: Artifact) -> None:
+    a = autoencoder_artifact
+    content_hash = write_artifact(tmp_path, a.state, a.config, a.statistics, a.provenance)
+    loaded = load_autoencoder(tmp_path)
+    assert loaded.content_hash == content_hash
+    assert loaded.latent_statistics == a.statistics
+    x = torch.rand(2, 3, 16, 16) * 2 - 1
+    z = loaded.encode(x)
+    assert z.shape == (2, 3, 8, 8)
+    assert loaded.decode(z).shape == x.shape
+    assert not z.requires_grad
+    mean, logvar = loaded.network.encode_moments(x)
+    noise = torch.randn(z.shape)
+    torch.testing.assert_close(z, 0.7 * mean)
+    torch.testing.assert_close(loaded.encode(x, noise), 0.7 * (mean + (0.5 * logvar).exp() * noise))
+    assert loaded.to("cpu", torch.bfloat16).encode(x.bfloat16()).dtype == torch.bfloat16
+
+
+def test_diffusion_of_every_kind_of_folder(
+    tmp_path: Path, diffusion_artifact: DiffusionArtifact, diffusion_run: Path
+) -> None:
+    write_diffusion_artifact(tmp_path / "safetensors", diffusion_artifact)
+    (tmp_path / "diffusers").mkdir()
+    fill_diffusers_folder(tmp_path / "diffusers", diffusion_artifact)
+    checkpoint = diffusion_run / "checkpoints" / "images-0000000064"
+    for folder in (tmp_path / "safetensors", tmp_path / "diffusers", diffusion_run, checkpoint):
+        assert_same_model(load_diffusion(folder), diffusion_artifact)
+    for folder in (tmp_path / "safetensors", tmp_path / "diffusers"):
+        assert load_diffusion(folder).content_hash == diffusion_artifact.content_hash
+        assert load_autoencoder(folder).content_hash == diffusion_artifact.autoencoder.content_hash
+
+
+def test_raw_weights_of_a_run(diffusion_run: Path, diffusion_artifact: DiffusionArtifact) -> None:
+    raw = read_source(diffusion_run, "raw")
+    assert raw.provenance["weights"] == "raw"
+    assert raw.provenance["images"] == 64
+    name = "unet.conv_in.weight"
+    assert torch.equal(raw.state[name], 2 * diffusion_artifact.state[name])
+
+
+def test_weights_that_other_software_changed_are_taken_as_they_are(
+    tmp_path: Path, diffusion_artifact: DiffusionArtifact
+) -> None:
+    fill_diffusers_folder(tmp_path, diffusion_artifact)
+    model_class: Any = UNet2DConditionModel
+    unet = model_class.from_pretrained(tmp_path / "unet")
+    with torch.no_grad():
+        unet.conv_out.bias += 1.0
+    unet.save_pretrained(tmp_path / "unet")
+    changed = read_source(tmp_path)
+    assert changed.content_hash != diffusion_artifact.content_hash
+    torch.testing.assert_close(
+        changed.state["unet.conv_out.bias"], diffusion_artifact.state["unet.conv_out.bias"] + 1.0
+    )
+
+
+def test_a_stage_1_run_stands_for_its_artifact_and_its_checkpoint_for_raw_latents(
+    tmp_path: Path, autoencoder_artifact: Artifact
+) -> None:
+    a = autoencoder_artifact
+    config = Config(stage="autoencoder", autoencoder=a.config, data=DataConfig(resolution=16))
+    checkpoint = tmp_path / "checkpoints" / "images-0000000064"
+    write_checkpoint(checkpoint, config, "autoencoder", {"weight": a.state})
+    assert load_autoencoder(tmp_path).latent_statistics.num_images == 0
+    write_artifact(tmp_path / "artifact", a.state, a.config, a.statistics, a.provenance)
+    assert load_autoencoder(tmp_path).latent_statistics == a.statistics
+    with pytest.raises(CheckpointError, match="has no EMA of autoencoder"):
+        load_autoencoder(checkpoint, weights="ema")
+
+
+def test_a_checkpoint_that_is_cut_short_is_named(diffusion_run: Path) -> None:
+    checkpoint = diffusion_run / "checkpoints" / "images-0000000064"
+    path = checkpoint / "rank-00001.safetensors"
+    path.write_bytes(path.read_bytes()[:-4])
+    with pytest.raises(CheckpointError, match=r"rank-00001\.safetensors has .* cut short"):
+        load_diffusion(diffusion_run)
+
+
+def test_a_missing_autoencoder_is_named(tmp_path: Path, diffusion_run: Path) -> None:
+    (tmp_path / "artifact").rename(tmp_path / "elsewhere")
+    with pytest.raises(CheckpointError, match=r"trained on the autoencoder artifact=.*artifact, which is not there"):
+        load_diffusion(diffusion_run)
+
+
+def test_folders_without_a_model_are_named(tmp_path: Path, autoencoder_artifact: Artifact) -> None:
+    with pytest.raises(CheckpointError, match="nowhere is no folder"):
+        load_diffusion(tmp_path / "nowhere")
+    with pytest.raises(CheckpointError, match="holds no artifact, export or complete checkpoint"):
+        load_diffusion(tmp_path)
+    a = autoencoder_artifact
+    write_artifact(tmp_path / "a", a.state, a.config, a.statistics, a.provenance)
+    with pytest.raises(CheckpointError, match="a holds an autoencoder, expected a diffusion model"):
+        load_diffusion(tmp_path / "a")
+
+
+@pytest.mark.parametrize(("sampler", "eta"), [("ddim", 0.0), ("ddim", 1.0), ("ddpm", 0.0)])
+def test_an_image_depends_on_its_caption_and_seed_only(
+    diffusion_artifact: DiffusionArtifact, sampler: str, eta: float
+) -> None:
+    model = LoadedDiffusion(diffusion_artifact)
+    options = {"sampler": sampler, "eta": eta}
+    images = model.sample(["a cat", "a dog", "a cat"], [1, 2, 3], **options)  # type: ignore[arg-type]
+    assert images.shape == (3, 3, 16, 16)
+    assert images.abs().max() <= 1.0
+    alone = model.sample(["a dog"], [2], **options)  # type: ignore[arg-type]
+    # Not bit for bit: libraries choose another matrix product for another batch size.
+    torch.testing.assert_close(alone[0], images[1], rtol=0, atol=1e-4)
+    other_seed = model.sample(["a dog"], [4], **options)  # type: ignore[arg-type]
+    other_caption = model.sample(["a house"], [2], **options)  # type: ignore[arg-type]
+    assert (other_seed - alone).abs().max() > 0.01
+    assert (other_caption - alone).abs().max() > 1e-3
+
+
+def test_sampling_defaults_are_the_models(diffusion_artifact: DiffusionArtifact) -> None:
+    model = LoadedDiffusion(diffusion_artifact)
+    steps: list[int] = []
+    images = model.sample(["a"], [0], progress=steps.append)
+    assert steps == [1, 2, 3]
+    explicit = model.sample(["a"], [0], num_steps=3, guidance_scale=2.0, eta=0.0, sampler="ddim")
+    assert torch.equal(images, explicit)
+    assert not torch.allclose(images, model.sample(["a"], [0], guidance_scale=1.0))
+    with pytest.raises(ConfigError, match="2 captions and 1 seeds"):
+        model.sample(["a", "b"], [0])
+
+
+def test_latents_mean_what_they_meant_in_training(diffusion_artifact: DiffusionArtifact) -> None:
+    """Samples pass through the statistics of the autoencoder on their way to pixels."""
+    model = LoadedDiffusion(diffusion_artifact)
+    other = LoadedDiffusion(diffusion_artifact)
+    other.autoencoder.network.statistics = dataclasses.replace(model.autoencoder.latent_statistics, scale=7.0)
+    assert not torch.allclose(model.sample(["a"], [0]), other.sample(["a"], [0]))

@@ -1,0 +1,115 @@
+"""What a run's figures look like to TensorBoard's own reader and to a JSON parser."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from ldm_scale.telemetry.tensorboard import METRICS_FILE, TENSORBOARD_FOLDER, ScalarWriter, image_grid, read_metrics
+
+
+def scalars_seen_by_tensorboard(run_dir: Path, name: str) -> list[tuple[int, float]]:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(run_dir / TENSORBOARD_FOLDER)).Reload()
+    return [(event.step, event.value) for event in events.Scalars(name)]
+
+
+def test_scalars_reach_both_readers(tmp_path: Path) -> None:
+    with ScalarWriter(tmp_path, enabled=True) as writer:
+        writer.add_scalars({"loss": 0.5, "lr": torch.tensor(1e-4).item()}, 64)
+        writer.add_scalars({"loss": 0.25}, 128)
+    assert scalars_seen_by_tensorboard(tmp_path, "loss") == [(64, 0.5), (128, 0.25)]
+    rows = [json.loads(line) for line in (tmp_path / METRICS_FILE).read_text().splitlines()]
+    assert [row["images"] for row in rows] == [64, 128]
+    assert rows[0]["loss"] == 0.5
+    assert rows[0]["lr"] == pytest.approx(1e-4)
+    assert rows[0]["time"] <= rows[1]["time"]
+    assert rows == read_metrics(tmp_path)
+
+
+def test_resuming_takes_back_what_lies_beyond_the_checkpoint(tmp_path: Path) -> None:
+    with ScalarWriter(tmp_path, enabled=True) as writer:
+        for images in (64, 128, 192):
+            writer.add_scalars({"loss": float(images)}, images)
+    with (tmp_path / METRICS_FILE).open("a") as file:
+        file.write('{"images": 256, "lo')  # killed while writing
+    with ScalarWriter(tmp_path, enabled=True, resume_images=128) as writer:
+        writer.add_scalars({"loss": -1.0}, 192)
+    expected = [(64, 64.0), (128, 128.0), (192, -1.0)]
+    assert [(row["images"], row["loss"]) for row in read_metrics(tmp_path)] == expected
+    assert scalars_seen_by_tensorboard(tmp_path, "loss") == expected
+
+
+def test_a_new_run_in_an_old_folder_starts_empty(tmp_path: Path) -> None:
+    with ScalarWriter(tmp_path, enabled=True) as writer:
+        writer.add_scalars({"loss": 1.0}, 0)
+    with ScalarWriter(tmp_path, enabled=True) as writer:
+        writer.add_scalars({"loss": 2.0}, 0)
+    assert [row["loss"] for row in read_metrics(tmp_path)] == [2.0]
+    assert scalars_seen_by_tensorboard(tmp_path, "loss") == [(0, 2.0)]
+
+
+def test_rows_are_on_disk_before_the_run_ends(tmp_path: Path) -> None:
+    writer = ScalarWriter(tmp_path, enabled=True)
+    writer.add_scalars({"loss": 1.0}, 64)
+    assert len(read_metrics(tmp_path)) == 1
+    writer.flush()
+    assert scalars_seen_by_tensorboard(tmp_path, "loss") == [(64, 1.0)]
+    writer.close()
+
+
+def test_values_that_are_not_finite_stay_valid_json(tmp_path: Path) -> None:
+    with ScalarWriter(tmp_path, enabled=True) as writer:
+        writer.add_scalars({"loss": float("nan"), "norm": float("inf")}, 64)
+    text = (tmp_path / METRICS_FILE).read_text()
+    assert "NaN" not in text
+    assert "Infinity" not in text
+    assert read_metrics(tmp_path)[0]["loss"] is None
+
+
+def test_a_disabled_writer_writes_nothing(tmp_path: Path) -> None:
+    with ScalarWriter(tmp_path / "run", enabled=False) as writer:
+        writer.add_scalars({"loss": 1.0}, 64)
+        writer.add_image_grid("samples", torch.zeros(1, 3, 4, 4), 64)
+        writer.flush()
+    assert not (tmp_path / "run").exists()
+    assert read_metrics(tmp_path / "run") == []
+
+
+def test_importing_telemetry_does_not_import_tensorboard() -> None:
+    code = "import sys, ldm_scale.telemetry.tensorboard; sys.exit('tensorboard' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_pictures_reach_tensorboard(tmp_path: Path) -> None:
+    import io
+
+    import numpy as np
+    from PIL import Image
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    images = torch.tensor([-1.0, 1.0]).view(2, 1, 1, 1).expand(2, 3, 4, 4)
+    with ScalarWriter(tmp_path, enabled=True) as writer:
+        writer.add_image_grid("samples/raw", images, 64, columns=2)
+    (event,) = EventAccumulator(str(tmp_path / TENSORBOARD_FOLDER)).Reload().Images("samples/raw")
+    pixels = np.asarray(Image.open(io.BytesIO(event.encoded_image_string)))
+    assert event.step == 64
+    assert pixels.shape == (4, 10, 3)
+    assert pixels[:, :4].max() == 0
+    assert pixels[:, 4:].min() == 255
+
+
+def test_image_grid_places_images_row_by_row() -> None:
+    images = (torch.arange(5) / 4 * 2 - 1).view(5, 1, 1, 1).expand(5, 3, 2, 3)
+    grid = image_grid(images, columns=2, gap=1)
+    assert grid.shape == (3, 8, 7)
+    values = [[0, 64], [128, 191], [255, 255]]  # the last one is the empty place
+    for row in range(3):
+        for column in range(2):
+            tile = grid[:, 3 * row : 3 * row + 2, 4 * column : 4 * column + 3]
+            assert (tile == values[row][column]).all()
+    assert (grid[:, 2] == 255).all()
