@@ -93,7 +93,7 @@ _RANGES: tuple[_Range, ...] = (
     _Range(
         (
             "autoencoder_loss.reconstruction_weight",
-            "autoencoder_loss.squared_weight",
+            "autoencoder_loss.chroma_weight",
             "autoencoder_loss.perceptual_weight",
             "autoencoder_loss.kl_weight",
             "autoencoder_loss.adversarial_weight",

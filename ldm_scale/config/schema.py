@@ -35,7 +35,7 @@ class AutoencoderLossConfig:
     """Objective of stage 1 (arXiv:2112.10752, eq. 25)."""
 
     reconstruction_weight: float = 1.0  # of the mean absolute error
-    squared_weight: float = 0.0  # of the mean squared error beside it; the paper has none (see demo_autoencoder.yaml)
+    chroma_weight: float = 0.0  # of the mean squared error of colour: channels minus their mean; the paper has none
     perceptual_weight: float = 1.0  # 0 switches the perceptual net off
     perceptual_net: Literal["efficientnet_lite0", "lpips_vgg"] = "efficientnet_lite0"
     perceptual_weights: str | None = None  # lpips_vgg: path of VGG16's weights; None = torch's usual cache

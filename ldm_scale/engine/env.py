@@ -63,15 +63,15 @@ class Environment:
 def read_launch() -> Launch:
     """This process's place from RANK, WORLD_SIZE, LOCAL_RANK (torchrun, deepspeed) or SLURM_* (one task per rank).
 
-    Raises: ConfigError if the variables are incomplete or contradict each other.
+    Raises: ConfigError if the variables are incomplete, are no numbers or contradict each other.
     """
     environ = os.environ
     if "RANK" in environ or "WORLD_SIZE" in environ:
         names = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
-        local_size = environ.get("LOCAL_WORLD_SIZE", environ.get("LOCAL_SIZE"))
-    elif int(environ.get("SLURM_NTASKS", "1")) > 1 and "SLURM_PROCID" in environ:
+        local_names: tuple[str, ...] = ("LOCAL_WORLD_SIZE", "LOCAL_SIZE")  # torchrun's, deepspeed's
+    elif "SLURM_PROCID" in environ and "SLURM_NTASKS" in environ and _number("SLURM_NTASKS", 1) > 1:
         names = ("SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID")
-        local_size = environ.get("SLURM_NTASKS_PER_NODE")
+        local_names = ("SLURM_NTASKS_PER_NODE",)
     else:
         return Launch()
     missing = [name for name in names if name not in environ]
@@ -80,10 +80,25 @@ def read_launch() -> Launch:
             f"environment variable(s) {', '.join(missing)} missing while {names[0]} or {names[1]} is set: "
             "a launcher sets all three; unset them to run on one rank"
         )
-    rank, world_size, local_rank = (int(environ[name]) for name in names)
-    if not 0 <= rank < world_size:
-        raise ConfigError(f"{names[0]}={rank} is outside 0..{world_size - 1} ({names[1]}={world_size})")
-    return Launch(rank, world_size, local_rank, int(local_size) if local_size else world_size)
+    rank, world_size, local_rank = _number(names[0], 0), _number(names[1], 1), _number(names[2], 0)
+    if rank >= world_size:
+        raise ConfigError(
+            f"{names[0]}={rank} is outside 0..{world_size - 1} ({names[1]}={world_size}); start the ranks by torchrun, "
+            "deepspeed or slurm/train_ldm.sh, which set both"
+        )
+    local_world_size = next((_number(name, 1) for name in local_names if name in environ), world_size)
+    return Launch(rank, world_size, local_rank, local_world_size)
+
+
+def _number(name: str, at_least: int) -> int:
+    """Value of an environment variable that a launcher has set."""
+    text = os.environ[name]
+    if not text.isdecimal() or int(text) < at_least:
+        raise ConfigError(
+            f"environment variable {name}={text}: must be a whole number of at least {at_least}; launchers set it, "
+            "unset it to run on one rank"
+        )
+    return int(text)
 
 
 def start(launch: Launch, train: TrainConfig) -> Environment:
@@ -98,10 +113,18 @@ def start(launch: Launch, train: TrainConfig) -> Environment:
         torch.cuda.set_device(device)
         torch.backends.cudnn.benchmark = True
     else:
-        # More ranks on one CPU than one: each takes its share of the cores, or they fight for all of them.
-        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // launch.local_world_size))
+        torch.set_num_threads(cpu_threads(launch.local_world_size))
     _start_process_group(launch, "nccl" if device.type == "cuda" else "gloo")
     return Environment(launch, device, torch.bfloat16 if precision == "bf16" else torch.float32)
+
+
+def cpu_threads(processes: int = 1) -> int:
+    """Threads for each of so many computing processes on this host: its share of the cores, less one.
+
+    The spare core is for loader workers and everything else. Threads of one operation wait for each other actively: a
+    single other busy process on a full machine made training here 5 to 8 times slower (docs/decisions.md).
+    """
+    return max(1, len(os.sched_getaffinity(0)) // processes - 1)
 
 
 def stop() -> None:

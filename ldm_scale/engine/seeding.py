@@ -19,7 +19,8 @@ def stream(seed: int, purpose: str, index: int) -> np.random.Generator:
     """Independent random stream of one image (or step) for one purpose."""
     purpose_key = int.from_bytes(hashlib.blake2b(purpose.encode(), digest_size=8).digest(), "little")
     key = np.array([seed & (2**64 - 1), purpose_key], dtype=np.uint64)
-    return np.random.Generator(np.random.Philox(key=key, counter=[0, 0, 0, index]))
+    counter = np.array([0, 0, 0, index], dtype=np.uint64)  # the index in the highest word: streams are 2^192 long
+    return np.random.Generator(np.random.Philox(key=key, counter=counter))
 
 
 def normal(streams: Sequence[np.random.Generator], shape: Sequence[int]) -> Tensor:

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 
 from ldm_scale.config.schema import Config
+from ldm_scale.engine.env import cpu_threads
 from ldm_scale.errors import LdmScaleError
 from ldm_scale.operations.demo_report import write_report
 from ldm_scale.operations.demo_speed import images_per_s
@@ -34,6 +35,7 @@ class Recipe:
 
     autoencoder: str  # names of experiments
     diffusion: str
+    captions: str  # the subset of emoji that the diffusion model learns
     resolution: int  # of the rendered images; the loader crops and shrinks them
     data: Path
     runs: Path
@@ -61,7 +63,7 @@ class Recipe:
             ],
             [
                 f"experiment={self.diffusion}",
-                f"data.manifest={self.folder('demo') / 'manifest.json'}",
+                f"data.manifest={self.folder(self.captions) / 'manifest.json'}",
                 f"run_dir={self.run(self.diffusion)}",
                 f"artifact={self.run(self.autoencoder) / 'artifact'}",
             ],
@@ -71,8 +73,8 @@ class Recipe:
 def choose_recipe(data: Path, runs: Path) -> Recipe:
     """The experiments that fit this machine: the small ones for a CPU, the larger ones for a CUDA GPU."""
     if torch.cuda.is_available():
-        return Recipe("openmoji_autoencoder", "openmoji_text", 128, data, runs)
-    return Recipe("demo_autoencoder", "demo_text", 64, data, runs)
+        return Recipe("openmoji_autoencoder", "openmoji_text", "no-skin-tones", 128, data, runs)
+    return Recipe("demo_autoencoder", "demo_text", "demo", 64, data, runs)
 
 
 def run_demo(
@@ -84,9 +86,10 @@ def run_demo(
     """
     log = get_logger(0)
     started = time.monotonic()
+    torch.set_num_threads(cpu_threads())
     device = "a CUDA GPU" if torch.cuda.is_available() else "the CPU"
     log.info(f"demo on {device}: {recipe.autoencoder}, then {recipe.diffusion}")
-    for subset in ("all", "no-skin-tones", "demo"):
+    for subset in dict.fromkeys(("all", "no-skin-tones", recipe.captions)):
         selection = [] if subset == "all" else ["--subset", subset]
         out = ["--resolution", str(recipe.resolution), "--out", str(recipe.folder(subset))]
         prepare(["openmoji", *out, *selection])
@@ -108,7 +111,7 @@ def _report_data(recipe: Recipe) -> dict[str, Path]:
     return {
         "all": recipe.folder("all") / "manifest.json",
         "autoencoder": recipe.folder("no-skin-tones") / "manifest.json",
-        "subset": recipe.folder("demo") / "manifest.json",
+        "captions": recipe.folder(recipe.captions) / "manifest.json",
     }
 
 

@@ -32,6 +32,7 @@ from ldm_scale.telemetry.log import get_logger
 from ldm_scale.telemetry.tensorboard import read_metrics
 
 NUM_SAMPLES = 256
+NUM_SHOWN = 64
 SAMPLING_STEPS = 20
 SAMPLING_BATCH = 64
 
@@ -39,7 +40,7 @@ SAMPLING_BATCH = 64
 def write_report(out: Path, diffusion_run: Path, autoencoder_run: Path, manifests: dict[str, Path]) -> dict[str, Any]:
     """The report, made now, or read where it belongs to these runs' checkpoints.
 
-    `manifests`: "all" emoji (the feature space is fitted on them), the "autoencoder"'s data, the captions' "subset".
+    `manifests`: "all" emoji (the feature space is fitted on them), the "autoencoder"'s data, those with "captions".
     """
     checkpoint = latest_checkpoint(diffusion_run / "checkpoints")
     if checkpoint is None:
@@ -63,30 +64,25 @@ def write_report(out: Path, diffusion_run: Path, autoencoder_run: Path, manifest
     }
     report["summary"] = _summary(report)
     out.mkdir(parents=True, exist_ok=True)
-    subset = dataclasses.replace(config.data, manifest=str(manifests["subset"]), num_workers=0)
-    real = {
-        caption: image
-        for batch in _one_pass(subset, "train")
-        for caption, image in zip(batch.captions, batch.images, strict=True)
-    }
-    captioned_grid(
-        samples[: len(captions)],
-        captions,
-        columns=8,
-        path=out / "samples.png",
-        real=torch.stack([real[caption] for caption in captions]),
-        side_px=64,
-    )
+    _write_picture(out / "samples.png", samples, captions, config, manifests["captions"])
     (out / "report.md").write_text(_markdown(report))
     path.write_text(json.dumps(report, indent=2) + "\n")
     return report
+
+
+def _write_picture(path: Path, samples: Tensor, captions: list[str], config: Config, manifest: Path) -> None:
+    """The first sample of each of the first captions beside its real image."""
+    data = dataclasses.replace(config.data, manifest=str(manifest), num_workers=0)
+    shown = captions[:NUM_SHOWN]
+    real = torch.cat([batch.images for batch in itertools.islice(_one_pass(data, "train"), NUM_SHOWN // 64)])
+    captioned_grid(samples[: len(shown)], shown, columns=8, path=path, real=real[: len(shown)], side_px=64)
 
 
 def _generation(
     model: LoadedDiffusion, config: Config, manifests: dict[str, Path]
 ) -> tuple[Tensor, list[str], dict[str, Any]]:
     """Samples of the trained model, the distinct captions (in the samples' order), and distances."""
-    subset = dataclasses.replace(config.data, manifest=str(manifests["subset"]), num_workers=0)
+    subset = dataclasses.replace(config.data, manifest=str(manifests["captions"]), num_workers=0)
     captions = [caption for batch in _one_pass(subset, "train") for caption in batch.captions]
     prompts = list(itertools.islice(itertools.cycle(captions), NUM_SAMPLES))
     options = {"batch": SAMPLING_BATCH, "num_steps": SAMPLING_STEPS, "eta": 0.0, "sampler": "ddim"}

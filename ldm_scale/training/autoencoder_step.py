@@ -142,8 +142,9 @@ class AutoencoderTask(Task):
         y = output.reconstruction.detach().float().requires_grad_()
         absolute = (y - x).abs().mean()
         loss = self._loss.reconstruction_weight * absolute
-        if self._loss.squared_weight:
-            loss = loss + self._loss.squared_weight * (y - x).square().mean()
+        if self._loss.chroma_weight:
+            chroma = (y - x) - (y - x).mean(dim=1, keepdim=True)
+            loss = loss + self._loss.chroma_weight * chroma.square().mean()
         metrics = {"loss/l1": absolute}
         if self.perceptual is not None:
             perceptual = self.perceptual(y, x).mean()
