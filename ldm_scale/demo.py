@@ -24,10 +24,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     arguments = parser.parse_args(argv)
     from ldm_scale.config.compose import load_config
-    from ldm_scale.export import main as export
     from ldm_scale.operations.demo import choose_recipe, run_demo
-    from ldm_scale.prepare import main as prepare
 
     recipe = choose_recipe(arguments.data, arguments.runs)
     configs = [load_config(overrides) for overrides in recipe.overrides()]
-    return run_demo(recipe, configs[0], configs[1], arguments.minutes, prepare, export)
+    return run_demo(recipe, configs[0], configs[1], arguments.minutes)

@@ -11,7 +11,7 @@ import json
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,14 +19,18 @@ from typing import Any
 import torch
 
 from ldm_scale.config.schema import Config
+from ldm_scale.data.sources.openmoji import prepare_openmoji
 from ldm_scale.engine.env import cpu_threads
 from ldm_scale.errors import LdmScaleError
+from ldm_scale.interchange.load import read_source
+from ldm_scale.interchange.publish import publish
 from ldm_scale.operations.demo_report import write_report
 from ldm_scale.operations.demo_speed import images_per_s
 from ldm_scale.telemetry.log import get_logger
 
 INTERRUPTED = 130
-Command = Callable[[list[str]], int]
+SAMPLES_PER_SHARD = 256
+HELDOUT_PERCENT = 5.0
 
 
 @dataclass(frozen=True)
@@ -77,12 +81,10 @@ def choose_recipe(data: Path, runs: Path) -> Recipe:
     return Recipe("demo_autoencoder", "demo_text", "demo", 64, data, runs)
 
 
-def run_demo(
-    recipe: Recipe, autoencoder: Config, diffusion: Config, minutes: float, prepare: Command, export: Command
-) -> int:
+def run_demo(recipe: Recipe, autoencoder: Config, diffusion: Config, minutes: float) -> int:
     """Exit status: 0 when everything was made, 130 when a training was interrupted (calling again continues).
 
-    Raises: what the commands raise.
+    Raises: DataError, CheckpointError or ConfigError where a step cannot be done.
     """
     log = get_logger(0)
     started = time.monotonic()
@@ -90,9 +92,7 @@ def run_demo(
     device = "a CUDA GPU" if torch.cuda.is_available() else "the CPU"
     log.info(f"demo on {device}: {recipe.autoencoder}, then {recipe.diffusion}")
     for subset in dict.fromkeys(("all", "no-skin-tones", recipe.captions)):
-        selection = [] if subset == "all" else ["--subset", subset]
-        out = ["--resolution", str(recipe.resolution), "--out", str(recipe.folder(subset))]
-        prepare(["openmoji", *out, *selection])
+        _render(recipe, subset)
     totals = _plan_totals(recipe, autoencoder, diffusion, minutes)
     for config, overrides, total in zip((autoencoder, diffusion), recipe.overrides(), totals, strict=True):
         log.info(f"training {config.experiment} on {total} images")
@@ -101,9 +101,22 @@ def run_demo(
             return INTERRUPTED
     report = write_report(recipe.out, Path(diffusion.run_dir), Path(autoencoder.run_dir), _report_data(recipe))
     for run_dir, name in ((autoencoder.run_dir, "autoencoder"), (diffusion.run_dir, "pipeline")):
-        export([run_dir, "--to", "diffusers", "--out", str(recipe.out / "diffusers" / name)])
+        publish(read_source(Path(run_dir)), "diffusers", recipe.out / "diffusers" / name)
     _announce(recipe, report, time.monotonic() - started)
     return 0
+
+
+def _render(recipe: Recipe, subset: str) -> None:
+    """Renders a subset of the emoji as shards, or finds them rendered."""
+    prepared = prepare_openmoji(
+        recipe.folder(subset),
+        recipe.resolution,
+        None if subset == "all" else subset,
+        0.0 if subset == "demo" else HELDOUT_PERCENT,
+        SAMPLES_PER_SHARD,
+    )
+    counts = ", ".join(f"{name} {split['num_samples']}" for name, split in prepared.manifest["splits"].items())
+    get_logger(0).info(f"{'reused' if prepared.reused else 'rendered'} {prepared.manifest_path} ({counts})")
 
 
 def _report_data(recipe: Recipe) -> dict[str, Path]:

@@ -25,7 +25,7 @@ RESOLUTION = 32
 
 
 def _config(**loss: Any) -> Config:
-    defaults = {"squared_weight": 0.3, "perceptual_weight": 0.7, "reconstruction_weight": 0.9}
+    defaults = {"chroma_weight": 0.3, "perceptual_weight": 0.7, "reconstruction_weight": 0.9}
     return tiny_config(
         "autoencoder",
         Path("unused"),
@@ -81,7 +81,7 @@ def _plain(config: Config, report: dict[str, Any]) -> dict[str, Any]:
     perceptual = build_perceptual(loss)(y, x).mean()
     reconstruction = (
         loss.reconstruction_weight * (y - x).abs().mean()
-        + loss.squared_weight * (y - x).square().mean()
+        + loss.chroma_weight * ((y - x) - (y - x).mean(dim=1, keepdim=True)).square().mean()
         + loss.perceptual_weight * perceptual
     )
     adversarial = -discriminator(y).mean()
@@ -99,8 +99,8 @@ def _plain(config: Config, report: dict[str, Any]) -> dict[str, Any]:
     discriminator_parameters = dict(discriminator.named_parameters())
     of_discriminator = torch.autograd.grad(hinge, list(discriminator_parameters.values()))
     return {
-        "weight": float(weight),
-        "perceptual": float(perceptual),
+        "weight": float(weight.detach()),
+        "perceptual": float(perceptual.detach()),
         "gradients": {
             "autoencoder": dict(zip(parameters, gradients, strict=True)),
             "discriminator": dict(zip(discriminator_parameters, of_discriminator, strict=True)),
@@ -160,7 +160,7 @@ def test_the_generators_part_leaves_the_discriminators_gradients_alone() -> None
 
 
 def test_the_perceptual_part_alone_reaches_encoder_and_decoder() -> None:
-    only = {"reconstruction_weight": 0.0, "squared_weight": 0.0, "kl_weight": 0.0, "discriminator_start_images": 8}
+    only = {"reconstruction_weight": 0.0, "chroma_weight": 0.0, "kl_weight": 0.0, "discriminator_start_images": 8}
     gradients = run_ranks(_step, 1, _config(**only), 0)[0]["gradients"]["autoencoder"]
     for name, gradient in gradients.items():
         assert gradient is not None, name

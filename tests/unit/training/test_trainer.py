@@ -1,0 +1,151 @@
+"""The order of events in the training loop, with a task that only writes down what it is asked to do."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import os
+import signal
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from ldm_scale.config.schema import BatchPlan, Config
+from ldm_scale.data import Batch
+from ldm_scale.engine.env import Environment, Launch
+from ldm_scale.errors import NumericsError
+from ldm_scale.training import trainer
+from ldm_scale.training.task import Task
+from ldm_scale.training.trainer import Trainer
+from tests.helpers.runs import tiny_config
+from tests.helpers.shards import make_dataset
+
+BATCH = 8
+ENVIRONMENT = Environment(Launch(), torch.device("cpu"), torch.float32)
+
+
+class NotingTask(Task):
+    """Notes its calls; `loss` gives the loss of the step that starts at an image count."""
+
+    def __init__(self, config: Config, loss: Callable[[int], float] = lambda images: 1.0) -> None:
+        super().__init__(config, BatchPlan(BATCH // 2, 2, BATCH), ENVIRONMENT)
+        self.events: list[tuple[str, int]] = []
+        self.numbers: list[int] = []
+        self._loss = loss
+
+    def accumulate(self, batches: Sequence[Batch], images: int) -> dict[str, Tensor]:
+        assert [len(batch.images) for batch in batches] == [BATCH // 2] * 2
+        self.numbers += torch.cat([batch.image_numbers for batch in batches]).tolist()
+        self.events.append(("accumulate", images))
+        return {"loss": torch.tensor(self._loss(images))}
+
+    def update(self, images: int) -> dict[str, float]:
+        self.events.append(("update", images))
+        return {"lr": 0.5}
+
+    def validate(self, images: int) -> dict[str, float]:
+        self.events.append(("validate", images))
+        return {"validation/x": 2.0}
+
+    def pictures(self) -> dict[str, Tensor]:
+        self.events.append(("pictures", self.numbers[-1] + 1))
+        return {"grid": torch.zeros(2, 3, 4, 4)}
+
+    def finish(self, checkpoint: Path, images: int) -> dict[str, Any]:
+        self.events.append(("finish", images))
+        return {"checkpoint": checkpoint.name}
+
+
+@pytest.fixture
+def saved(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Image counts at which a checkpoint was asked for; none is written."""
+    counts: list[int] = []
+
+    def save(root: Path, images: int, trained: object, state: dict[str, Any], *rest: object) -> Path:
+        assert state["cur_images"] == images
+        counts.append(images)
+        return root / f"images-{images:010d}"
+
+    monkeypatch.setattr(trainer, "save_checkpoint", save)
+    return counts
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> Config:
+    manifest = make_dataset(tmp_path / "data", num_samples=12, resolution=16)
+    cadence = {
+        "total_images": 44,  # no whole number of batches: the last step goes beyond
+        "micro_batch": BATCH // 2,
+        "validate_every_images": 16,
+        "sample_every_images": 30,
+        "checkpoint_every_images": 20,
+    }
+    return tiny_config("diffusion", manifest, tmp_path / "run", train=cadence)
+
+
+def _at(task: NotingTask, name: str) -> list[int]:
+    return [images for event, images in task.events if event == name]
+
+
+def test_events_fall_due_at_their_image_counts(config: Config, saved: list[int]) -> None:
+    task = NotingTask(config)
+    assert Trainer(config, task, ENVIRONMENT).run()
+    steps = list(range(0, 48, BATCH))
+    assert _at(task, "accumulate") == _at(task, "update") == steps
+    assert task.numbers == list(range(48)), "images are seen once each, in order"
+    assert _at(task, "validate") == [16, 32, 48]
+    assert _at(task, "pictures") == [32, 48]  # 30 was crossed at 32; the end always shows
+    assert saved == [24, 40, 48]
+    assert task.events[-1] == ("finish", 48)
+    result = json.loads((Path(config.run_dir) / "result.json").read_text())
+    assert result["checkpoint"] == "images-0000000048"
+    assert (result["images"], result["steps"]) == (48, 6)
+    rows = [json.loads(line) for line in (Path(config.run_dir) / "metrics.jsonl").read_text().splitlines()]
+    assert [row["images"] for row in rows if "loss" in row] == [8, 16, 24, 32, 40, 48]
+    assert [row["images"] for row in rows if "validation/x" in row] == [16, 32, 48]
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_a_loss_that_is_not_finite_stops_before_the_update(config: Config, saved: list[int], value: float) -> None:
+    task = NotingTask(config, lambda images: value if images == 16 else 1.0)
+    with pytest.raises(NumericsError, match=r"non-finite after step 2 \(16 images\): loss="):
+        Trainer(config, task, ENVIRONMENT).run()
+    assert task.events[-1] == ("accumulate", 16)
+    assert saved == []
+    assert not (Path(config.run_dir) / "result.json").exists()
+
+
+def test_a_request_to_stop_is_met_after_the_running_step(config: Config, saved: list[int]) -> None:
+    def ask(images: int) -> float:
+        if images == 8:
+            os.kill(os.getpid(), signal.SIGUSR1)
+        return 1.0
+
+    task = NotingTask(config, ask)
+    assert not Trainer(config, task, ENVIRONMENT).run()
+    assert task.events[-1][0] == "update"
+    assert saved == [_at(task, "update")[-1] + BATCH]
+    assert _at(task, "update")[-1] in (8, 16), "the step in which the signal came, or the next one"
+    assert not _at(task, "finish")
+
+
+def test_saves_by_the_clock_as_well(config: Config, saved: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    timed = dataclasses.replace(config.train, checkpoint_every_images=10**6, checkpoint_every_s=60.0)
+    now = [0.0]
+    clock = SimpleNamespace(monotonic=lambda: now[0], perf_counter=time.perf_counter)
+    monkeypatch.setattr(trainer, "time", clock)
+
+    def tick(images: int) -> float:
+        now[0] += 25.0
+        return 1.0
+
+    task = NotingTask(dataclasses.replace(config, train=timed), tick)
+    assert Trainer(task.config, task, ENVIRONMENT).run()
+    assert saved == [24, 48]  # 75 s, then 75 s later
