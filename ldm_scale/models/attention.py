@@ -24,6 +24,11 @@ def image_from_tokens(x_BTC: Tensor, height: int, width: int) -> Tensor:
     return x_BTC.reshape(b, height, width, c).permute(0, 3, 1, 2)
 
 
+def _split_heads(x_BTC: Tensor, num_heads: int) -> Tensor:
+    b, t, _ = x_BTC.shape
+    return x_BTC.view(b, t, num_heads, -1).transpose(1, 2)
+
+
 def _merge_heads(x_BNTD: Tensor) -> Tensor:
     b, n, t, d = x_BNTD.shape
     return x_BNTD.transpose(1, 2).reshape(b, t, n * d)
@@ -40,8 +45,7 @@ class SelfAttention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Shapes: (B, T, C) to (B, T, C)."""
-        b, t, _ = x.shape
-        q, k, v = self.to_qkv(x).view(b, t, 3, self.num_heads, -1).permute(2, 0, 3, 1, 4).unbind(0)
+        q, k, v = (_split_heads(part, self.num_heads) for part in self.to_qkv(x).chunk(3, dim=-1))
         return self.to_out(_merge_heads(attention(q, k, v)))  # type: ignore[no-any-return]
 
 
@@ -57,9 +61,8 @@ class CrossAttention(nn.Module):
 
     def forward(self, x: Tensor, context: Tensor) -> Tensor:
         """Shapes: x (B, T, C), context (B, M, d_tau); returns (B, T, C)."""
-        b, t, _ = x.shape
-        q = self.to_q(x).view(b, t, self.num_heads, -1).transpose(1, 2)
-        k, v = self.to_kv(context).view(b, context.shape[1], 2, self.num_heads, -1).permute(2, 0, 3, 1, 4).unbind(0)
+        q = _split_heads(self.to_q(x), self.num_heads)
+        k, v = (_split_heads(part, self.num_heads) for part in self.to_kv(context).chunk(2, dim=-1))
         return self.to_out(_merge_heads(attention(q, k, v)))  # type: ignore[no-any-return]
 
 

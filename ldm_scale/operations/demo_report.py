@@ -25,7 +25,8 @@ from ldm_scale.errors import CheckpointError
 from ldm_scale.evaluation.features import EfficientNetFeatures, FeatureSpace, frechet_from_features
 from ldm_scale.evaluation.generation import NUM_BINS, captioned_grid, frechet_closure
 from ldm_scale.evaluation.reconstruction import evaluate_reconstruction
-from ldm_scale.interchange.load import LoadedDiffusion, load_autoencoder, load_diffusion
+from ldm_scale.interchange.artifact import DiffusionArtifact
+from ldm_scale.interchange.load import LoadedDiffusion, load_autoencoder, read_source
 from ldm_scale.models.build import build_seeded
 from ldm_scale.operations.sample import sample_images
 from ldm_scale.telemetry.log import get_logger
@@ -45,7 +46,9 @@ def write_report(out: Path, diffusion_run: Path, autoencoder_run: Path, manifest
     checkpoint = latest_checkpoint(diffusion_run / "checkpoints")
     if checkpoint is None:
         raise CheckpointError(f"{diffusion_run} has no checkpoint to report on; run the demo again")
-    model = load_diffusion(checkpoint)
+    artifact = read_source(checkpoint)
+    assert isinstance(artifact, DiffusionArtifact), "a stage-2 run holds a diffusion model"
+    model = LoadedDiffusion(artifact)
     path = out / "report.json"
     if path.is_file() and (out / "samples.png").is_file():
         report: dict[str, Any] = json.loads(path.read_text())
@@ -55,7 +58,7 @@ def write_report(out: Path, diffusion_run: Path, autoencoder_run: Path, manifest
     get_logger(0).info("measuring: reconstructions, losses per noise level, Frechet distances of samples")
     model.to("cuda" if torch.cuda.is_available() else "cpu")
     config = config_from_dict(read_manifest(checkpoint)["config"])
-    samples, captions, report = _generation(model, config, manifests)
+    samples, captions, report = _generation(model, _untrained(artifact).to(model.device), config, manifests)
     report |= {
         "model_hash": model.content_hash,
         "images": {"autoencoder": _images(autoencoder_run), "diffusion": _images(diffusion_run)},
@@ -79,7 +82,7 @@ def _write_picture(path: Path, samples: Tensor, captions: list[str], config: Con
 
 
 def _generation(
-    model: LoadedDiffusion, config: Config, manifests: dict[str, Path]
+    model: LoadedDiffusion, untrained: LoadedDiffusion, config: Config, manifests: dict[str, Path]
 ) -> tuple[Tensor, list[str], dict[str, Any]]:
     """Samples of the trained model, the distinct captions (in the samples' order), and distances."""
     subset = dataclasses.replace(config.data, manifest=str(manifests["captions"]), num_workers=0)
@@ -87,7 +90,6 @@ def _generation(
     prompts = list(itertools.islice(itertools.cycle(captions), NUM_SAMPLES))
     options = {"batch": SAMPLING_BATCH, "num_steps": SAMPLING_STEPS, "eta": 0.0, "sampler": "ddim"}
     samples = sample_images(model, prompts, range(NUM_SAMPLES), description="samples", **options)  # type: ignore[arg-type]
-    untrained = _untrained(model)
     noise = sample_images(untrained, prompts, range(NUM_SAMPLES), description="untrained samples", **options)  # type: ignore[arg-type]
     real_a, real_b = (_augmented(subset, seed) for seed in (1, 2))
 
@@ -122,19 +124,13 @@ def _generation(
     return samples, captions, report
 
 
-def _untrained(model: LoadedDiffusion) -> LoadedDiffusion:
-    """The same model with its weights as they were before training, on the same autoencoder."""
-    network = model.network
+def _untrained(artifact: DiffusionArtifact) -> LoadedDiffusion:
+    """The same model with random weights, on the same autoencoder."""
     fresh = build_seeded(
-        lambda: LatentDiffusion(
-            network.unet.config, network.conditioner.config, model.autoencoder.config.latent_channels
-        ),
+        lambda: LatentDiffusion(artifact.unet, artifact.conditioning, artifact.autoencoder.config.latent_channels),
         seed=0,
     )
-    untrained = object.__new__(LoadedDiffusion)
-    untrained.__dict__.update(model.__dict__)
-    untrained.network = fresh.to(model.device).eval().requires_grad_(False)
-    return untrained
+    return LoadedDiffusion(dataclasses.replace(artifact, state=fresh.state_dict()))
 
 
 def _reconstructed(model: LoadedDiffusion, images: Tensor) -> Tensor:
@@ -147,7 +143,7 @@ def _reconstructed(model: LoadedDiffusion, images: Tensor) -> Tensor:
 
 
 def _augmented(subset: DataConfig, seed: int) -> Tensor:
-    """Augmented renders of the subset, each emoji equally often."""
+    """The first augmented renders of an endless pass over the subset."""
     loader = build_loader(
         subset, seed=seed, global_batch=64, micro_batch=64, rank=0, world_size=1, augment=True, split="train"
     )

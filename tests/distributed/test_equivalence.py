@@ -7,6 +7,7 @@ free-running losses drift apart; there one step is compared, from a common check
 from __future__ import annotations
 
 import itertools
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -170,3 +171,27 @@ def test_autoencoder_step_does_not_depend_on_ranks_or_stage(
         for name, gradient in gradients.items():
             error = torch.linalg.vector_norm(actual["gradients"][model][name] - gradient)
             assert error <= 1e-5 * torch.linalg.vector_norm(gradient) + floor, f"{model}.{name}"
+
+
+def _free_run(config: Config) -> list[float]:
+    """Reconstruction losses of 24 steps from the same start, the discriminator on from the fifth."""
+    task, _ = _start(config)
+    assert isinstance(task, AutoencoderTask)
+    losses = []
+    for step, batches in zip(range(24), _batches(task, 0), strict=False):
+        losses.append(float(mean_over_ranks(task.accumulate(batches, step * 8)["loss/reconstruction"])))
+        task.update(step * 8)
+    return losses
+
+
+def test_free_running_autoencoder_losses_are_recorded(
+    folder: Path, record_property: Callable[[str, object], None]
+) -> None:
+    """Not compared: see the module's docstring. docs/decisions.md has a recorded figure."""
+    one = run_ranks(_free_run, 1, _config(folder, "autoencoder", 0, autoencoder_loss=LOSS))[0]
+    two = run_ranks(_free_run, 2, _config(folder, "autoencoder", 2, autoencoder_loss=LOSS))[0]
+    differences = [abs(a - b) / a for a, b in zip(one, two, strict=True)]
+    record_property("relative_difference_by_step", differences)
+    print("relative difference of free-running stage 1 losses, by step:", [f"{d:.1e}" for d in differences])  # noqa: T201
+    assert differences[0] < 1e-6
+    assert one[-1] < one[0]

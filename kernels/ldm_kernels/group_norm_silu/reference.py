@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -30,6 +31,9 @@ def group_norm_silu(
     if sample_shift is not None:
         x = x + sample_shift[:, :, None, None]
     y = F.group_norm(x, num_groups, weight, bias, eps)
+    if x.is_contiguous(memory_format=torch.channels_last):
+        # On CUDA torch's operator answers in the plain layout, whatever it is given.
+        y = y.contiguous(memory_format=torch.channels_last)
     if scale is not None:
         y = y * (1 + scale[:, :, None, None])
     if shift is not None:
