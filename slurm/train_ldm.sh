@@ -30,7 +30,9 @@ fi
 # shellcheck source=slurm/env.sh
 source slurm/env.sh
 
-MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | sed -n 1p)
+# The address by which Slurm itself reaches the first node: its name need not be known to the other nodes' resolvers.
+first_node=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | sed -n 1p)
+MASTER_ADDR=$(scontrol show node "$first_node" | sed -n 's/.*NodeAddr=\([^ ]*\).*/\1/p')
 # Jobs that share a host get ports of their own, below the range from which kernels number outgoing connections.
 MASTER_PORT=$((20000 + SLURM_JOB_ID % 12000))
 export MASTER_ADDR MASTER_PORT

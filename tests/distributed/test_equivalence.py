@@ -139,13 +139,15 @@ def stage1_checkpoints(folder: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def reference_steps(folder: Path, stage1_checkpoints: Path) -> dict[int, dict[str, Any]]:
-    config = _config(folder, "autoencoder", 0, autoencoder_loss=LOSS)
+    # In small micro-batches: the gradient of the last bias, a sum over all pixels in fp32, is rounded by up to 1e-5 of
+    # itself when one thread adds up the whole batch, and by a third of that here.
+    config = _config(folder, "autoencoder", 0, autoencoder_loss=LOSS, train={"micro_batch": 2})
     return {images: run_ranks(_one_step, 1, config, images, stage1_checkpoints)[0] for images in MOMENTS}
 
 
 @pytest.mark.parametrize("images", MOMENTS)
 @pytest.mark.parametrize(
-    ("ranks", "zero_stage", "micro_batch"), [(2, 0, 4), (2, 1, 4), (2, 2, 2), (2, 3, 4), (1, 1, 2)]
+    ("ranks", "zero_stage", "micro_batch"), [(2, 0, 4), (2, 1, 4), (2, 2, 2), (2, 3, 4), (1, 1, 4)]
 )
 def test_autoencoder_step_does_not_depend_on_ranks_or_stage(
     folder: Path,
