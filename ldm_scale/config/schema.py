@@ -63,11 +63,7 @@ class UNetConfig:
     base_channels: int = 320
     channel_multipliers: tuple[int, ...] = (1, 2, 4, 4)
     num_res_blocks: int = 2  # per level on the way down; one more on the way up
-    attention_levels: tuple[int, ...] = (
-        0,
-        1,
-        2,
-    )  # levels (0 = finest) that have spatial transformers; the middle always has
+    attention_levels: tuple[int, ...] = (0, 1, 2)  # levels (0 = finest) with spatial transformers; the middle has one
     transformer_depth: int = 1  # blocks per spatial transformer
     head_dim: int | None = 64  # exactly one of head_dim and num_heads is set
     num_heads: int | None = None
@@ -117,7 +113,7 @@ class DataConfig:
     horizontal_flip: bool = False
     num_workers: int = 1  # loader processes per rank; 0 = in the training process
     prefetch_batches: int = 4  # batches held ready per worker
-    max_consecutive_bad: int = 20  # undecodable samples in a row that stop the run
+    max_consecutive_bad: int = 20  # more undecodable samples than this in a row stop the run
 
 
 @dataclass(frozen=True)
@@ -138,9 +134,7 @@ class EmaConfig:
     """Exponential moving average of the trained weights, kept sharded like the optimizer's masters."""
 
     half_life_images: float = 500_000.0  # images after which a weight's share has halved; 0 switches EMA off
-    warmup_ratio: float = (
-        0.05  # half-life never exceeds this share of the images seen so far (None-like: 0 = no warm-up)
-    )
+    warmup_ratio: float = 0.05  # the half-life is at most this share of the images seen so far; 0 = no such bound
 
 
 @dataclass(frozen=True)
@@ -164,9 +158,9 @@ class TrainConfig:
     device: Literal["auto", "cpu", "cuda"] = "auto"
     precision: Literal["auto", "fp32", "bf16"] = "auto"  # auto: bf16 on CUDA, fp32 on CPU
     log_every_images: int = 1_000
-    validate_every_images: int = 50_000
+    validate_every_images: int = 50_000  # 0 = only at the end, as for the next one
     sample_every_images: int = 50_000  # picture grids in TensorBoard
-    checkpoint_every_images: int = 50_000
+    checkpoint_every_images: int = 50_000  # 0 = only by the clock and at the end
     checkpoint_every_s: float = 1_800.0  # and at least this often; 0 = off
     keep_checkpoints: int = 2
 

@@ -23,7 +23,9 @@ from ldm_scale.interchange.diffusers import fill_diffusers_folder
 from ldm_scale.interchange.load import LoadedDiffusion, read_source
 
 
-def write_checkpoint(folder: Path, config: Config, model: str, kinds: dict[str, dict[str, Tensor]]) -> None:
+def write_checkpoint(
+    folder: Path, config: Config, model: str, kinds: dict[str, dict[str, Tensor]], autoencoder_hash: str = ""
+) -> None:
     """A checkpoint as a run of two ranks leaves it: every tensor flat, its first element with the second rank."""
     folder.mkdir(parents=True)
     files: dict[str, dict[str, Tensor]] = {"rank-00000.safetensors": {}, "rank-00001.safetensors": {}}
@@ -52,7 +54,7 @@ def write_checkpoint(folder: Path, config: Config, model: str, kinds: dict[str, 
         "world_size": 2,
         "files": records,
         "models": {model: {"optimizer_steps": 8, "zero_stage": 1, "tensors": tensors}},
-        "state": {},
+        "state": {"autoencoder_hash": autoencoder_hash},
         "config": config_to_dict(config),
     }
     manifest["crc32"] = zlib.crc32(json.dumps(manifest, sort_keys=True).encode())
@@ -75,7 +77,8 @@ def diffusion_run(tmp_path: Path, diffusion_artifact: DiffusionArtifact) -> Path
     )
     ema = diffusion_artifact.state
     kinds = {"weight": {name: 2 * tensor for name, tensor in ema.items()}, "ema": ema}
-    write_checkpoint(tmp_path / "run" / "checkpoints" / "images-0000000064", config, "diffusion", kinds)
+    folder = tmp_path / "run" / "checkpoints" / "images-0000000064"
+    write_checkpoint(folder, config, "diffusion", kinds, first.content_hash)
     return tmp_path / "run"
 
 
