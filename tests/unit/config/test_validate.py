@@ -15,7 +15,23 @@ from ldm_scale.config.schema import BatchPlan, Config
 from ldm_scale.config.validate import validate, validate_architecture
 from ldm_scale.errors import ConfigError
 
-TEXT = ("experiment=demo_text", "data.manifest=m.json", "artifact=a")
+# Every number that the messages below repeat, so that tuning the experiment does not touch them.
+TEXT = (
+    "experiment=demo_text",
+    "data.manifest=m.json",
+    "artifact=a",
+    "data.resolution=32",
+    "train.global_batch=32",
+    "autoencoder.base_channels=32",
+    "autoencoder.channel_multipliers=[1,2,2]",
+    "autoencoder.norm_groups=8",
+    "unet.base_channels=64",
+    "unet.channel_multipliers=[1,2,2]",
+    "unet.attention_levels=[1,2]",
+    "unet.head_dim=32",
+    "conditioning.width=128",
+    "conditioning.num_heads=4",
+)
 AUTOENCODER = ("experiment=demo_autoencoder", "data.manifest=m.json")
 
 

@@ -13,7 +13,7 @@ import webdataset as wds
 from PIL import Image
 
 from ldm_scale.data.shards import open_manifest
-from ldm_scale.data.sources import is_heldout
+from ldm_scale.data.sources import is_heldout, openmoji
 from ldm_scale.data.sources.openmoji import (
     caption_of,
     class_names,
@@ -218,7 +218,7 @@ def test_an_empty_folder_is_filled_and_a_failure_leaves_nothing(
         ("1F34E\n99999\n", "1 keys are not among OpenMoji's named emoji: 99999"),
         ("1F34E\n1f34e\n", "holds a key twice"),
         ("# nothing\n", "holds no key"),
-        (None, r"neither a file nor a shipped list \(demo\)"),
+        (None, r"neither a file nor a shipped list \(demo, no-skin-tones\)"),
     ],
 )
 def test_subsets_that_cannot_be_used(tmp_path: Path, text: str | None, message: str) -> None:
@@ -227,3 +227,12 @@ def test_subsets_that_cannot_be_used(tmp_path: Path, text: str | None, message: 
     with pytest.raises(DataError, match=message):
         prepare_openmoji(tmp_path / "a", 16, str(tmp_path / "s.txt"), 0.0, 2)
     assert not (tmp_path / "a").exists()
+
+
+def test_without_skin_tones_one_picture_of_each_family_stays() -> None:
+    everything, _ = openmoji._select(None)
+    plain, left_out = openmoji._select(openmoji.WITHOUT_SKIN_TONES)
+    families = [openmoji.family_of(item.key) for item in plain]
+    assert len(set(families)) == len(families)
+    assert not any("skin tone" in item.caption for item in plain if "-" in item.key)
+    assert left_out["skin-tone variants"] == len(everything) - len(plain) > 1000
