@@ -37,6 +37,7 @@ from tqdm import tqdm
 
 from ldm_scale.config.compose import load_config
 from ldm_scale.config.schema import UNetConfig
+from ldm_scale.engine.env import cpu_threads
 from ldm_scale.interchange.diffusers import empty_unet
 from ldm_scale.interchange.name_maps import NameMap, translate, unet_names
 from ldm_scale.interchange.verify import load_both, relative_difference
@@ -100,7 +101,7 @@ def main(argv: Sequence[str]) -> int:
     arguments = parser.parse_args(argv)
     device = torch.device(arguments.device)
     if device.type == "cpu":
-        torch.set_num_threads(len(os.sched_getaffinity(0)))  # as training does on one rank
+        torch.set_num_threads(cpu_threads())  # as training does on one rank
     elif not torch.cuda.is_available():
         parser.error("--device cuda: torch sees no CUDA device")
 
