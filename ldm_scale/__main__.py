@@ -13,6 +13,8 @@ from collections.abc import Callable, Sequence
 from importlib import import_module
 from typing import TypeVar
 
+from safetensors import SafetensorError
+
 from ldm_scale import __version__
 from ldm_scale.errors import LdmScaleError
 
@@ -27,6 +29,7 @@ COMMANDS = {
 ArgvT = TypeVar("ArgvT")
 
 EXIT_USAGE = 2
+EXIT_FILES = 1
 EXIT_INTERRUPTED = 130  # the shell's 128 + SIGINT
 EXIT_CLOSED_PIPE = 141  # the shell's 128 + SIGPIPE
 
@@ -57,13 +60,19 @@ def run_command(command: Callable[[ArgvT], int | None], argv: ArgvT) -> int:
     except LdmScaleError as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         return error.exit_code
+    except (OSError, SafetensorError) as error:
+        if isinstance(error, BrokenPipeError):
+            # `ldm-scale plan ... | head`: the reader has gone; else the interpreter fails again at its own flush.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            return EXIT_CLOSED_PIPE
+        print(
+            f"error: {' '.join(str(error).split())}; check that the path exists, is writable and has space",
+            file=sys.stderr,
+        )
+        return EXIT_FILES
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return EXIT_INTERRUPTED
-    except BrokenPipeError:
-        # `ldm-scale plan ... | head`: the reader has gone; without this the interpreter fails again at its own flush.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return EXIT_CLOSED_PIPE
     return 0 if status is None else int(status)
 
 

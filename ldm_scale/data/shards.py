@@ -14,6 +14,7 @@ import os
 import tarfile
 from collections import OrderedDict
 from dataclasses import dataclass
+from hashlib import blake2b
 from pathlib import Path
 from typing import Any
 
@@ -141,6 +142,12 @@ class Dataset:
         self.num_samples = int(self._ends[-1])
         self._indices: dict[int, _Index] = {}
         self._files: OrderedDict[int, int] = OrderedDict()  # shard number -> descriptor, least recently used first
+
+    @property
+    def digest(self) -> str:
+        """What the samples' numbers refer to: names, sample counts and sizes of the shards, wherever they lie."""
+        rows = [f"{shard.stem} {shard.num_samples} {shard.num_bytes}" for shard in self.shards]
+        return blake2b("\n".join(rows).encode(), digest_size=16).hexdigest()
 
     def __del__(self) -> None:
         for descriptor in getattr(self, "_files", {}).values():

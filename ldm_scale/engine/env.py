@@ -57,7 +57,7 @@ class Environment:
         """One line for the log: ranks, device, backend, type."""
         backend = dist.get_backend() if dist.is_initialized() else "none"
         dtype = str(self.dtype).removeprefix("torch.")
-        return f"{self.world_size} rank(s) on {self.device.type} ({backend}), {dtype}, channels_last"
+        return f"{self.world_size} rank(s) on {self.device.type} ({backend}), {dtype}, activations in channels_last"
 
 
 def read_launch() -> Launch:

@@ -25,5 +25,7 @@ def stream(seed: int, purpose: str, index: int) -> np.random.Generator:
 
 def normal(streams: Sequence[np.random.Generator], shape: Sequence[int]) -> Tensor:
     """Standard normal noise, one image per stream. Shapes: returns (len(streams), *shape), fp32, on the CPU."""
+    if not streams:
+        return torch.empty(0, *shape)
     noise = np.stack([s.standard_normal(tuple(shape), dtype=np.float32) for s in streams])
     return torch.from_numpy(noise)

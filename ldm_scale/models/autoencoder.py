@@ -151,7 +151,8 @@ class Autoencoder(nn.Module):
         Shapes: x (B, 3, H, W), noise (B, c, H/f, W/f); returns (B, c, H/f, W/f).
         """
         mean, logvar = self.encode_moments(x)
-        z_raw = mean if noise is None else mean + (0.5 * logvar).exp() * noise
+        # In fp32 like the statistics: a sample and its scaling would each lose digits in bf16.
+        z_raw = mean.float() if noise is None else mean.float() + (0.5 * logvar.float()).exp() * noise.float()
         return (z_raw - self.statistics.shift) * self.statistics.scale
 
     def decode(self, z: Tensor) -> Tensor:

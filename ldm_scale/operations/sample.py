@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -26,6 +27,12 @@ def sample_to_files(arguments: argparse.Namespace) -> None:
     prompts = _prompts(arguments)
     if arguments.batch < 1:
         raise ConfigError(f"--batch {arguments.batch}: must be at least 1")
+    _check_numbers(arguments)
+    if arguments.out.is_dir():
+        raise ConfigError(
+            f"--out {arguments.out} is a folder; give the name of a picture, such as {arguments.out}/grid.png"
+        )
+    arguments.out.parent.mkdir(parents=True, exist_ok=True)
     model = load_diffusion(arguments.source, arguments.weights)
     wanted = arguments.device
     if wanted == "cuda" and not torch.cuda.is_available():
@@ -41,7 +48,6 @@ def sample_to_files(arguments: argparse.Namespace) -> None:
         eta=arguments.eta,
         sampler=arguments.sampler,
     )
-    arguments.out.parent.mkdir(parents=True, exist_ok=True)
     captioned_grid(images, prompts, columns=min(8, len(prompts)), path=arguments.out)
     log = get_logger(0)
     log.info(f"wrote {arguments.out} ({len(prompts)} images)")
@@ -77,6 +83,17 @@ def sample_images(
             )
             images.append(samples.float().cpu())
     return torch.cat(images)
+
+
+def _check_numbers(arguments: argparse.Namespace) -> None:
+    if arguments.guidance is not None and not 0.0 <= arguments.guidance < math.inf:
+        raise ConfigError(
+            f"--guidance {arguments.guidance}: must be a number from 0 (no caption) upwards; 1 is no guidance"
+        )
+    if arguments.steps is not None and arguments.steps < 1:
+        raise ConfigError(f"--steps {arguments.steps}: must be at least 1")
+    if arguments.eta is not None and not 0.0 <= arguments.eta <= 1.0:
+        raise ConfigError(f"--eta {arguments.eta}: must be between 0 (deterministic) and 1")
 
 
 def _prompts(arguments: argparse.Namespace) -> list[str]:

@@ -7,16 +7,19 @@ reports and tests read a run with the standard library alone. The horizontal axi
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self, TextIO
 
 import torch
 from torch import Tensor
+
+from ldm_scale.telemetry.log import get_logger
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
@@ -55,29 +58,46 @@ class ScalarWriter:
             return
         values = {name: float(value) for name, value in scalars.items()}
         assert not set(values) & set(_RESERVED), f"{_RESERVED} are the row's own names; given: {sorted(values)}"
-        for name, value in values.items():
-            self._events.add_scalar(name, value, images_seen)
         row: dict[str, Any] = {"images": images_seen, "time": round(time.time(), 3)}
         row |= {name: value if math.isfinite(value) else None for name, value in values.items()}
-        self._metrics.write(json.dumps(row, allow_nan=False) + "\n")
+        with self._giving_up_quietly():
+            for name, value in values.items():
+                self._events.add_scalar(name, value, images_seen)
+            self._metrics.write(json.dumps(row, allow_nan=False) + "\n")
 
     def add_image_grid(self, name: str, images: Tensor, images_seen: int, columns: int = 8) -> None:
         """Adds one picture made of `images` (N, 3, H, W) in [-1, 1], row by row."""
         if self._events is not None:
-            self._events.add_image(name, image_grid(images, columns), images_seen)
+            with self._giving_up_quietly():
+                self._events.add_image(name, image_grid(images, columns), images_seen)
 
     def flush(self) -> None:
         """Puts everything on disk: before a checkpoint is published, so that it never knows more than the figures."""
         if self._events is not None and self._metrics is not None:
-            self._events.flush()
-            self._metrics.flush()
+            with self._giving_up_quietly():
+                self._events.flush()
+                self._metrics.flush()
 
     def close(self) -> None:
         """Ends the files; nothing may be added afterwards."""
         if self._events is not None and self._metrics is not None:
-            self._events.close()
-            self._metrics.close()
+            with self._giving_up_quietly():
+                self._events.close()
+            with contextlib.suppress(OSError):
+                self._metrics.close()
         self._events = self._metrics = None
+
+    @contextlib.contextmanager
+    def _giving_up_quietly(self) -> Iterator[None]:
+        """Ends the writing of figures, with a line in the log, where the disk refuses them: training is worth more."""
+        try:
+            yield
+        except OSError as error:
+            get_logger().error(f"figures are no longer written ({error}); training goes on")
+            metrics, self._events, self._metrics = self._metrics, None, None
+            if metrics is not None:
+                with contextlib.suppress(OSError):
+                    metrics.close()
 
     def __enter__(self) -> Self:
         return self

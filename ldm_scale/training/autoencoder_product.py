@@ -36,7 +36,13 @@ def validate(task: AutoencoderTask) -> dict[str, float]:
             x = batch.images.to(task.environment.device)
             y = _reconstruct(task, x).clamp(-1, 1)
             sums += (
-                torch.stack([psnr(x, y).sum(), psnr(x, bicubic_baseline(x, factor)).sum(), torch.tensor(float(len(x)))])
+                torch.stack(
+                    [
+                        psnr(x, y).sum(),
+                        psnr(x, bicubic_baseline(x, factor)).sum(),
+                        torch.tensor(float(len(x)), device=x.device),
+                    ]
+                )
                 .double()
                 .cpu()
             )

@@ -54,8 +54,9 @@ def pictures(task: DiffusionTask) -> dict[str, Tensor]:
     for name, weights in _weights(task):
         with weights:
             z = sample_latents(task.network, task.schedule, tokens, noise, task.config.sampling)
-        x = task.autoencoder.decode(z.to(task.environment.dtype))
-        grids[f"samples/{name}"] = x.float().clamp(-1, 1).cpu()
+        parts = torch.split(z.to(task.environment.dtype), task.plan.micro_batch)
+        x = torch.cat([task.autoencoder.decode(part).float() for part in parts])
+        grids[f"samples/{name}"] = x.clamp(-1, 1).cpu()
     return grids
 
 
@@ -89,7 +90,9 @@ def _validation_set(task: DiffusionTask) -> tuple[Tensor, Tensor, list[int]]:
     x = torch.cat([batch.images for batch in batches])[:count].to(task.environment.device, task.environment.dtype)
     captions = [caption for batch in batches for caption in batch.captions][:count]
     numbers = torch.cat([batch.image_numbers for batch in batches])[:count].tolist()
-    return task.autoencoder.encode(x).float(), task.tokens(captions), numbers
+    # In the pieces that training fits into memory.
+    z = torch.cat([task.autoencoder.encode(part) for part in torch.split(x, task.plan.micro_batch)])
+    return z, task.tokens(captions), numbers
 
 
 def _first_captions(task: DiffusionTask) -> list[str]:

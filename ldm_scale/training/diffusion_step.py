@@ -18,6 +18,7 @@ from ldm_scale.config.fit import check_artifact_fits
 from ldm_scale.config.schema import BatchPlan, Config
 from ldm_scale.data import Batch
 from ldm_scale.diffusion.loss import diffusion_loss
+from ldm_scale.diffusion.prediction import training_target
 from ldm_scale.diffusion.schedule import build_schedule
 from ldm_scale.engine import seeding
 from ldm_scale.engine.checkpoint import Trained
@@ -72,7 +73,8 @@ class DiffusionTask(Task):
             captions = ["" if drop else caption for caption, drop in zip(batch.captions, dropped, strict=True)]
             z_t = self.schedule.add_noise(z, noise, t)
             prediction = self.model(z_t, t, self.tokens(captions))
-            loss = diffusion_loss(prediction, noise, self.config.diffusion.loss).mean()
+            target = training_target(self.config.diffusion.prediction, z, noise)
+            loss = diffusion_loss(prediction, target, self.config.diffusion.loss).mean()
             self.model.backward(loss)
             total += loss.detach().float().cpu() / len(batches)
         return {"loss": total}
@@ -106,10 +108,10 @@ class DiffusionTask(Task):
         noise = None
         if self.config.latents.sample_posterior:
             streams = [seeding.stream(self.config.train.seed, "posterior", number) for number in numbers]
-            noise = self._to_device(seeding.normal(streams, self.latent_shape)).to(self.environment.dtype)
+            noise = self._to_device(seeding.normal(streams, self.latent_shape))
         x = self._to_device(images).to(self.environment.dtype)
         with torch.no_grad():
-            return self.autoencoder.encode(x, noise).float()
+            return self.autoencoder.encode(x, noise)
 
     def tokens(self, captions: Sequence[str]) -> Tensor:
         """Tokens of captions, each tokenised once. Shapes: returns (len(captions), max_tokens)."""

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +51,18 @@ class Task(ABC):
     @abstractmethod
     def finish(self, checkpoint: Path, images: int) -> dict[str, Any]:
         """What the stage leaves behind, once its last checkpoint is written. Collective: all ranks."""
+
+    @contextmanager
+    def evaluating(self) -> Iterator[None]:
+        """Networks without dropout inside the block."""
+        networks = [item.model.module for item in self.trained.values()]
+        for network in networks:
+            network.eval()
+        try:
+            yield
+        finally:
+            for network in networks:
+                network.train()
 
     def lr(self, images: int, peak: float | None = None) -> float:
         """Learning rate of the step that starts after `images` images."""

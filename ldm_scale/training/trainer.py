@@ -20,12 +20,13 @@ from torch import Tensor
 from ldm_scale.config.convert import config_to_dict
 from ldm_scale.config.fit import batch_plan
 from ldm_scale.config.schema import BatchPlan, Config
-from ldm_scale.data import Batch, Loader, build_loader
-from ldm_scale.engine import collectives
+from ldm_scale.data import Batch, Loader, build_loader, open_manifest
+from ldm_scale.engine import collectives, seeding
 from ldm_scale.engine.checkpoint import latest_checkpoint, load_checkpoint, read_manifest, save_checkpoint
 from ldm_scale.engine.env import Environment
 from ldm_scale.engine.health import require_finite
 from ldm_scale.engine.preemption import StopRequest
+from ldm_scale.engine.run_lock import RunLock
 from ldm_scale.errors import CheckpointError, ConfigError
 from ldm_scale.telemetry.log import get_logger, say_once
 from ldm_scale.telemetry.tensorboard import ScalarWriter
@@ -53,13 +54,18 @@ class Trainer:
         self.plan: BatchPlan = batch_plan(config, environment.world_size)
         self.run_dir = Path(config.run_dir)
         self.checkpoints = self.run_dir / "checkpoints"
-        self.state = TrainingState(autoencoder_hash=task.autoencoder_hash)
+        self._data_digest = open_manifest(config.data.manifest, config.data.split).digest
+        self.state = TrainingState(data_digest=self._data_digest, autoencoder_hash=task.autoencoder_hash)
         self.log = get_logger(environment.rank)
         self._last_save_s = time.monotonic()
         self._saved_images = -1
 
     def run(self) -> bool:
         """Whether the run reached its end (False: it was asked to stop and has saved). Collective: all ranks."""
+        with RunLock(self.run_dir, self.environment.rank):
+            return self._run()
+
+    def _run(self) -> bool:
         self._resume()
         if self._was_finished():
             self.log.info(f"finished before, nothing to do; remove {self.run_dir / RESULT} to make the product again")
@@ -73,6 +79,7 @@ class Trainer:
                 loader = self._loader()
                 for batches in self._steps(loader):
                     if self._step(batches, writer, progress, stop):
+                        writer.flush()
                         self._save()
                         cause = stop.signal_name or "another rank"
                         self.log.info(
@@ -98,6 +105,9 @@ class Trainer:
         """Makes one step and what falls due after it; returns whether the run shall stop."""
         started = time.perf_counter()
         images = self.state.cur_images
+        # Dropout draws from torch's own generator: other masks in each step and on each rank, the same when resumed.
+        masks = seeding.stream(self.config.train.seed, f"dropout on rank {self.environment.rank}", self.state.step)
+        torch.manual_seed(int(masks.integers(2**63)))
         metrics = self.task.accumulate(batches, images)
         means, stopping = self._reduce(metrics, stop.requested, self._name_bad_samples(batches))
         require_finite(means, self.state.step, images)
@@ -110,9 +120,9 @@ class Trainer:
         if self._due(self.config.train.log_every_images):
             rate = {"images_per_s": self.plan.global_batch / seconds, "bad_samples": float(self.state.bad_samples)}
             writer.add_scalars(means | rate, self.state.cur_images)
-        if stopping:
+        if stopping and not self._at_end():
             return True
-        with progress.paused():
+        with progress.paused(), self.task.evaluating():
             self._now_and_then(writer)
         return False
 
@@ -124,6 +134,7 @@ class Trainer:
             for name, images in self.task.pictures().items():
                 writer.add_image_grid(name, images, self.state.cur_images)
         if self._save_is_due():
+            writer.flush()  # a checkpoint never knows more than the figures
             self._save_and_go_on()
 
     def _reduce(self, metrics: dict[str, Tensor], stop: bool, bad: int) -> tuple[dict[str, float], bool]:
@@ -191,6 +202,12 @@ class Trainer:
         manifest = read_manifest(path)
         _require_same_run(path, manifest["config"], config_to_dict(self.config))
         _require_same_artifact(path, manifest["state"]["autoencoder_hash"], self.task.autoencoder_hash, self.config)
+        if manifest["state"]["data_digest"] != self._data_digest:
+            raise ConfigError(
+                f"the run in {self.run_dir} was started on other shards than data.manifest={self.config.data.manifest} "
+                f"(split {self.config.data.split}) lists, so its position means nothing there; give the manifest of "
+                "before, or another run_dir"
+            )
         self.state = TrainingState.from_dict(load_checkpoint(path, self.task.trained))
         self._saved_images = self.state.cur_images
         self.log.info(f"continuing at {self.state.cur_images} images from {path}")
@@ -222,7 +239,8 @@ class Trainer:
 
     def _finish(self) -> None:
         path = self.checkpoints / f"images-{self.state.cur_images:010d}"
-        report = self.task.finish(path, self.state.cur_images)
+        with self.task.evaluating():
+            report = self.task.finish(path, self.state.cur_images)
         report |= {"images": self.state.cur_images, "steps": self.state.step, "training_s": self.state.training_s}
         if self.environment.is_main:
             (self.run_dir / RESULT).write_text(json.dumps(report, indent=2) + "\n")

@@ -102,6 +102,6 @@ def _started(precision: str) -> tuple[int, int, bool, str, str, bool]:
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_a_started_rank_knows_its_place_and_type(ranks: int) -> None:
     for rank, report in enumerate(run_ranks(_started, ranks, "auto")):
-        line = f"{ranks} rank(s) on cpu (gloo), float32, channels_last"
+        line = f"{ranks} rank(s) on cpu (gloo), float32, activations in channels_last"
         assert report == (rank, ranks, rank == 0, "torch.float32", line, False)
     assert run_ranks(_started, 1, "bf16")[0][3] == "torch.bfloat16"

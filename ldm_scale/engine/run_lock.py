@@ -1,0 +1,57 @@
+"""One run per run directory: a second one would take back the first one's figures and remove its checkpoints."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import socket
+from pathlib import Path
+from types import TracebackType
+from typing import TextIO
+
+from ldm_scale.engine.collectives import broadcast_object
+from ldm_scale.errors import ConfigError
+
+LOCK = ".lock"
+
+
+class RunLock:
+    """Holds a run directory for one run; a context manager. Collective: all ranks enter it.
+
+    The kernel's lock ends with the process that holds it, so nothing stale is left by a kill.
+    Raises: ConfigError on all ranks if the directory cannot be made or another run holds it.
+    """
+
+    def __init__(self, run_dir: Path, rank: int) -> None:
+        self._run_dir, self._rank = run_dir, rank
+        self._file: TextIO | None = None
+
+    def __enter__(self) -> RunLock:
+        problem = broadcast_object(self._take() if self._rank == 0 else "")
+        if problem:
+            raise ConfigError(problem)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._file is not None:
+            self._file.close()
+
+    def _take(self) -> str:
+        """What prevents the run, or "" if the lock is ours."""
+        try:
+            self._run_dir.mkdir(parents=True, exist_ok=True)
+            self._file = (self._run_dir / LOCK).open("a+", encoding="utf-8")
+        except OSError as error:
+            return f"run_dir={self._run_dir} cannot be written ({error.strerror}); give another run_dir"
+        try:
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            self._file.seek(0)
+            holder = self._file.read().strip() or "unknown"
+            return f"run_dir={self._run_dir} is in use by another run ({holder}); wait for it, or give another run_dir"
+        self._file.truncate(0)
+        self._file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+        self._file.flush()
+        return ""
