@@ -6,8 +6,10 @@ data/order.py), and learning rates of `cur_images` (training/optimizer.py).
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from typing import Any
+
+from ldm_scale.errors import CheckpointError
 
 
 @dataclass
@@ -27,5 +29,14 @@ class TrainingState:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> TrainingState:
-        """The state that `to_dict` wrote."""
+        """The state that `to_dict` wrote.
+
+        Raises: CheckpointError if it was written by another version, with other fields.
+        """
+        known = {field.name for field in fields(cls)}
+        if values.keys() != known:
+            raise CheckpointError(
+                f"the checkpoint's training state has {', '.join(sorted(values)) or 'nothing'}; this version reads "
+                f"{', '.join(sorted(known))}: continue with the version that wrote it"
+            )
         return cls(**values)

@@ -201,8 +201,9 @@ class Trainer:
             return
         manifest = read_manifest(path)
         _require_same_run(path, manifest["config"], config_to_dict(self.config))
-        _require_same_artifact(path, manifest["state"]["autoencoder_hash"], self.task.autoencoder_hash, self.config)
-        if manifest["state"]["data_digest"] != self._data_digest:
+        saved = TrainingState.from_dict(manifest["state"])
+        _require_same_artifact(path, saved.autoencoder_hash, self.task.autoencoder_hash, self.config)
+        if saved.data_digest != self._data_digest:
             raise ConfigError(
                 f"the run in {self.run_dir} was started on other shards than data.manifest={self.config.data.manifest} "
                 f"(split {self.config.data.split}) lists, so its position means nothing there; give the manifest of "

@@ -177,7 +177,9 @@ def write_dataset(
         writer.flush()
         if not writer.shards:
             raise DataError(
-                f"no sample falls into the split {split!r} with --heldout-percent {heldout_percent:g}; change it"
+                f"no sample falls into the split {split!r} with --heldout-percent {heldout_percent:g} (a hash of each "
+                "name decides, so a small data set may have none): give a larger share, such as --heldout-percent 30, "
+                "or --heldout-percent 0 and train with data.validation_split="
             )
         splits[split] = {"num_samples": sum(shard["num_samples"] for shard in writer.shards), "shards": writer.shards}
     manifest = {"format": FORMAT, "version": VERSION, **describe, "splits": splits}

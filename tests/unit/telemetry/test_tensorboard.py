@@ -113,3 +113,21 @@ def test_image_grid_places_images_row_by_row() -> None:
             tile = grid[:, 3 * row : 3 * row + 2, 4 * column : 4 * column + 3]
             assert (tile == values[row][column]).all()
     assert (grid[:, 2] == 255).all()
+
+
+def test_a_full_disk_ends_the_figures_and_not_the_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    writer = ScalarWriter(tmp_path, enabled=True)
+    writer.add_scalars({"loss": 0.5}, 64)
+
+    def refuse(_: str) -> int:
+        raise OSError(28, "No space left on device")
+
+    assert writer._metrics is not None
+    monkeypatch.setattr(
+        writer, "_metrics", type("Full", (), {"write": staticmethod(refuse), "close": lambda _: None})()
+    )
+    writer.add_scalars({"loss": 0.4}, 128)
+    writer.add_scalars({"loss": 0.3}, 192)
+    writer.flush()
+    writer.close()
+    assert [row["images"] for row in read_metrics(tmp_path)] == [64]

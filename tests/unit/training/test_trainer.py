@@ -20,8 +20,9 @@ from torch import Tensor
 from ldm_scale.config.schema import BatchPlan, Config
 from ldm_scale.data import Batch
 from ldm_scale.engine.env import Environment, Launch
-from ldm_scale.errors import NumericsError
+from ldm_scale.errors import CheckpointError, NumericsError
 from ldm_scale.training import trainer
+from ldm_scale.training.state import TrainingState
 from ldm_scale.training.task import Task
 from ldm_scale.training.trainer import Trainer
 from tests.helpers.runs import tiny_config
@@ -149,3 +150,8 @@ def test_saves_by_the_clock_as_well(config: Config, saved: list[int], monkeypatc
     task = NotingTask(dataclasses.replace(config, train=timed), tick)
     assert Trainer(task.config, task, ENVIRONMENT).run()
     assert saved == [24, 48]  # 75 s, then 75 s later
+
+
+def test_a_state_of_another_version_is_refused() -> None:
+    with pytest.raises(CheckpointError, match="continue with the version that wrote it"):
+        TrainingState.from_dict({"cur_images": 8})
