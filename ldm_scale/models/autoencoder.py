@@ -156,8 +156,9 @@ class Autoencoder(nn.Module):
         return (z_raw - self.statistics.shift) * self.statistics.scale
 
     def decode(self, z: Tensor) -> Tensor:
-        """Pixels of latents, not clamped. Shapes: (B, c, h, w) to (B, 3, fh, fw)."""
-        return self.decode_raw(z / self.statistics.scale + self.statistics.shift)
+        """Pixels of latents, not clamped, in the weights' type. Shapes: (B, c, h, w) to (B, 3, fh, fw)."""
+        z_raw = z / self.statistics.scale + self.statistics.shift
+        return self.decode_raw(z_raw.to(self.post_quant_conv.weight.dtype))
 
     def forward(self, x: Tensor, noise: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """The fields of `AutoencoderOutput`. Shapes: x (B, 3, H, W), noise (B, c, H/f, W/f)."""

@@ -16,6 +16,7 @@ import pytest
 
 import ldm_scale
 from ldm_scale.engine.checkpoint import latest_checkpoint, read_manifest
+from ldm_scale.engine.run_lock import LOCK
 from ldm_scale.train import main
 from tests.helpers.commands import TOTAL_IMAGES, stage1, stage2
 from tests.helpers.ranks import free_port, run_ranks
@@ -152,7 +153,7 @@ def test_launchers_stop_together_and_take_over_from_each_other(
     assert torchrun.wait() == 0, torchrun.output
     stopped = _images(run_dir)
     assert 0 < stopped < TOTAL_IMAGES
-    assert "2 rank(s) on cpu (gloo), float32, channels_last; ZeRO stage 2" in torchrun.output
+    assert "2 rank(s) on cpu (gloo), float32, activations in channels_last; ZeRO stage 2" in torchrun.output
     assert f"stopped by another rank at {stopped} images" in torchrun.output
 
     total = stopped + 16
@@ -170,9 +171,13 @@ def test_a_finished_run_is_left_as_it_is(folder: Path, tmp_path: Path) -> None:
     run_dir = tmp_path / "run"
     arguments = stage1(folder, run_dir, "train.total_images=16")
     assert run_ranks(main, 1, arguments) == [0]
-    before = {path: path.read_bytes() for path in run_dir.rglob("*") if path.is_file()}
+
+    def contents() -> dict[Path, bytes]:
+        return {path: path.read_bytes() for path in run_dir.rglob("*") if path.is_file() and path.name != LOCK}
+
+    before = contents()
     assert run_ranks(main, 2, arguments) == [0, 0]
-    assert {path: path.read_bytes() for path in run_dir.rglob("*") if path.is_file()} == before
+    assert contents() == before
     (run_dir / "result.json").unlink()
     assert run_ranks(main, 1, arguments) == [0]
     assert (run_dir / "result.json").is_file()

@@ -106,7 +106,10 @@ def test_autoencoder_of_an_artifact(tmp_path: Path, autoencoder_artifact: Artifa
     noise = torch.randn(z.shape)
     torch.testing.assert_close(z, 0.7 * mean)
     torch.testing.assert_close(loaded.encode(x, noise), 0.7 * (mean + (0.5 * logvar).exp() * noise))
-    assert loaded.to("cpu", torch.bfloat16).encode(x.bfloat16()).dtype == torch.bfloat16
+    half = loaded.to("cpu", torch.bfloat16)
+    latents = half.encode(x.bfloat16())
+    assert latents.dtype == torch.float32, "latents are computed in fp32 from the half-precision moments"
+    assert half.decode(latents).dtype == torch.bfloat16
 
 
 def test_diffusion_of_every_kind_of_folder(
