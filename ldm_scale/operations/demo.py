@@ -96,7 +96,7 @@ def run_demo(recipe: Recipe, autoencoder: Config, diffusion: Config, minutes: fl
     totals = _plan_totals(recipe, autoencoder, diffusion, minutes)
     for config, overrides, total in zip((autoencoder, diffusion), recipe.overrides(), totals, strict=True):
         log.info(f"training {config.experiment} on {total} images")
-        if not _train(Path(config.run_dir), overrides, total):
+        if not _train(Path(config.run_dir), [*overrides, *_scaled(config, total)], total):
             log.info("stopped; run the same command to continue")
             return INTERRUPTED
     report = write_report(recipe.out, Path(diffusion.run_dir), Path(autoencoder.run_dir), _report_data(recipe))
@@ -153,6 +153,15 @@ def _whole_steps(config: Config, share: float) -> int:
     batch = config.train.global_batch
     steps = round(config.train.total_images * share / batch)
     return max(steps, config.optimizer.warmup_images // batch + 1) * batch
+
+
+def _scaled(config: Config, total: int) -> list[str]:
+    """Overrides that keep the discriminator's start at the same share of a shortened training."""
+    if config.stage != "autoencoder":
+        return []
+    batch = config.train.global_batch
+    start = config.autoencoder_loss.discriminator_start_images * total / config.train.total_images
+    return [f"autoencoder_loss.discriminator_start_images={round(start / batch) * batch}"]
 
 
 def _train(run_dir: Path, overrides: Sequence[str], total_images: int) -> bool:

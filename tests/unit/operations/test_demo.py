@@ -41,6 +41,14 @@ def test_both_trainings_get_the_same_share_of_the_time(
     assert demo._plan_totals(_recipe(tmp_path), *CONFIGS, minutes=1.0) == expected
 
 
+def test_a_shortened_training_starts_its_discriminator_at_the_same_share() -> None:
+    loss = dataclasses.replace(CONFIGS[0].autoencoder_loss, discriminator_start_images=6000)
+    config = dataclasses.replace(CONFIGS[0], autoencoder_loss=loss)
+    assert demo._scaled(config, 8000) == ["autoencoder_loss.discriminator_start_images=6000"]
+    assert demo._scaled(config, 804) == ["autoencoder_loss.discriminator_start_images=600"]
+    assert demo._scaled(dataclasses.replace(config, stage="diffusion"), 804) == []
+
+
 def test_a_second_call_keeps_the_plan(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(demo, "images_per_s", lambda *_: (200.0, 200.0))
     first = demo._plan_totals(_recipe(tmp_path), *CONFIGS, minutes=1.0)
