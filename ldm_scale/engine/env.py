@@ -122,7 +122,7 @@ def cpu_threads(processes: int = 1) -> int:
     """Threads for each of so many computing processes on this host: its share of the cores, less one.
 
     The spare core is for loader workers and everything else. Threads of one operation wait for each other actively: a
-    single other busy process on a full machine made training here 5 to 8 times slower (docs/decisions.md).
+    single other busy process on a full machine made two threads 2 to 5 times slower than one (docs/decisions.md).
     """
     return max(1, len(os.sched_getaffinity(0)) // processes - 1)
 
