@@ -25,10 +25,10 @@ PIP_INSTALL := $(BIN)/python -m pip --disable-pip-version-check install --progre
 # pip's own report reduced to what takes time: large downloads, source builds and the copying at the end.
 PIP_PROGRESS := sed -un 's/^ *\(Downloading\|Using cached\) \([^ ]*\) \(([0-9.]* MB)\)/      \2 \3/p; s/^ *Building [^ ]* for \([^ ]*\) .*started/      building \1/p; s/^Installing collected packages.*/      copying files/p'
 
-.PHONY: help env lint types test demo bench clean
+.PHONY: help env lint types test aot demo bench gpu-proof clean
 
 help: ## this list
-	@sed -n 's/^\([a-z]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 15
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 18
 
 env: $(STAMP) ## the environment in .venv/ (about 3 minutes and 6 GB; at once when nothing changed)
 
@@ -55,14 +55,31 @@ lint: $(STAMP) ## ruff: rules and formatting
 types: $(STAMP) ## mypy, strict
 	$(BIN)/mypy
 
+# Three processes: Triton interprets all kernels of a process or none, and ahead-of-time compilation needs real ones.
 test: lint types ## lint, types and the whole test suite (no GPU and no root needed)
 	$(BIN)/python -m pytest
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/kernels
+	$(BIN)/python -m ldm_kernels.common.aot
+
+aot: $(STAMP) ## compile every kernel for sm_80, sm_90 and sm_100 and compare with the committed table (no GPU needed)
+	$(BIN)/python -m ldm_kernels.common.aot --all
 
 demo: $(STAMP) ## both stages on real images, from shards to samples and an export (at most 20 minutes on 2 cores)
 	$(BIN)/ldm-scale demo
 
 bench: $(STAMP) ## the training step's speed against diffusers' UNet, on this machine
 	$(BIN)/python benchmarks/unet_step.py
+
+# PYTHON=python3 takes that Python as it is, without .venv: for a GPU machine that has torch and no network.
+ifeq ($(origin PYTHON),command line)
+GPU_PYTHON := $(PYTHON)
+else
+GPU_PYTHON := $(BIN)/python
+gpu-proof: $(STAMP)
+endif
+OUT ?= runs/gpu_proof
+gpu-proof: ## on a machine with a GPU, in 8 minutes: kernel tests, benchmarks, the UNet step (OUT=folder PYTHON=python3)
+	PYTHONPATH=kernels:.$${PYTHONPATH:+:$$PYTHONPATH} $(GPU_PYTHON) -m benchmarks.gpu_proof --out $(OUT)
 
 clean: ## remove caches and build outputs; the environment, data/ and runs/ stay
 	rm -rf build dist ./*.egg-info .mypy_cache .ruff_cache .pytest_cache

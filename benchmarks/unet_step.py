@@ -99,6 +99,7 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--pairs", type=int, default=20, help=f"timed pairs of steps (below {MIN_PAIRS}: a trial)")
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the JSON file")
     arguments = parser.parse_args(argv)
+    arguments.out.mkdir(parents=True, exist_ok=True)
     device = torch.device(arguments.device)
     if device.type == "cpu":
         torch.set_num_threads(cpu_threads())  # as training does on one rank

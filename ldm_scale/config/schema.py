@@ -148,6 +148,20 @@ class ZeroConfig:
 
 
 @dataclass(frozen=True)
+class KernelsConfig:
+    """Which implementation the fused operations take (kernels/README.md).
+
+    auto is Triton where it pays and plain torch elsewhere, CPUs included; every other name is taken, or refused with
+    the reason.
+    """
+
+    group_norm_silu: Literal["auto", "triton", "reference"] = "auto"
+    attention: Literal["auto", "triton", "sdpa", "xformers", "reference"] = "auto"
+    geglu: Literal["auto", "triton", "reference"] = "auto"
+    ema_update: Literal["auto", "triton", "reference"] = "auto"
+
+
+@dataclass(frozen=True)
 class TrainConfig:
     """Length, batch arithmetic, cadence. Everything counts images, over all ranks."""
 
@@ -203,5 +217,6 @@ class Config:
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     ema: EmaConfig = field(default_factory=EmaConfig)
     zero: ZeroConfig = field(default_factory=ZeroConfig)
+    kernels: KernelsConfig = field(default_factory=KernelsConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     sampling: SamplingConfig = field(default_factory=SamplingConfig)

@@ -19,14 +19,16 @@ from ldm_scale.engine.zero import ShardedModel
 class ShardedEma:
     """The average of one `ShardedModel`'s weights; starts as a copy of them."""
 
-    def __init__(self, model: ShardedModel, config: EmaConfig) -> None:
+    def __init__(self, model: ShardedModel, config: EmaConfig, backend: str = "auto") -> None:
         self._model = model
         self._config = config
+        self._backend = backend
         self.values: list[Tensor] = [fragment.master.clone() for fragment in model.fragments]
 
     def update(self, images: int, batch: int) -> None:
         """Moves the average towards the weights, after a step of `batch` images that reached `images` in all."""
-        ema_update(self.values, [fragment.master for fragment in self._model.fragments], self.decay(images, batch))
+        masters = [fragment.master for fragment in self._model.fragments]
+        ema_update(self.values, masters, self.decay(images, batch), backend=self._backend)
 
     def decay(self, images: int, batch: int) -> float:
         """Share of the old average that a step of `batch` images keeps.

@@ -1,7 +1,7 @@
 """Which of our tensors is which of diffusers' and transformers'.
 
-A map is a table from a tensor name of ours to the names of theirs that hold its rows in equal parts: usually one,
-three for a joint query-key-value projection. Tables list every part that a model of the configuration may have;
+A map is a table from a tensor name of ours to the names of theirs that hold its rows, in order: usually one, three for
+a joint query-key-value projection. Tables list every part that a model of the configuration may have;
 `translate` and `restore` then insist that every tensor on both sides is used exactly once, so a part that is
 forgotten, invented or of another shape is an error and never a silent difference.
 """
@@ -34,7 +34,6 @@ _TRANSFORMER_BLOCK: NameMap = {
     "self_attention.to_out": ("attn1.to_out.0",),
     "norm2": ("norm2",),
     "cross_attention.to_q": ("attn2.to_q",),
-    "cross_attention.to_kv": ("attn2.to_k", "attn2.to_v"),
     "cross_attention.to_out": ("attn2.to_out.0",),
     "norm3": ("norm3",),
     "feed_forward.in_projection": ("ff.net.0.proj",),
@@ -102,7 +101,25 @@ def unet_names(config: UNetConfig) -> NameMap:
                 )
         modules[f"downsamples.{level}.conv"] = (f"{down}.downsamplers.0.conv",)
         modules[f"upsamples.{level - 1}.conv"] = (f"{up}.upsamplers.0.conv",)
+    modules["context_projection.to_kv"] = _cross_attention_projections(config)
     return _tensor_names(modules)
+
+
+def _cross_attention_projections(config: UNetConfig) -> tuple[str, ...]:
+    """Key and value projections of their cross-attention layers in the order in which they run: down, middle, up."""
+    num_levels = len(config.channel_multipliers)
+    levels = [level for level in range(num_levels) if level in config.attention_levels]
+    transformers = [f"down_blocks.{level}.attentions.{i}" for level in levels for i in range(config.num_res_blocks)]
+    transformers.append("mid_block.attentions.0")
+    for level in reversed(levels):
+        up = f"up_blocks.{num_levels - 1 - level}"
+        transformers += [f"{up}.attentions.{i}" for i in range(config.num_res_blocks + 1)]
+    return tuple(
+        f"{transformer}.transformer_blocks.{depth}.attn2.to_{part}"
+        for transformer in transformers
+        for depth in range(config.transformer_depth)
+        for part in "kv"
+    )
 
 
 def text_encoder_names(config: TextConditioningConfig) -> NameMap:
@@ -128,7 +145,7 @@ def translate(ours: Mapping[str, Tensor], names: NameMap, target: Mapping[str, T
     theirs: dict[str, Tensor] = {}
     for name, tensor in ours.items():
         parts = names[name]
-        for their_name, part in zip(parts, tensor.chunk(len(parts)), strict=True):
+        for their_name, part in zip(parts, _rows(tensor, parts, target), strict=True):
             assert their_name not in theirs, f"{their_name} is filled twice"
             theirs[their_name] = _reshaped(part, target.get(their_name, part))
     difference = describe_difference(target, theirs)
@@ -159,6 +176,14 @@ def restore(theirs: Mapping[str, Tensor], names: NameMap, target: Mapping[str, T
     return ours
 
 
+def _rows(tensor: Tensor, parts: tuple[str, ...], target: Mapping[str, Tensor]) -> tuple[Tensor, ...]:
+    """The tensor's rows divided as `target` divides them; in equal parts if it lacks one of them or has other sizes."""
+    sizes = [target[part].shape[0] for part in parts if part in target and target[part].ndim]
+    if len(sizes) == len(parts) and sum(sizes) == tensor.shape[0]:
+        return torch.split(tensor, sizes)
+    return tensor.chunk(len(parts))
+
+
 def _reshaped(tensor: Tensor, like: Tensor) -> Tensor:
     """`tensor` in the shape of `like` if the two are a linear layer and a 1x1 convolution, unchanged otherwise."""
     if sorted((tensor.ndim, like.ndim)) == [2, 4] and tensor.shape[:2] == like.shape[:2]:
@@ -178,9 +203,12 @@ def _prefixed(ours: str, theirs: str, parts: NameMap) -> NameMap:
 
 
 def _tensor_names(modules: NameMap) -> NameMap:
-    """Rows for the weight and the bias of every module."""
-    return {
+    """Rows for the weight and the bias of every module; a residual block's second norm adds the first conv's bias."""
+    names = {
         f"{name}.{leaf}": tuple(f"{part}.{leaf}" for part in parts)
         for name, parts in modules.items()
         for leaf in ("weight", "bias")
     }
+    for name in [name for name in names if name.endswith(".conv1.bias")]:
+        names[name.removesuffix("conv1.bias") + "norm2.channel_bias"] = names.pop(name)
+    return names

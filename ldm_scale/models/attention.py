@@ -1,15 +1,17 @@
 """Attention layers of the UNet and of the autoencoder's middle.
 
 Layouts: x_BCHW pixels or latents, x_BTC tokens; heads are split as (B, heads, T, head_dim) views without a copy.
-Self-attention projects q, k and v in one matrix product, cross-attention k and v: fewer, larger products.
+Self-attention projects q, k and v in one matrix product. The keys and values of all cross-attention layers come from
+the same context, so one `ContextProjection` makes them all: fewer, larger products.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from torch import Tensor, nn
 
-from ldm_kernels import attention
-from ldm_scale.models.fused import FeedForward, GroupNorm
+from ldm_scale.models.fused import Attention, FeedForward, GroupNorm
 
 
 def tokens_from_image(x_BCHW: Tensor) -> Tensor:
@@ -41,47 +43,61 @@ class SelfAttention(nn.Module):
         super().__init__()
         self.num_heads = num_heads
         self.to_qkv = nn.Linear(channels, 3 * channels, bias=bias)
+        self.attention = Attention(channels // num_heads)
         self.to_out = nn.Linear(channels, channels)
 
     def forward(self, x: Tensor) -> Tensor:
         """Shapes: (B, T, C) to (B, T, C)."""
         q, k, v = (_split_heads(part, self.num_heads) for part in self.to_qkv(x).chunk(3, dim=-1))
-        return self.to_out(_merge_heads(attention(q, k, v)))  # type: ignore[no-any-return]
+        return self.to_out(_merge_heads(self.attention(q, k, v)))  # type: ignore[no-any-return]
+
+
+class ContextProjection(nn.Module):
+    """Keys and values of a network's cross-attention layers, all from the context in one matrix product."""
+
+    def __init__(self, context_dim: int, layer_channels: list[int]) -> None:
+        super().__init__()
+        self.layer_channels = layer_channels
+        self.to_kv = nn.Linear(context_dim, 2 * sum(layer_channels), bias=False)
+
+    def forward(self, context: Tensor) -> list[Tensor]:
+        """The layers' keys and values, (B, M, 2C) each, keys first. Shapes: context (B, M, d_tau)."""
+        return list(self.to_kv(context).split([2 * channels for channels in self.layer_channels], dim=-1))
 
 
 class CrossAttention(nn.Module):
     """Multi-head attention of tokens to the context (arXiv:2112.10752, section 3.3)."""
 
-    def __init__(self, channels: int, num_heads: int, context_dim: int) -> None:
+    def __init__(self, channels: int, num_heads: int) -> None:
         super().__init__()
         self.num_heads = num_heads
         self.to_q = nn.Linear(channels, channels, bias=False)
-        self.to_kv = nn.Linear(context_dim, 2 * channels, bias=False)
+        self.attention = Attention(channels // num_heads)
         self.to_out = nn.Linear(channels, channels)
 
-    def forward(self, x: Tensor, context: Tensor) -> Tensor:
-        """Shapes: x (B, T, C), context (B, M, d_tau); returns (B, T, C)."""
+    def forward(self, x: Tensor, context_kv: Tensor) -> Tensor:
+        """Shapes: x (B, T, C), context_kv (B, M, 2C), one layer's share of `ContextProjection`; returns (B, T, C)."""
         q = _split_heads(self.to_q(x), self.num_heads)
-        k, v = (_split_heads(part, self.num_heads) for part in self.to_kv(context).chunk(2, dim=-1))
-        return self.to_out(_merge_heads(attention(q, k, v)))  # type: ignore[no-any-return]
+        k, v = (_split_heads(part, self.num_heads) for part in context_kv.chunk(2, dim=-1))
+        return self.to_out(_merge_heads(self.attention(q, k, v)))  # type: ignore[no-any-return]
 
 
 class TransformerBlock(nn.Module):
     """Self-attention, cross-attention and GEGLU feed-forward, each pre-normalised and added to its input."""
 
-    def __init__(self, channels: int, num_heads: int, context_dim: int, dropout: float = 0.0) -> None:
+    def __init__(self, channels: int, num_heads: int, dropout: float = 0.0) -> None:
         super().__init__()
         self.norm1 = nn.LayerNorm(channels)
         self.self_attention = SelfAttention(channels, num_heads)
         self.norm2 = nn.LayerNorm(channels)
-        self.cross_attention = CrossAttention(channels, num_heads, context_dim)
+        self.cross_attention = CrossAttention(channels, num_heads)
         self.norm3 = nn.LayerNorm(channels)
         self.feed_forward = FeedForward(channels, dropout)
 
-    def forward(self, x: Tensor, context: Tensor) -> Tensor:
-        """Shapes: x (B, T, C), context (B, M, d_tau); returns (B, T, C)."""
+    def forward(self, x: Tensor, context_kv: Tensor) -> Tensor:
+        """Shapes: x (B, T, C), context_kv (B, M, 2C); returns (B, T, C)."""
         x = x + self.self_attention(self.norm1(x))
-        x = x + self.cross_attention(self.norm2(x), context)
+        x = x + self.cross_attention(self.norm2(x), context_kv)
         return x + self.feed_forward(self.norm3(x))  # type: ignore[no-any-return]
 
 
@@ -93,21 +109,19 @@ class SpatialTransformer(nn.Module):
     Source: arXiv:2112.10752, appendix E.2.1.
     """
 
-    def __init__(
-        self, channels: int, num_heads: int, context_dim: int, depth: int, norm_groups: int, dropout: float
-    ) -> None:
+    def __init__(self, channels: int, num_heads: int, depth: int, norm_groups: int, dropout: float) -> None:
         super().__init__()
         self.norm = GroupNorm(norm_groups, channels, eps=1e-6, activation=None)
         self.proj_in = nn.Linear(channels, channels)
-        self.blocks = nn.ModuleList(TransformerBlock(channels, num_heads, context_dim, dropout) for _ in range(depth))
+        self.blocks = nn.ModuleList(TransformerBlock(channels, num_heads, dropout) for _ in range(depth))
         self.proj_out = nn.Linear(channels, channels)
 
-    def forward(self, x: Tensor, context: Tensor) -> Tensor:
-        """Shapes: x (B, C, H, W), context (B, M, d_tau); returns (B, C, H, W)."""
+    def forward(self, x: Tensor, context_kv: Sequence[Tensor]) -> Tensor:
+        """Shapes: x (B, C, H, W), context_kv one (B, M, 2C) per block; returns (B, C, H, W)."""
         height, width = x.shape[2:]
         tokens = self.proj_in(tokens_from_image(self.norm(x)))
-        for block in self.blocks:
-            tokens = block(tokens, context)
+        for block, kv in zip(self.blocks, context_kv, strict=True):
+            tokens = block(tokens, kv)
         return x + image_from_tokens(self.proj_out(tokens), height, width)
 
 

@@ -28,6 +28,7 @@ class ResidualBlock(nn.Module):
         self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
         self.time_projection = nn.Linear(time_dim, out_channels) if time_dim is not None else None
         self.norm2 = GroupNorm(norm_groups, out_channels, eps)
+        self.norm2.take_bias(self.conv1)
         self.dropout = nn.Dropout(dropout)
         self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
         self.skip = nn.Conv2d(in_channels, out_channels, 1) if in_channels != out_channels else None

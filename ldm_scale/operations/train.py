@@ -9,6 +9,7 @@ from ldm_scale.config.schema import Config
 from ldm_scale.data import open_manifest
 from ldm_scale.engine import env
 from ldm_scale.errors import ConfigError
+from ldm_scale.models.fused import check_kernels
 from ldm_scale.telemetry.log import get_logger
 
 
@@ -19,6 +20,7 @@ def train(config: Config, launch: env.Launch) -> bool:
     """
     _check_inputs(config)
     environment = env.start(launch, config.train)
+    check_kernels(config.kernels, environment.device)
     plan = batch_plan(config, launch.world_size)
     log = get_logger(environment.rank)
     log.info(

@@ -24,12 +24,12 @@ from ldm_scale.data import Batch
 from ldm_scale.engine import seeding
 from ldm_scale.engine.checkpoint import Trained
 from ldm_scale.engine.collectives import mean_over_ranks
-from ldm_scale.engine.ema import ShardedEma
 from ldm_scale.engine.env import Environment
 from ldm_scale.engine.zero import ShardedModel
 from ldm_scale.models.autoencoder import Autoencoder, AutoencoderOutput, kl_divergence
 from ldm_scale.models.build import build_autoencoder, build_seeded
 from ldm_scale.models.discriminator import PatchDiscriminator, hinge_discriminator_loss, hinge_generator_loss
+from ldm_scale.models.fused import set_kernels
 from ldm_scale.models.perceptual import build_perceptual
 from ldm_scale.training import autoencoder_product
 from ldm_scale.training.task import Task
@@ -55,9 +55,9 @@ class AutoencoderTask(Task):
         self._loss = config.autoencoder_loss
         seed = config.train.seed
         self.network: Autoencoder = build_seeded(lambda: build_autoencoder(config.autoencoder), seed)
+        set_kernels(self.network, config.kernels)
         self.autoencoder = self._shard(self.network, config.zero.stage)
-        ema = ShardedEma(self.autoencoder, config.ema) if config.ema.half_life_images > 0 else None
-        self.trained["autoencoder"] = Trained(self.autoencoder, ema)
+        self.trained["autoencoder"] = Trained(self.autoencoder, self.average(self.autoencoder))
         self.perceptual = build_perceptual(self._loss).to(environment.device) if self._loss.perceptual_weight else None
         self.discriminator: ShardedModel | None = None
         if self._loss.adversarial_weight > 0:

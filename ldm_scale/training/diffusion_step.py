@@ -5,6 +5,7 @@ Timestep, noise and dropping of the caption are functions of (seed, image number
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -22,12 +23,12 @@ from ldm_scale.diffusion.prediction import training_target
 from ldm_scale.diffusion.schedule import build_schedule
 from ldm_scale.engine import seeding
 from ldm_scale.engine.checkpoint import Trained
-from ldm_scale.engine.ema import ShardedEma
 from ldm_scale.engine.env import Environment
 from ldm_scale.engine.zero import ShardedModel
 from ldm_scale.interchange.artifact import read_artifact
 from ldm_scale.interchange.load import load_autoencoder
 from ldm_scale.models.build import build_seeded
+from ldm_scale.models.fused import set_kernels
 from ldm_scale.training import diffusion_product
 from ldm_scale.training.task import Task
 
@@ -41,6 +42,9 @@ class DiffusionTask(Task):
         check_artifact_fits(config, artifact.config.downsampling_factor, artifact.config.latent_channels)
         self.autoencoder_hash = artifact.content_hash
         self.autoencoder = load_autoencoder(config.artifact).to(environment.device, environment.dtype)
+        # The autoencoder's one head is as wide as its features, which our attention does not serve.
+        attention = config.kernels.attention if config.kernels.attention != "triton" else "auto"
+        set_kernels(self.autoencoder.network, dataclasses.replace(config.kernels, attention=attention))
         self.latent_shape = (
             artifact.config.latent_channels,
             *[config.data.resolution // artifact.config.downsampling_factor] * 2,
@@ -49,6 +53,7 @@ class DiffusionTask(Task):
             lambda: LatentDiffusion(config.unet, config.conditioning, artifact.config.latent_channels),
             config.train.seed,
         )
+        set_kernels(self.network, config.kernels)
         self.model = ShardedModel(
             self.network,
             optimizer=config.optimizer,
@@ -58,8 +63,7 @@ class DiffusionTask(Task):
             accumulation_steps=plan.accumulation_steps,
             environment=environment,
         )
-        ema = ShardedEma(self.model, config.ema) if config.ema.half_life_images > 0 else None
-        self.trained["diffusion"] = Trained(self.model, ema)
+        self.trained["diffusion"] = Trained(self.model, self.average(self.model))
         self.schedule = build_schedule(config.diffusion).to(environment.device)
         self._token_cache: dict[str, Tensor] = {}
 

@@ -13,7 +13,9 @@ from torch import Tensor
 from ldm_scale.config.schema import BatchPlan, Config
 from ldm_scale.data import Batch
 from ldm_scale.engine.checkpoint import Trained
+from ldm_scale.engine.ema import ShardedEma
 from ldm_scale.engine.env import Environment
+from ldm_scale.engine.zero import ShardedModel
 from ldm_scale.training.optimizer import learning_rate
 
 
@@ -63,6 +65,12 @@ class Task(ABC):
         finally:
             for network in networks:
                 network.train()
+
+    def average(self, model: ShardedModel) -> ShardedEma | None:
+        """The moving average of a model's weights; None where the configuration switches it off."""
+        if self.config.ema.half_life_images <= 0:
+            return None
+        return ShardedEma(model, self.config.ema, self.config.kernels.ema_update)
 
     def lr(self, images: int, peak: float | None = None) -> float:
         """Learning rate of the step that starts after `images` images."""

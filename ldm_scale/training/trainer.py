@@ -28,6 +28,7 @@ from ldm_scale.engine.health import require_finite
 from ldm_scale.engine.preemption import StopRequest
 from ldm_scale.engine.run_lock import RunLock
 from ldm_scale.errors import CheckpointError, ConfigError
+from ldm_scale.models.fused import describe_kernels
 from ldm_scale.telemetry.log import get_logger, say_once
 from ldm_scale.telemetry.tensorboard import ScalarWriter
 from ldm_scale.telemetry.throughput import TrainProgress
@@ -59,6 +60,7 @@ class Trainer:
         self.log = get_logger(environment.rank)
         self._last_save_s = time.monotonic()
         self._saved_images = -1
+        self._kernels_described = False
 
     def run(self) -> bool:
         """Whether the run reached its end (False: it was asked to stop and has saved). Collective: all ranks."""
@@ -116,6 +118,9 @@ class Trainer:
         self.state.step += 1
         seconds = time.perf_counter() - started
         self.state.training_s += seconds
+        if not self._kernels_described:
+            self._kernels_described = True
+            self.log.info(f"fused operations took, in the first step: {describe_kernels()}")
         progress.update(self.plan.global_batch, {k: v for k, v in means.items() if k in SHOWN_LOSSES})
         if self._due(self.config.train.log_every_images):
             rate = {"images_per_s": self.plan.global_batch / seconds, "bad_samples": float(self.state.bad_samples)}

@@ -11,7 +11,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from ldm_kernels import attention, ema_update, geglu, group_norm_silu
+from ldm_kernels.attention.reference import attention
+from ldm_kernels.ema_update.reference import ema_update
+from ldm_kernels.geglu.reference import geglu
+from ldm_kernels.group_norm_silu.reference import group_norm_silu
 
 Array = np.ndarray[Any, np.dtype[np.float64]]
 OPTIONAL = ("channel_bias", "sample_shift", "scale", "shift")
