@@ -13,6 +13,8 @@ from torch import Tensor, nn
 
 from ldm_scale.models.fused import Attention, FeedForward, GroupNorm
 
+KeysValues = tuple[Tensor, Tensor]  # of the context, (B, M, C) each: one cross-attention layer's
+
 
 def tokens_from_image(x_BCHW: Tensor) -> Tensor:
     """(B, H * W, C) tokens in row-major order; a view when x is channels_last."""
@@ -60,9 +62,11 @@ class ContextProjection(nn.Module):
         self.layer_channels = layer_channels
         self.to_kv = nn.Linear(context_dim, 2 * sum(layer_channels), bias=False)
 
-    def forward(self, context: Tensor) -> list[Tensor]:
-        """The layers' keys and values, (B, M, 2C) each, keys first. Shapes: context (B, M, d_tau)."""
-        return list(self.to_kv(context).split([2 * channels for channels in self.layer_channels], dim=-1))
+    def forward(self, context: Tensor) -> list[KeysValues]:
+        """The layers' keys and values, (B, M, C) each. Shapes: context (B, M, d_tau)."""
+        # One split, not one per layer: its backward is one concatenation.
+        parts = self.to_kv(context).split([channels for channels in self.layer_channels for _ in "kv"], dim=-1)
+        return list(zip(parts[::2], parts[1::2], strict=True))
 
 
 class CrossAttention(nn.Module):
@@ -75,10 +79,10 @@ class CrossAttention(nn.Module):
         self.attention = Attention(channels // num_heads)
         self.to_out = nn.Linear(channels, channels)
 
-    def forward(self, x: Tensor, context_kv: Tensor) -> Tensor:
-        """Shapes: x (B, T, C), context_kv (B, M, 2C), one layer's share of `ContextProjection`; returns (B, T, C)."""
+    def forward(self, x: Tensor, context_kv: KeysValues) -> Tensor:
+        """Shapes: x (B, T, C), context_kv (B, M, C) twice, one layer's of `ContextProjection`; returns (B, T, C)."""
         q = _split_heads(self.to_q(x), self.num_heads)
-        k, v = (_split_heads(part, self.num_heads) for part in context_kv.chunk(2, dim=-1))
+        k, v = (_split_heads(part, self.num_heads) for part in context_kv)
         return self.to_out(_merge_heads(self.attention(q, k, v)))  # type: ignore[no-any-return]
 
 
@@ -94,8 +98,8 @@ class TransformerBlock(nn.Module):
         self.norm3 = nn.LayerNorm(channels)
         self.feed_forward = FeedForward(channels, dropout)
 
-    def forward(self, x: Tensor, context_kv: Tensor) -> Tensor:
-        """Shapes: x (B, T, C), context_kv (B, M, 2C); returns (B, T, C)."""
+    def forward(self, x: Tensor, context_kv: KeysValues) -> Tensor:
+        """Shapes: x (B, T, C), context_kv (B, M, C) twice; returns (B, T, C)."""
         x = x + self.self_attention(self.norm1(x))
         x = x + self.cross_attention(self.norm2(x), context_kv)
         return x + self.feed_forward(self.norm3(x))  # type: ignore[no-any-return]
@@ -116,8 +120,8 @@ class SpatialTransformer(nn.Module):
         self.blocks = nn.ModuleList(TransformerBlock(channels, num_heads, dropout) for _ in range(depth))
         self.proj_out = nn.Linear(channels, channels)
 
-    def forward(self, x: Tensor, context_kv: Sequence[Tensor]) -> Tensor:
-        """Shapes: x (B, C, H, W), context_kv one (B, M, 2C) per block; returns (B, C, H, W)."""
+    def forward(self, x: Tensor, context_kv: Sequence[KeysValues]) -> Tensor:
+        """Shapes: x (B, C, H, W), context_kv one pair of (B, M, C) per block; returns (B, C, H, W)."""
         height, width = x.shape[2:]
         tokens = self.proj_in(tokens_from_image(self.norm(x)))
         for block, kv in zip(self.blocks, context_kv, strict=True):

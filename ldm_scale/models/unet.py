@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ldm_scale.config.schema import UNetConfig
-from ldm_scale.models.attention import ContextProjection, SpatialTransformer
+from ldm_scale.models.attention import ContextProjection, KeysValues, SpatialTransformer
 from ldm_scale.models.blocks import Downsample, ResidualBlock, Upsample
 from ldm_scale.models.embedding import TimestepEmbedding
 from ldm_scale.models.fused import GroupNorm
@@ -34,7 +34,7 @@ class Level(nn.Module):
             _spatial_transformer(config, out_channels) for _ in in_channels if has_attention
         )
 
-    def run_block(self, index: int, x: Tensor, time: Tensor, context_kv: Iterator[Tensor]) -> Tensor:
+    def run_block(self, index: int, x: Tensor, time: Tensor, context_kv: Iterator[KeysValues]) -> Tensor:
         """Output of block `index` and of its transformer, which takes its share of `context_kv`.
 
         Shapes: x (B, C_in, H, W); returns (B, C_out, H, W).
@@ -55,8 +55,8 @@ class Middle(nn.Module):
         self.attention = _spatial_transformer(config, channels)
         self.block2 = _residual_block(config, channels, channels)
 
-    def forward(self, x: Tensor, time: Tensor, context_kv: list[Tensor]) -> Tensor:
-        """Shapes: x (B, C, H, W), context_kv one (B, M, 2C) per block; returns (B, C, H, W)."""
+    def forward(self, x: Tensor, time: Tensor, context_kv: list[KeysValues]) -> Tensor:
+        """Shapes: x (B, C, H, W), context_kv one pair of (B, M, C) per block; returns (B, C, H, W)."""
         return self.block2(self.attention(self.block1(x, time), context_kv), time)  # type: ignore[no-any-return]
 
 
