@@ -15,8 +15,10 @@ from pathlib import Path
 from benchmarks.gpu_proof.pieces import ROOT, Piece, python
 
 # Ends of the phases, as shares of the whole time.
-CORRECTNESS_ENDS, SD2_ENDS, UNET_ENDS = 0.42, 0.70, 0.84
+MEMORY_ENDS, CORRECTNESS_ENDS, SD2_ENDS, UNET_ENDS = 0.12, 0.42, 0.70, 0.84
 TESTS_STOP_S = 25.0  # before a phase's end no further test begins
+SWEEP_STOP_S = 25.0  # and no further case is timed
+CHECKERS_STOP_S = 40.0  # or checked, which compiles beside many others
 # Processes for the tests of a file; the others have one. Each compiles kernels of its own.
 SHARES = {"test_group_norm_silu": 3, "test_attention": 2}
 RANDOM_SHARES = {"group_norm_silu": 4, "attention": 3, "geglu": 1, "vector_quantize": 1, "ema_update": 1}
@@ -46,17 +48,21 @@ def phases(work: Path, begin_s: float, end_s: float, dry_run: bool = False) -> l
     if dry_run:
         return _dry_phases(work, end_s)
     span_s = end_s - begin_s
-    correctness_s, sd2_s, unet_s = (begin_s + share * span_s for share in (CORRECTNESS_ENDS, SD2_ENDS, UNET_ENDS))
+    ends = (MEMORY_ENDS, CORRECTNESS_ENDS, SD2_ENDS, UNET_ENDS)
+    memory_s, correctness_s, sd2_s, unet_s = (begin_s + share * span_s for share in ends)
+    memory = Piece("memory", python("-m", "benchmarks.gpu_proof.memory", "--out", str(work / "memory.json")))
     workers = max(2, (os.cpu_count() or 2) - 2)
     unet = ("-m", "benchmarks.kernels.unet_step_gpu", "--out", str(work / "unet.json"))
     # The step stops by itself a little before its piece is stopped.
     unet_seconds = str(max(20.0, (UNET_ENDS - SD2_ENDS) * span_s - 10))
     return [
-        Phase("device", [device(work)], correctness_s),
+        Phase("device", [device(work)], memory_s),
+        # By itself: beside other processes the tensors beyond 2**31 elements might not fit.
+        Phase("memory", [memory], memory_s),
         Phase("correctness", correctness(work, correctness_s), correctness_s, workers),
-        Phase("SD-2 shapes", [_benchmark(work, "SD-2 shapes", SD2, sd2_s)], sd2_s),
+        Phase("SD-2 shapes", [_benchmark(work, "SD-2 shapes", SD2, sd2_s - SWEEP_STOP_S)], sd2_s),
         Phase("UNet step", [Piece("UNet step", python(*unet, "--seconds", unet_seconds))], unet_s),
-        Phase("other shapes", [_benchmark(work, "other shapes", ALL, end_s)], end_s),
+        Phase("other shapes", [_benchmark(work, "other shapes", ALL, end_s - SWEEP_STOP_S)], end_s),
     ]
 
 
@@ -66,11 +72,18 @@ def device(work: Path, *arguments: str) -> Piece:
 
 
 def correctness(work: Path, until_s: float) -> list[Piece]:
-    """Kernel tests by file and share, memory checks, and checks of SD-2's shapes: longest first."""
+    """Checks of SD-2's shapes, which end first, then kernel tests by file and share: longest first."""
     names = [path.stem for path in sorted((ROOT / "tests" / "kernels").glob("test_*.py"))]
     chosen = [name for name in names if not name.startswith((*NOT_OF_THE_GPU, RANDOM))]
     chosen.sort(key=lambda name: -SHARES.get(name, 1))
-    pieces = [Piece("memory", python("-m", "benchmarks.gpu_proof.memory", "--out", str(work / "memory.json")))]
+    pieces = []
+    for i in range(1, CHECKERS + 1):
+        limits = ("--share", f"{i}/{CHECKERS}", "--memory-share", str(CHECKER_MEMORY))
+        arguments = (*SD2, "--check-only", *limits)
+        piece = _benchmark(work, f"check {i}", arguments, until_s - CHECKERS_STOP_S, f"check{i}")
+        # Each would start a pool of compilers of its own.
+        environment = {"TORCHINDUCTOR_COMPILE_THREADS": "1", "OMP_NUM_THREADS": "1"}
+        pieces.append(Piece(piece.name, piece.command, environment))
     for name in chosen:
         shares = SHARES.get(name, 1)
         pieces += [kernel_tests(work, name, f"{i}/{shares}", until_s - TESTS_STOP_S) for i in range(1, shares + 1)]
@@ -79,12 +92,6 @@ def correctness(work: Path, until_s: float) -> list[Piece]:
         for i in range(1, shares + 1):
             only = ("-k", f"test_{operation}")
             pieces.append(kernel_tests(work, RANDOM, f"{i}/{shares}", until_s - TESTS_STOP_S, None, *only))
-    for i in range(1, CHECKERS + 1):
-        limits = ("--share", f"{i}/{CHECKERS}", "--memory-share", str(CHECKER_MEMORY))
-        piece = _benchmark(work, f"check {i}", (*SD2, "--check-only", *limits), until_s, f"check{i}")
-        # Each would start a pool of compilers of its own.
-        environment = {"TORCHINDUCTOR_COMPILE_THREADS": "1", "OMP_NUM_THREADS": "1"}
-        pieces.append(Piece(piece.name, piece.command, environment))
     return pieces
 
 
@@ -96,7 +103,9 @@ def kernel_tests(
     record = work / f"{title.replace('/', '_').replace(' ', '-')}.jsonl"
     # Options of pyproject.toml that need plugins are left aside: pytest alone must do.
     command = python("-m", "pytest", f"tests/kernels/{name}.py", "-q", "-rfE", "--tb=short", "-p", "no:cacheprovider")
-    command += ("-p", "benchmarks.gpu_proof.recorder", "-o", "addopts=--import-mode=importlib", *arguments)
+    command += ("-p", "benchmarks.gpu_proof.recorder", "-o", "addopts=--import-mode=importlib")
+    # A machine that is not ours may have an older pytest than the project asks for.
+    command += ("-o", "minversion=7", *arguments)
     variables = {
         "GPU_PROOF_RECORD": str(record),
         "GPU_PROOF_SHARE": share,
@@ -106,9 +115,12 @@ def kernel_tests(
     return Piece(title, command, variables | (environment or {}), record)
 
 
-def _benchmark(work: Path, name: str, arguments: Sequence[str], until_s: float, folder: str = TIMED) -> Piece:
-    """A sweep; those that time share a journal, so that the later one takes up what the earlier left."""
-    stop = ("--stop-at", str(until_s - TESTS_STOP_S / 2))
+def _benchmark(work: Path, name: str, arguments: Sequence[str], stop_s: float, folder: str = TIMED) -> Piece:
+    """A sweep; those that time share a journal, so that the later one takes up what the earlier left.
+
+    None writes a report of its own: the summary has everything, and drawing could take longer than is left.
+    """
+    stop = ("--stop-at", str(stop_s), "--no-report")
     # What hung while it was checked would hang again where it is timed.
     checked = [f"--avoid={work / f'check{i}'}" for i in range(1, CHECKERS + 1) if folder == TIMED]
     return Piece(name, python(*BENCHMARK, "--out", str(work / folder), *stop, *checked, *arguments))

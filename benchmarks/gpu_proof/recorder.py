@@ -6,13 +6,15 @@ Three variables set it up: GPU_PROOF_RECORD, the file of the notes (one JSON obj
 N-th test from the I-th on; GPU_PROOF_DEADLINE, in Unix time: later tests are not run and noted as not reached. The
 notes outlive a process that a kernel takes down, and tell which test it was in: started again, the process goes on
 after that one. A CUDA error is no different, since every later test would fail with it, nor is a test that takes
-longer than TEST_LIMIT_S: a kernel that hangs cannot be interrupted.
+longer than TEST_LIMIT_S: a kernel that hangs cannot be interrupted. A process that is asked to end (SIGTERM) notes
+that, and the test that it was in counts as not reached; one that a kernel holds never comes to it, and is killed.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import signal
 import threading
 import time
 from dataclasses import dataclass
@@ -26,6 +28,7 @@ from benchmarks.gpu_proof.pieces import EXIT_RESTART
 NOT_REACHED = "the time is up"
 SURVIVED_BY_NONE = "the process did not survive it"
 TEST_LIMIT_S = 100.0
+LOST_DEVICE = ("CUDA error", "Triton Error [CUDA]")  # torch's words and Triton's
 _WATCHDOG = pytest.StashKey[threading.Timer]()
 
 
@@ -56,11 +59,29 @@ def read_record(path: Path) -> Record:
         if "begin" in event:
             begun = event["begin"]
             continue
+        if "stopped" in event:
+            if begun is not None:
+                ended[begun] = "skipped", NOT_REACHED
+            begun = None
+            continue
         # A test whose body passed can still fail while it is torn down.
         if event["outcome"] != "passed" or event["end"] not in ended:
             ended[event["end"]] = event["outcome"], event["reason"]
         begun = None if begun == event["end"] else begun
     return Record(ended, begun)
+
+
+def pytest_configure() -> None:
+    """From here on an end that was asked for is noted."""
+    process = os.getpid()
+
+    def stop(*_: object) -> None:
+        # Processes that tests start inherit the handler.
+        if os.getpid() == process:
+            _note({"stopped": True})
+        os._exit(0)
+
+    signal.signal(signal.SIGTERM, stop)
 
 
 @pytest.hookimpl(trylast=True)
@@ -102,7 +123,7 @@ def pytest_runtest_logreport(report: pytest.TestReport) -> None:
         crash = getattr(report.longrepr, "reprcrash", None)
         reason = str(crash.message if crash else report.longrepr).strip().partition("\n")[0][:400]
     _note({"end": report.nodeid, "outcome": report.outcome, "reason": reason})
-    if report.failed and "CUDA error" in str(report.longrepr):
+    if report.failed and any(words in str(report.longrepr) for words in LOST_DEVICE):
         # Not an orderly end: what waits for the lost device would hang.
         os._exit(EXIT_RESTART)
 
@@ -117,5 +138,6 @@ def pytest_collectreport(report: pytest.CollectReport) -> None:
 def _note(event: dict[str, Any]) -> None:
     path = os.environ.get("GPU_PROOF_RECORD")
     if path:
-        with Path(path).open("a") as file:
-            file.write(json.dumps(event) + "\n")
+        # Unbuffered, so that a signal cannot leave half a line.
+        with Path(path).open("ab", buffering=0) as file:
+            file.write((json.dumps(event) + "\n").encode())

@@ -25,6 +25,7 @@ NOT_TAKEN = "cluster"
 OPERATIONS = ("group_norm_silu", "attention", "geglu", "vector_quantize", "ema_update")
 FILE_LIMIT_BYTES = 15 * 2**20
 BENCHMARKS = ("SD-2 shapes", "other shapes")
+SWEEPS = (*BENCHMARKS, "check ")
 
 
 @dataclass
@@ -53,6 +54,9 @@ def find(pieces: Sequence[Piece], outcomes: Sequence[Outcome], work: Path, dry_r
             _take_tests(found, piece, outcome, piece.record)
         elif outcome.status == "not started":
             found.not_reached.append(piece.name)
+        elif outcome.status == "timed out" and piece.name.startswith(SWEEPS):
+            # What hung is in the journal: it ends with what had begun.
+            found.not_reached.append(f"the rest of {piece.name}")
         elif outcome.status != "passed":
             _take_failure(found, outcome)
     _take_memory(found, work, dry_run)
@@ -123,6 +127,9 @@ def _take_tests(found: Findings, piece: Piece, outcome: Outcome, path: Path) -> 
             _redden(found, test, f"failed test {test.rpartition('/')[2]}")
     if outcome.status == "not started":
         found.not_reached.append(piece.name)
+    elif outcome.status == "timed out":
+        # A test that hung is among the failed ones.
+        found.not_reached.append(f"the rest of {piece.name}")
     # pytest's status 5, no tests left to collect, is that of a share that an earlier process had finished.
     elif outcome.status != "passed" and not failed and "no tests ran" not in outcome.tail:
         _take_failure(found, outcome)
@@ -131,7 +138,7 @@ def _take_tests(found: Findings, piece: Piece, outcome: Outcome, path: Path) -> 
 def _take_failure(found: Findings, outcome: Outcome) -> None:
     last = outcome.tail.splitlines()[-1] if outcome.tail else "no output"
     found.failures.append(f"{outcome.name}: {outcome.status}: {last[:300]}")
-    if outcome.name not in (*BENCHMARKS, "device", "UNet step", "memory") and not outcome.name.startswith("check "):
+    if not outcome.name.startswith((*SWEEPS, "device", "UNet step", "memory")):
         _redden(found, outcome.name, f"{outcome.name} {outcome.status}")
 
 

@@ -123,6 +123,11 @@ def _build(problem: Problem, options: Options, notify: Notify, rows: list[Row]) 
         except Unavailable as reason:
             rows.append(_refused(problem, implementation, "unavailable", str(reason)))
             continue
+        except Exception as error:
+            # A broken optional package, say, must not cost the others.
+            _raise_faults(error)
+            rows.append(_refused(problem, implementation, *_failure(error, implementation)))
+            continue
         if implementation.nchw:
             plain_layout = plain_layout or _in_plain_layout(problem)
             leaves, grad_output = plain_layout
@@ -146,7 +151,7 @@ def _check(problem: Problem, candidates: list[Candidate], notify: Notify, rows: 
             results = _results(problem, candidate)
         except Exception as error:
             _raise_faults(error)
-            rows.append(_refused(problem, candidate.implementation, *_failure(error)))
+            rows.append(_refused(problem, candidate.implementation, *_failure(error, candidate.implementation)))
             continue
         if problem.grad_output is None:
             candidate.output_error = forward_error(problem, results[0])
@@ -187,7 +192,7 @@ def _compare(problem: Problem, pending: list[tuple[Candidate, Results]], rows: l
     try:
         found = errors(problem, [results for _, results in pending])
     except torch.OutOfMemoryError as error:
-        rows += [_refused(problem, c.implementation, *_failure(error)) for c, _ in pending]
+        rows += [_refused(problem, c.implementation, *_failure(error, c.implementation)) for c, _ in pending]
         return []
     for (candidate, _), distances in zip(pending, found, strict=True):
         candidate.output_error = distances.pop("output")
@@ -221,7 +226,8 @@ def _time(problem: Problem, candidates: list[Candidate], direction: str, options
         except Exception as error:
             _raise_faults(error)
             if name in by_name:
-                rows.append(_refused(problem, by_name[name].implementation, *_failure(error), direction))
+                implementation = by_name[name].implementation
+                rows.append(_refused(problem, implementation, *_failure(error, implementation), direction))
     for name, times in time_in_turn(options.clock, prepared, options.seconds).items():
         row = _row(problem, by_name.get(name), direction, "ok")
         row.captured, row.cold_us, row.warm_us = times.captured, quartiles(times.cold_us), quartiles(times.warm_us)
@@ -277,15 +283,17 @@ def _refused(
     return row
 
 
-def _failure(error: Exception) -> tuple[str, str]:
-    """Status and note of an exception."""
+def _failure(error: Exception, implementation: Implementation) -> tuple[str, str]:
+    """Status and note of an implementation's exception."""
     text = " ".join(str(error).split())[:300]
     if isinstance(error, torch.OutOfMemoryError):
         torch.cuda.empty_cache()
         return "out of memory", text
-    # What a candidate cannot do it refuses with these, before anything runs.
-    status = "unavailable" if isinstance(error, (NotImplementedError, ValueError, TypeError)) else "failed"
-    return status, f"{type(error).__name__}: {text}"
+    # What a candidate cannot do it refuses with these, before anything runs. The kernel that calls get may not: it
+    # would break them.
+    refuses = isinstance(error, (NotImplementedError, ValueError, TypeError))
+    required = implementation.ours and implementation.backend is not None
+    return "unavailable" if refuses and not required else "failed", f"{type(error).__name__}: {text}"
 
 
 def _synchronize(tensor: Tensor) -> None:
@@ -304,8 +312,14 @@ def _faults() -> Iterator[None]:
 
 def _raise_faults(error: Exception) -> None:
     """Raises: DeviceFault if the error is one after which the process's CUDA context is lost."""
-    if isinstance(error, torch.OutOfMemoryError):
+    if isinstance(error, (torch.OutOfMemoryError, DeviceFault)):
         return
     accelerator_error = getattr(torch, "AcceleratorError", ())
     if isinstance(error, accelerator_error) or "CUDA error" in str(error):
         raise DeviceFault(" ".join(str(error).split())[:300]) from error
+    if torch.cuda.is_available():
+        # Triton words a fault in its own way, and any error may hide one that has not come up yet.
+        try:
+            torch.cuda.synchronize()
+        except Exception as fault:
+            raise DeviceFault(" ".join(f"{error}; {fault}".split())[:300]) from error

@@ -84,7 +84,7 @@ def _group_norm_silu() -> list[Implementation]:
 
 
 def _public_norm(problem: Problem) -> Function:
-    _require_kernels()
+    _require_kernels(problem)
     from ldm_kernels import group_norm_silu
 
     shape = problem.case.shape
@@ -106,7 +106,7 @@ def _norm_plan(problem: Problem) -> str:
 
 
 def _norm_variant(problem: Problem, variant: str) -> Function:
-    _require_kernels()
+    _require_kernels(problem)
     shape = problem.case.shape
 
     def run(
@@ -200,9 +200,13 @@ def _attention() -> list[Implementation]:
 
 
 def _triton_attention(problem: Problem) -> Function:
-    _require_kernels()
+    _require_kernels(problem)
     from ldm_kernels import attention
+    from ldm_kernels.attention.op import kernel_for
 
+    q, k = problem.leaves["q"], problem.leaves["k"]
+    if kernel_for(q, k) is None:
+        raise Unavailable(f"no kernel serves head dim {q.shape[-1]}")
     return lambda q, k, v: attention(q, k, v, backend="triton")
 
 
@@ -248,7 +252,7 @@ def _geglu() -> list[Implementation]:
 
 
 def _triton_geglu(problem: Problem) -> Function:
-    _require_kernels()
+    _require_kernels(problem)
     from ldm_kernels import geglu
 
     return lambda projection: geglu(projection, backend="triton")
@@ -264,7 +268,7 @@ def _vector_quantize() -> list[Implementation]:
 
 def _codes(problem: Problem, backend: str) -> Function:
     if backend == "triton":
-        _require_kernels()
+        _require_kernels(problem)
     from ldm_kernels import vector_quantize
 
     return lambda z, codebook: vector_quantize(z, codebook, backend=backend)[1]
@@ -291,7 +295,7 @@ def _ema_update() -> list[Implementation]:
 def _averages(problem: Problem, backend: str) -> Function:
     """Updates one flat buffer per decay in place, through views of the size of a UNet's weights."""
     if backend == "triton":
-        _require_kernels()
+        _require_kernels(problem)
     from ldm_kernels import ema_update
 
     averages, weights = problem.leaves["averages"], problem.leaves["weights"]
@@ -308,11 +312,11 @@ def _averages(problem: Problem, backend: str) -> Function:
     return run
 
 
-def _require_kernels() -> None:
-    if not (torch.cuda.is_available() or launch.INTERPRETED):
-        raise Unavailable("needs CUDA, or TRITON_INTERPRET=1 in a dry run")
+def _require_kernels(problem: Problem) -> None:
     if importlib.util.find_spec("triton") is None:
         raise Unavailable("triton is not installed")
+    if not launch.runs_kernels(problem.leaves[next(iter(problem.leaves))]):
+        raise Unavailable("needs CUDA and capability 8.0, or TRITON_INTERPRET=1 in a dry run")
 
 
 def _require_cuda(problem: Problem) -> None:

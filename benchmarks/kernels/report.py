@@ -18,6 +18,9 @@ from benchmarks.kernels import device
 from benchmarks.kernels.harness import COPY, Row
 
 WINNING_RATIO = 1.05
+# Times are of graphs' replay. Called eagerly, an operation costs the host its launches too, tens of microseconds that
+# differ between implementations: below this, they and not the kernels can decide.
+WINNING_LEAST_US = 50.0
 DRY_RUN = "dry run: no meaning"
 _QUARTILES = ("lower_quartile", "upper_quartile")
 COLUMNS = (
@@ -129,7 +132,8 @@ def markdown(rows: Sequence[Row], red: Red) -> str:
 def winners(rows: Sequence[Row], red: Red, gpu: str) -> dict[str, list[dict[str, Any]]]:
     """Rows for winners.json: forward and backward together where there is a backward, of green operations alone.
 
-    Only implementations that `auto` can take are compared. One shape that several models share gives one row.
+    Only implementations that `auto` can take are compared, and only where the faster one takes at least
+    WINNING_LEAST_US for both passes. One shape that several models share gives one row.
     """
     table: dict[str, dict[str, dict[str, Any]]] = {}
     for key, group in group_by_case(row for row in rows if row.status == "ok" and row.cold_us).items():
@@ -138,6 +142,8 @@ def winners(rows: Sequence[Row], red: Red, gpu: str) -> dict[str, list[dict[str,
             continue
         choices = sorted((row for row in group if row.backend), key=cold_us)
         if len(choices) < 2 or choices[0].chosen_by is None:
+            continue
+        if key.direction == "both" and cold_us(choices[0]) < WINNING_LEAST_US:
             continue
         ratio = cold_us(choices[1]) / cold_us(choices[0])
         if ratio >= WINNING_RATIO:

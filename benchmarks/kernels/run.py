@@ -34,6 +34,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--fresh", action="store_true", help="forget the results that --out has")
     parser.add_argument("--dry-run", action="store_true", help="tiny shapes on the CPU: no meaning, no GPU needed")
     parser.add_argument("--check-only", action="store_true", help="compare with float64, and time nothing")
+    parser.add_argument("--no-report", action="store_true", help="leave the results in the journal alone")
     parser.add_argument("--share", default="1/1", help="I/N: every N-th case, from the I-th on")
     parser.add_argument("--avoid", action="append", type=Path, default=[], help="leave out what crashed in that --out")
     parser.add_argument("--memory-share", type=float, default=1.0, help="of the GPU's memory, at most this share")
@@ -78,7 +79,7 @@ def main(argv: Sequence[str]) -> int:
         sys.stdout.flush()
         os._exit(sweep.EXIT_DEVICE_FAULT)
     red = report.red_by_rows(journal.rows)
-    if not arguments.check_only:
+    if not (arguments.check_only or arguments.no_report):
         mark = report.DRY_RUN if arguments.dry_run else ""
         found, measured = device.environment(target), device.ceilings(target)
         print(report.write_all(arguments.out, journal.rows, red, found, measured, mark))

@@ -4,17 +4,20 @@ A journal has one JSON object a line: what is about to be done, the rows of a fi
 a journal goes on where the last one ended, so that a kernel that takes the CUDA context or the whole process down
 costs one restart: the implementation that had begun and not ended is listed as failed there, and left out of all cases
 of its operation from then on. A case that takes too long ends its process too, since a kernel that hangs cannot be
-interrupted.
+interrupted. A process that is asked to end (SIGTERM) notes that, so that what had begun is not taken for the culprit;
+one that a kernel holds never comes to it, and is killed.
 """
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
+import os
 import signal
 import time
 import traceback
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -71,7 +74,7 @@ class Journal:
             elif "start" in event and begun:
                 self._crashed.setdefault(begun["begin"], set()).add(begun["implementation"])
                 begun = None
-            elif "done" in event:
+            elif "done" in event or "stopped" in event:
                 begun = None
             self._take(event)
         if begun:
@@ -104,13 +107,18 @@ class Journal:
         """Noted with all that came of a case."""
         self._write({"done": case.name, "rows": [asdict(row) for row in rows]})
 
+    def stop(self) -> None:
+        """Noted by a process that ends because it was asked to."""
+        self._write({"stopped": True})
+
     def leave(self, names: Sequence[str]) -> None:
         """Cases that the time did not suffice for."""
         self._write({"unreached": list(names)})
 
     def _write(self, event: dict[str, Any]) -> None:
-        with self._path.open("a") as file:
-            file.write(json.dumps(event) + "\n")
+        # Unbuffered, so that a signal cannot leave half a line.
+        with self._path.open("ab", buffering=0) as file:
+            file.write((json.dumps(event) + "\n").encode())
         self._take(event)
 
     def _take(self, event: dict[str, Any]) -> None:
@@ -155,6 +163,28 @@ def run(chosen: Sequence[Case], options: Options, journal: Journal, deadline_s: 
     False after a device fault: this process can do no more, a new one can.
     """
     journal.start()
+    with _noting_a_stop(journal):
+        return _run(chosen, options, journal, deadline_s)
+
+
+@contextlib.contextmanager
+def _noting_a_stop(journal: Journal) -> Iterator[None]:
+    process = os.getpid()
+
+    def stop(*_: object) -> None:
+        # Compilers' processes inherit the handler, and end at any time.
+        if os.getpid() == process:
+            journal.stop()
+        os._exit(0)
+
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _run(chosen: Sequence[Case], options: Options, journal: Journal, deadline_s: float) -> bool:
     # The signal's own effect, the end of the process: a handler would wait for the call that hangs.
     signal.signal(signal.SIGALRM, signal.SIG_DFL)
     left = [case for case in chosen if case.name not in journal.done]

@@ -275,3 +275,10 @@ def test_table_survives_being_written_and_read(tmp_path: Path) -> None:
     aot_table.write(table, path)
     assert aot_table.read(path) == table
     assert all(line.count('"hash"') <= 1 for line in path.read_text().splitlines())
+
+
+def test_a_name_that_no_row_has_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as exit_:
+        aot.main(["--only", "nosuchkernel"])
+    assert exit_.value.code == 2
+    assert "--only nosuchkernel: no row" in capsys.readouterr().err

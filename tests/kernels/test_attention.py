@@ -112,6 +112,22 @@ def test_cross_attention_in_several_parts(queries: int, dtype: torch.dtype, devi
     _check(_cross, inputs)
 
 
+def test_cross_attention_in_more_than_two_parts(device: str) -> None:
+    inputs = _inputs(1100, 20, 8, torch.float32, device, heads=1)
+    assert tables.cross_splits(1, 1100) == 4
+    _check(_cross, inputs)
+
+
+@pytest.mark.parametrize("keys", [7, 200])
+def test_no_queries(keys: int, device: str) -> None:
+    q, k, v, _ = _inputs(0, keys, 16, torch.float32, device)
+    kernel = _cross if keys <= tables.MAX_CROSS_KEYS else _self
+    out, (dq, dk, dv) = gradients(kernel, (q, k, v), torch.empty_like(q))
+    assert out.shape == dq.shape == q.shape
+    assert not dk.any()
+    assert not dv.any()
+
+
 def test_parts_of_the_queries_come_from_the_shape_alone() -> None:
     assert tables.cross_splits(64, 4096) == 4  # 256 programs
     assert tables.cross_splits(1, 4096) == 16  # 256 queries each
@@ -125,7 +141,9 @@ def test_one_query_and_one_key(kernel: Callable[..., Tensor], dtype: torch.dtype
     # Many heads, so that the errors compared are averages and not single numbers.
     _check(kernel, _inputs(1, 7, 16, dtype, device, batch=2, heads=8), rmse=3e-3 if dtype == torch.float16 else None)
     q, k, v, _ = _inputs(3, 1, 16, dtype, device)
-    torch.testing.assert_close(kernel(q, k, v), v.expand_as(q), rtol=0, atol=0)
+    # Three TF32 products keep 22 bits of a float32.
+    rtol = 2**-21 if dtype == torch.float32 else 0
+    torch.testing.assert_close(kernel(q, k, v), v.expand_as(q), rtol=rtol, atol=0)
 
 
 @pytest.mark.parametrize("kernel", [_self, _cross])
@@ -158,7 +176,7 @@ def test_large_logits(kernel: Callable[..., Tensor], dtype: torch.dtype, device:
     k[:, :, 69] = 100
     v = torch.arange(70.0, device=device).to(dtype)[None, None, :, None].repeat(1, 1, 1, 16)
     out, grads = gradients(kernel, (q, k, v), torch.ones_like(q))
-    assert out[0, 0, 0].tolist() == [69.0] * 16
+    torch.testing.assert_close(out[0, 0, 0].float(), torch.full((16,), 69.0, device=device), rtol=1e-6, atol=0)
     torch.testing.assert_close(out[0, 0, 1].float(), torch.full((16,), 34.0, device=device), rtol=2e-3, atol=0)
     assert all(g.isfinite().all() for g in grads)
 

@@ -138,7 +138,7 @@ def test_refusals(device: str) -> None:
 
 @pytest.mark.skipif(launch.INTERPRETED, reason="the interpreter takes CPU tensors")
 def test_triton_refuses_the_cpu() -> None:
-    with pytest.raises(TypeError, match=r"needs a CUDA tensor.*TRITON_INTERPRET=1"):
+    with pytest.raises(TypeError, match=r"needs the package triton and a tensor on a CUDA device.*TRITON_INTERPRET=1"):
         attention(*_qkv(), backend="triton")
 
 

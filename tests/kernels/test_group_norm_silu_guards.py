@@ -121,19 +121,26 @@ def test_offsets_of_a_sample_are_64_bit(module: ModuleType) -> None:
 
 def test_offsets_beyond_2_to_the_31_in_the_last_sample(device: str) -> None:
     if device == "cpu":
-        pytest.skip("needs 8.6 GB on a GPU: 4.3e9 elements of two bytes")
+        pytest.skip("needs 17 GB on a GPU: twice 4.3e9 elements of two bytes")
     from ldm_kernels.group_norm_silu import kernel
 
-    x = torch.empty(1025, 64, 256, 256, dtype=torch.float16, device=device, memory_format=torch.channels_last)
-    x.zero_()
+    try:
+        x = torch.empty(1025, 64, 256, 256, dtype=torch.float16, device=device, memory_format=torch.channels_last)
+        x.zero_()
+    except torch.OutOfMemoryError:
+        pytest.skip("needs 17 GB of free GPU memory")
     last = torch.randn(1, 64, 256, 256, device=device, dtype=torch.float16)
     x[-1:] = last
     weight = bias = torch.ones(64, device=device)
-    y = kernel.group_norm_silu_fwd(x, 32, weight, bias, 1e-5, True, None, None, None, None)[0]
+    try:
+        y = kernel.group_norm_silu_fwd(x, 32, weight, bias, 1e-5, True, None, None, None, None)[0]
+    except torch.OutOfMemoryError:
+        pytest.skip("needs 17 GB of free GPU memory")
     expected = kernel.group_norm_silu_fwd(
         last.contiguous(memory_format=torch.channels_last), 32, weight, bias, 1e-5, True, None, None, None, None
     )[0]
-    assert torch.equal(y[-1:], expected)
+    # The batch decides how many chunks are merged, and so the last digits; a wrapped offset is off by whole units.
+    torch.testing.assert_close(y[-1:], expected, rtol=2e-3, atol=2e-3)
 
 
 def test_more_than_256_samples(device: str) -> None:

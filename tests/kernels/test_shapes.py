@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -38,9 +39,9 @@ def hooked(network: nn.Module) -> Met:
         sizes = (("channels", channels), ("height", height), ("width", width), ("groups", module.num_groups))
         met["group_norm_silu", (*sizes, ("silu", silu), ("shifted", int(shifted)))] += 1
 
-    def note_attention(module: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
+    def note_attention(module: nn.Module, args: tuple[Any, ...]) -> None:
         queries, channels = args[0].shape[1:]
-        operation, keys = ("attention", queries) if len(args) == 1 else ("cross_attention", args[1].shape[1])
+        operation, keys = ("attention", queries) if len(args) == 1 else ("cross_attention", args[1][0].shape[1])
         heads = module.num_heads
         sizes = (("heads", heads), ("queries", queries), ("keys", keys), ("head_dim", channels // heads))
         met[operation, sizes] += 1

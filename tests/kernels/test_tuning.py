@@ -40,8 +40,10 @@ def winners(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(tuning, "WINNERS", tmp_path / "winners.json")
     tuning.WINNERS.write_text(json.dumps(table))
     tuning._winners.cache_clear()
+    tuning._rows_on.cache_clear()
     yield
     tuning._winners.cache_clear()
+    tuning._rows_on.cache_clear()
 
 
 @pytest.mark.parametrize(
@@ -106,7 +108,7 @@ def test_triton_is_refused_where_it_cannot_run() -> None:
         assert tuning.choose("geglu", "triton", ("triton",), tensor, {}) == "triton"
         assert tuning.serves(tensor)
     else:
-        with pytest.raises(TypeError, match=r"needs a CUDA tensor, and this one is on 'cpu'; .*TRITON_INTERPRET=1"):
+        with pytest.raises(TypeError, match=r"needs the package triton and a tensor on a CUDA device .* on 'cpu'; .*TRITON_INTERPRET=1"):
             tuning.choose("geglu", "triton", ("triton",), tensor, {})
         assert not tuning.serves(tensor)
     assert not tuning.serves(torch.zeros(2, dtype=torch.int64))
@@ -124,3 +126,17 @@ def test_the_lookup_compiles_with_symbolic_sizes() -> None:
     for batch in (40, 8, 12, 100):
         x = torch.ones(batch, 64)
         assert torch.equal(compiled(x), scaled(x))
+
+
+def test_without_triton_no_tensor_runs_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    class OnGpu:
+        is_cuda, device, dtype = True, torch.device("cuda", 0), torch.float32
+
+    tensor: Any = OnGpu()
+    capabilities = iter([(7, 5), (8, 0), (9, 0)])
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: next(capabilities))
+    assert [launch.runs_kernels(tensor) for _ in range(3)] == [False, True, True]
+    monkeypatch.setattr(launch, "_HAS_TRITON", False)
+    assert not launch.runs_kernels(tensor)
+    with pytest.raises(TypeError, match="needs the package triton"):
+        tuning.require_kernels("geglu", tensor)

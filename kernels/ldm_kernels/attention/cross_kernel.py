@@ -182,7 +182,7 @@ def cross_attention_bwd(dout: Tensor, q: Tensor, k: Tensor, v: Tensor, scale: fl
 def _split(q: Tensor, blocks: Blocks) -> tuple[int, int]:
     """Queries in each part, a multiple of the tile's, and how many parts that makes."""
     batch, heads, queries, _ = q.shape
-    tiles = launch.cdiv(queries, blocks.queries)
+    tiles = max(1, launch.cdiv(queries, blocks.queries))
     split_queries = launch.cdiv(tiles, cross_splits(batch * heads, queries)) * blocks.queries
     return split_queries, max(1, launch.cdiv(queries, split_queries))
 

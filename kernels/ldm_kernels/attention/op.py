@@ -86,6 +86,11 @@ def _check(q: Tensor, k: Tensor, v: Tensor) -> None:
             f"attention: q has {q.dim()} dimensions and k {k.dim()}, but both must have four: (B, heads, tokens, "
             "head_dim); split the heads with view and transpose"
         )
+    if not q.is_floating_point() or q.shape[3] == 0:
+        raise TypeError(
+            f"attention: q is {tuple(q.shape)} of {q.dtype}, but tensors must be of a floating-point type with a head "
+            "dim of at least 1; convert or reshape them"
+        )
     if v.shape != k.shape or (q.shape[:2], q.shape[3]) != (k.shape[:2], k.shape[3]):
         raise ValueError(
             f"attention: q is {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}, but k and v must be of one "

@@ -154,6 +154,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     of_table = [job for job in jobs if job.in_table]
     chosen = jobs if options.every else of_table if options.all or options.update else selected(jobs, stated)
     chosen = [job for job in chosen if options.only in job.row.name]
+    if options.only and not chosen:
+        parser.error(f"--only {options.only}: no row that would be compiled has this in its name; add --all or --every")
     rows, failed = _measure_all(chosen)
     problems += failed
     by_name = {row.name: row for row in stated.rows}

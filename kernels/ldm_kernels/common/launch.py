@@ -8,6 +8,7 @@ GPU that is not here is, by construction, what that GPU would be asked to run.
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import os
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -21,6 +22,8 @@ FunctionT = TypeVar("FunctionT", bound=Callable[..., Any])
 
 # Triton reads the variable when a kernel is defined: a process interprets all of its kernels or none.
 INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") == "1"
+
+_HAS_TRITON = importlib.util.find_spec("triton") is not None  # asks, and imports nothing
 
 # The interpreter has no architecture of its own; it takes the tables of the oldest one that the kernels serve.
 _INTERPRETED_ARCHITECTURE = 80
@@ -91,8 +94,12 @@ def architecture(tensor: Tensor) -> int:
 
 
 def runs_kernels(tensor: Tensor) -> bool:
-    """Whether Triton can run on this tensor: it is on a CUDA device, or the interpreter is on."""
-    return tensor.is_cuda or (INTERPRETED and tensor.device.type == "cpu")
+    """Whether Triton can run on this tensor: on a CUDA device of capability 8.0 or more, or in the interpreter."""
+    if not _HAS_TRITON:
+        return False
+    if tensor.is_cuda:
+        return torch.cuda.get_device_capability(tensor.device) >= (8, 0)
+    return INTERPRETED and tensor.device.type == "cpu"
 
 
 def note_outcome(operation: str, path: str) -> None:

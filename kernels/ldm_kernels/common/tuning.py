@@ -68,8 +68,9 @@ def require_kernels(operation: str, tensor: Tensor) -> None:
         )
     if not launch.runs_kernels(tensor):
         raise TypeError(
-            f"{operation}: backend 'triton' needs a CUDA tensor, and this one is on {tensor.device.type!r}; take "
-            "backend 'auto', or set TRITON_INTERPRET=1 before starting Python to interpret the kernels (slow)"
+            f"{operation}: backend 'triton' needs the package triton and a tensor on a CUDA device of compute "
+            f"capability 8.0 or more, and this one is on {tensor.device.type!r}; take backend 'auto', or set "
+            "TRITON_INTERPRET=1 before starting Python to interpret the kernels (slow)"
         )
 
 
@@ -78,6 +79,7 @@ def _rows(operation: str, device: int, dtype: str) -> tuple[Row, ...]:
     return _rows_on(operation, torch.cuda.get_device_name(device), dtype.removeprefix("torch."))
 
 
+@functools.cache
 def _rows_on(operation: str, gpu: str, dtype: str) -> tuple[Row, ...]:
     """The rows of exactly this GPU and type."""
     return tuple(

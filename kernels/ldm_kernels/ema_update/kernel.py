@@ -98,6 +98,7 @@ class _Run(NamedTuple):
 
 _Key = tuple[object, ...]
 _tables: OrderedDict[_Key, list[_Table]] = OrderedDict()
+_captured: list[list[_Table]] = []  # a CUDA graph holds their addresses for as long as it lives
 
 
 def ema_update_(averages: Sequence[Sequence[Tensor]], weights: Sequence[Tensor], decays: Sequence[float]) -> None:
@@ -140,13 +141,29 @@ def _tables_of(averages: Sequence[Sequence[Tensor]], weights: Sequence[Tensor]) 
         len(averages),
         *((row[0].numel(), row[0].dtype, *(x.data_ptr() for x in row)) for row in rows),
     )
+    capturing = weights[0].is_cuda and torch.cuda.is_current_stream_capturing()
     if key in _tables:
         _tables.move_to_end(key)
+    elif capturing:
+        raise RuntimeError(
+            "ema_update: these tensors are met for the first time while a CUDA graph is captured, and the table of "
+            "their addresses cannot be copied there; call ema_update on them once before the capture"
+        )
     else:
         _tables[key] = _build(rows)
         if len(_tables) > _MAX_TABLES:
-            _tables.popitem(last=False)
+            _forget(_tables.popitem(last=False)[1])
+    if capturing:
+        _captured.append(_tables[key])
     return _tables[key]
+
+
+def _forget(tables: Sequence[_Table]) -> None:
+    """Lets go of tables that kernels on the current stream may still be reading."""
+    for table in tables:
+        for tensor in (table.tensors, table.blocks):
+            if tensor.is_cuda:
+                tensor.record_stream(torch.cuda.current_stream(tensor.device))
 
 
 def _build(rows: Sequence[tuple[Tensor, ...]]) -> list[_Table]:

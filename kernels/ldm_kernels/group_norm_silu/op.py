@@ -87,6 +87,10 @@ def _check(x: Tensor, num_groups: int, activation: str | None, vectors: dict[str
     if not x.is_floating_point():
         raise TypeError(f"{_NAME}: x must be of a floating-point type, not {x.dtype}; convert it")
     batch, channels = x.shape[:2]
+    if weight_missing := [name for name in ("weight", "bias") if vectors[name] is None]:
+        raise TypeError(f"{_NAME}: {weight_missing[0]} is None; give ones for a weight, zeros for a bias")
+    if type(num_groups) is not int:
+        raise TypeError(f"{_NAME}: num_groups is {num_groups!r}; it must be an int")
     if num_groups < 1 or channels % num_groups:
         raise ValueError(f"{_NAME}: {channels} channels do not divide into {num_groups} groups; take a divisor of them")
     if activation not in ("silu", None):

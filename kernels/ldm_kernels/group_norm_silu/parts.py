@@ -5,6 +5,10 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+# Numbers that change with the batch or the image's size: Triton would compile anew when one of them is 1, or stops
+# being a multiple of 16, and no address depends on that.
+SIZES = ("batch", "chunks", "chunk_tiles", "chunk_pixels", "blocks")
+
 
 @triton.jit  # type: ignore[untyped-decorator]
 def load_affine(
@@ -65,7 +69,7 @@ def activation_gradient(dy: tl.tensor, z: tl.tensor, SILU: tl.constexpr) -> tl.t
     return dy
 
 
-@triton.jit  # type: ignore[untyped-decorator]
+@triton.jit(do_not_specialize=SIZES)  # type: ignore[untyped-decorator]
 def _group_norm_silu_parameters_kernel(
     p_sums: tl.tensor,  # (2 or 3, N, C): S1, S2, and D1 if INPUT, as in two_pass_backward.py
     p_means: tl.tensor,  # (N, G, 2): k1 and k2, or None without INPUT

@@ -15,7 +15,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from ldm_kernels.group_norm_silu.parts import activate, activation_gradient, load_added, load_affine
+from ldm_kernels.group_norm_silu.parts import SIZES, activate, activation_gradient, load_added, load_affine
 
 
 @triton.jit  # type: ignore[untyped-decorator]
@@ -52,7 +52,7 @@ def load_lanes(p_group: tl.tensor, CPG: tl.constexpr, GROUPS: tl.constexpr, LANE
     return values
 
 
-@triton.jit  # type: ignore[untyped-decorator]
+@triton.jit(do_not_specialize=SIZES)  # type: ignore[untyped-decorator]
 def _group_norm_silu_single_fwd_kernel(
     p_x: tl.tensor,  # (N, C, HW) in these strides, as y
     p_y: tl.tensor,
@@ -119,7 +119,7 @@ def _group_norm_silu_single_fwd_kernel(
         tl.store(p_rstd + o_group + o_column, rstd, mask=o_column < GROUPS)
 
 
-@triton.jit  # type: ignore[untyped-decorator]
+@triton.jit(do_not_specialize=SIZES)  # type: ignore[untyped-decorator]
 def _group_norm_silu_single_bwd_kernel(
     p_dy: tl.tensor,  # (N, C, HW) in these strides, as x and dx
     p_x: tl.tensor,

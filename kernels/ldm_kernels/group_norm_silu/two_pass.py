@@ -17,7 +17,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from ldm_kernels.group_norm_silu.parts import activate, load_added, load_affine
+from ldm_kernels.group_norm_silu.parts import SIZES, activate, load_added, load_affine
 
 
 @triton.jit  # type: ignore[untyped-decorator]
@@ -35,7 +35,7 @@ def chunk_offset(
     return i_n * channels * pixels + first.to(tl.int64) * stride_hw + i_c * stride_c
 
 
-@triton.jit  # type: ignore[untyped-decorator]
+@triton.jit(do_not_specialize=SIZES)  # type: ignore[untyped-decorator]
 def _group_norm_silu_stats_kernel(
     p_x: tl.tensor,  # (N, C, HW) in these strides
     p_partial: tl.tensor,  # (2, N, chunks, C): mean and sum of squared deviations of x
@@ -106,7 +106,7 @@ def load_part(
     return count, mean, p_part
 
 
-@triton.jit  # type: ignore[untyped-decorator]
+@triton.jit(do_not_specialize=SIZES)  # type: ignore[untyped-decorator]
 def _group_norm_silu_merge_fwd_kernel(
     p_partial: tl.tensor,  # (2, N, chunks, C)
     p_channel_bias: tl.tensor,  # (C,) or None
@@ -175,7 +175,7 @@ def _group_norm_silu_merge_fwd_kernel(
     tl.store(p_rstd + i_ng, tl.rsqrt(tl.where(m2 < 0.0, 0.0, m2) / size + eps))
 
 
-@triton.jit  # type: ignore[untyped-decorator]
+@triton.jit(do_not_specialize=SIZES)  # type: ignore[untyped-decorator]
 def _group_norm_silu_apply_fwd_kernel(
     p_x: tl.tensor,  # (N, C, HW) in these strides, as y
     p_y: tl.tensor,

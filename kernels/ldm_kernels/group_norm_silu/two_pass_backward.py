@@ -11,11 +11,11 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from ldm_kernels.group_norm_silu.parts import activation_gradient, load_added, load_affine
+from ldm_kernels.group_norm_silu.parts import SIZES, activation_gradient, load_added, load_affine
 from ldm_kernels.group_norm_silu.two_pass import chunk_offset
 
 
-@triton.jit  # type: ignore[untyped-decorator]
+@triton.jit(do_not_specialize=SIZES)  # type: ignore[untyped-decorator]
 def _group_norm_silu_reduce_kernel(
     p_dy: tl.tensor,  # (N, C, HW) in these strides, as x
     p_x: tl.tensor,
@@ -83,7 +83,7 @@ def _group_norm_silu_reduce_kernel(
         tl.store(p_out + plane + plane, tl.sum(d1, 0), mask=m_c)
 
 
-@triton.jit  # type: ignore[untyped-decorator]
+@triton.jit(do_not_specialize=SIZES)  # type: ignore[untyped-decorator]
 def _group_norm_silu_merge_bwd_kernel(
     p_partial: tl.tensor,  # (2 or 3, N, chunks, C)
     p_rstd: tl.tensor,  # (N, G)
@@ -142,7 +142,7 @@ def _group_norm_silu_merge_bwd_kernel(
     tl.store(p_means + 2 * i_ng + 1, rstd * rstd * (tl.sum(wdzh) / size))
 
 
-@triton.jit  # type: ignore[untyped-decorator]
+@triton.jit(do_not_specialize=SIZES)  # type: ignore[untyped-decorator]
 def _group_norm_silu_apply_bwd_kernel(
     p_dy: tl.tensor,  # (N, C, HW) in these strides, as x and dx
     p_x: tl.tensor,

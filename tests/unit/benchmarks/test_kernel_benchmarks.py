@@ -153,7 +153,7 @@ def test_winners_are_found_again_by_the_operation(case: cases.Case, monkeypatch:
     assert operation == case.operation
     row = {"gpu": "G", "dtype": "float32", "shape": shape, "backend": "reference", "ratio": 2.0}
     monkeypatch.setattr(tuning, "_winners", lambda: {operation: [row]})
-    assert tuning._winner_on(operation, "G", "float32", shape) == "reference"
+    assert tuning._match(tuning._rows_on.__wrapped__(operation, "G", "float32"), shape) == "reference"
 
 
 class _Order:
@@ -225,14 +225,15 @@ def _row(implementation: str, us: float, **changes: Any) -> Row:
 
 
 def test_winners_need_the_margin_a_choice_and_green_tests() -> None:
-    rows = [_row("triton", 10.0), _row("eager", 10.6), _row("torch.compile", 5.0), _row(COPY, 4.0)]
+    rows = [_row("triton", 100.0), _row("eager", 106.0), _row("torch.compile", 50.0), _row(COPY, 40.0)]
     (winner,) = report.winners(rows, {}, "G")["geglu"]
     shape = {"batch": 8, "width": 8}
     assert winner == {"gpu": "G", "dtype": "bfloat16", "shape": shape, "backend": "triton", "ratio": 1.06}
     assert report.winners(rows, {"geglu": "a test failed"}, "G") == {}
-    assert report.winners([_row("triton", 10.0), _row("eager", 10.4)], {}, "G") == {}
-    assert report.winners([_row("triton", 10.0), _row("torch.compile", 20.0)], {}, "G") == {}, "nothing to choose from"
-    slower = [_row("triton", 20.0), _row("eager", 10.0), _row("triton", 1.0, direction="forward")]
+    assert report.winners([_row("triton", 100.0), _row("eager", 104.0)], {}, "G") == {}
+    no_choice = [_row("triton", 100.0), _row("torch.compile", 200.0)]
+    assert report.winners(no_choice, {}, "G") == {}
+    slower = [_row("triton", 200.0), _row("eager", 100.0), _row("triton", 1.0, direction="forward")]
     assert report.winners(slower, {}, "G")["geglu"][0]["backend"] == "reference"
 
 
