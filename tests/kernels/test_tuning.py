@@ -108,7 +108,9 @@ def test_triton_is_refused_where_it_cannot_run() -> None:
         assert tuning.choose("geglu", "triton", ("triton",), tensor, {}) == "triton"
         assert tuning.serves(tensor)
     else:
-        with pytest.raises(TypeError, match=r"needs the package triton and a tensor on a CUDA device .* on 'cpu'; .*TRITON_INTERPRET=1"):
+        with pytest.raises(
+            TypeError, match=r"needs the package triton and a tensor on a CUDA device .* on 'cpu'; .*TRITON_INTERPRET=1"
+        ):
             tuning.choose("geglu", "triton", ("triton",), tensor, {})
         assert not tuning.serves(tensor)
     assert not tuning.serves(torch.zeros(2, dtype=torch.int64))
