@@ -35,8 +35,8 @@ SUBSETS = [(), *((name,) for name in VECTORS), ("channel_bias", "sample_shift"),
 @pytest.mark.parametrize("dtype", FLOAT_DTYPES)
 @pytest.mark.parametrize("shape", SHAPES)
 def test_values_and_gradients(device: str, shape: Any, dtype: torch.dtype, layout: Any, variant: str) -> None:
-    if dtype == torch.float16 and shape[1] > 60:
-        pytest.skip("the wide shapes differ from the narrow ones in channels alone, which fp32 covers")
+    if device == "cpu" and dtype == torch.float16 and shape[1] > 60:
+        pytest.skip("the interpreter is slow: fp32 covers the wide shapes there, a GPU runs them in every type")
     check(make(shape, dtype, layout, device), variant)
 
 
