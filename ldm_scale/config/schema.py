@@ -15,14 +15,17 @@ Stage = Literal["autoencoder", "diffusion"]
 
 @dataclass(frozen=True)
 class AutoencoderConfig:
-    """Architecture of the first stage (arXiv:2112.10752, appendix E.3; the VQGAN encoder and decoder)."""
+    """Architecture of the first stage (arXiv:2112.10752, section 3.1 and Table 8; the VQGAN encoder and decoder)."""
 
+    kind: Literal["kl", "vq", "identity"] = "kl"  # regularisation of the latents; identity: they are the pixels, f = 1
     base_channels: int = 128
     channel_multipliers: tuple[int, ...] = (1, 2, 4, 4)  # one per level; f = 2 ** (levels - 1)
     num_res_blocks: int = 2  # per level in the encoder; the decoder has one more
     latent_channels: int = 4  # c of the raw latents (B, c, H/f, W/f)
     norm_groups: int = 32  # groups of every GroupNorm; must divide every level's channels
     mid_attention: bool = True  # one single-head self-attention between the two middle blocks
+    attention_levels: tuple[int, ...] = ()  # levels (0 = finest) with such an attention after every residual block
+    codebook_size: int | None = None  # vq: |Z|, codes of latent_channels numbers each; null for the other kinds
 
     @property
     def downsampling_factor(self) -> int:
@@ -34,26 +37,41 @@ class AutoencoderConfig:
 class AutoencoderLossConfig:
     """Objective of stage 1 (arXiv:2112.10752, eq. 25)."""
 
-    reconstruction_weight: float = 1.0  # of the mean absolute error
+    reconstruction: Literal["l1", "l2"] = "l1"  # mean absolute or mean squared error
+    reconstruction_weight: float = 1.0  # of that error
     chroma_weight: float = 0.0  # of the mean squared error of colour: channels minus their mean; the paper has none
     perceptual_weight: float = 1.0  # 0 switches the perceptual net off
     perceptual_net: Literal["efficientnet_lite0", "lpips_vgg"] = "efficientnet_lite0"
     perceptual_weights: str | None = None  # lpips_vgg: path of VGG16's weights; None = torch's usual cache
-    kl_weight: float = 1.0e-6  # times the KL divergence summed over a latent, averaged over images and pixels
+    learned_variance: bool = False  # one output variance for all pixels, learned with the weights; else it is 1
+    kl_weight: float = 1.0e-6  # kl: times the KL divergence summed over a latent, averaged over images and pixels
+    codebook_weight: float = 0.25  # vq: of the mean squared distance that pulls codes to latents
+    commitment_weight: float = 1.0  # vq: of the same distance, pulling latents to codes
+    codebook_update: Literal["gradient", "ema"] = "gradient"  # vq: ema = codes are averages of their latents
+    codebook_decay: float = 0.99  # vq, ema: share of the old average that one step keeps
+    dead_code_images: int = 0  # vq: codes that no latent of so many images chose are put on latents; 0 = never
+    adversarial_loss: Literal["hinge", "non_saturating"] = "hinge"
     adversarial_weight: float = 0.5  # times the adaptive weight; 0 switches the discriminator off
+    adversarial_ramp_images: int = 0  # images over which that weight rises from 0, from the discriminator's start
     adaptive_weight_max: float = 1.0e4  # clamp of |grad reconstruction| / |grad adversarial|
-    discriminator_start_images: int = 0  # images seen before the discriminator trains and is felt
+    discriminator_start_images: int = 0  # images seen before the discriminator is felt
+    discriminator_pretrain_images: int = 0  # images before that start from which it trains unfelt
     discriminator_base_channels: int = 64
     discriminator_layers: int = 3  # stride-2 layers of the PatchGAN
+    discriminator_norm: Literal["group", "batch"] = "group"  # batch: the published network; one rank, no accumulation
     discriminator_lr: float | None = None  # None = optimizer.lr
+    discriminator_hold_accuracy: float | None = None  # smoothed accuracy above which it waits for the generator
+    r1_weight: float = 0.0  # times half the squared gradient of its logits at real images (arXiv:1801.04406)
+    lecam_weight: float = 0.0  # of LeCam's pull of its logits to their averages (arXiv:2104.03310)
 
 
 @dataclass(frozen=True)
 class LatentsConfig:
     """How raw latents become latents (arXiv:2112.10752, appendix G: one scalar, shift 0)."""
 
+    statistics: Literal["scalar", "per_channel"] = "scalar"  # per_channel: mean and deviation of each; kl only
     statistics_images: int = 4096  # images over which the statistics are measured, over all ranks
-    sample_posterior: bool = True  # stage 2 trains on a sample of the posterior (False: on its mode)
+    sample_posterior: bool = True  # statistics and stage 2 take samples of the posterior (False: its mode)
 
 
 @dataclass(frozen=True)
@@ -159,6 +177,7 @@ class KernelsConfig:
     attention: Literal["auto", "triton", "sdpa", "xformers", "reference"] = "auto"
     geglu: Literal["auto", "triton", "reference"] = "auto"
     ema_update: Literal["auto", "triton", "reference"] = "auto"
+    vector_quantize: Literal["auto", "triton", "reference"] = "auto"
 
 
 @dataclass(frozen=True)
@@ -171,6 +190,7 @@ class TrainConfig:
     seed: int = 0
     device: Literal["auto", "cpu", "cuda"] = "auto"
     precision: Literal["auto", "fp32", "bf16"] = "auto"  # auto: bf16 on CUDA, fp32 on CPU
+    activation_checkpointing: bool = False  # stage 1: blocks are computed again in backward, for memory
     log_every_images: int = 1_000
     validate_every_images: int = 50_000  # 0 = only at the end, as for the next one
     sample_every_images: int = 50_000  # picture grids in TensorBoard

@@ -1,9 +1,22 @@
 """Data: from sources over tar shards to batches. The commands and the training use what is named here."""
 
 from ldm_scale.data.decode import NO_CLASS
-from ldm_scale.data.loader import Loader, build_loader
+from ldm_scale.data.latents import LatentCache
+from ldm_scale.data.loader import Loader, build_loader, check_moments, require_images
 from ldm_scale.data.pipeline import Batch
 from ldm_scale.data.policy import BadRecord, BadSampleLog
 from ldm_scale.data.shards import Dataset, open_manifest
 
-__all__ = ["NO_CLASS", "BadRecord", "BadSampleLog", "Batch", "Dataset", "Loader", "build_loader", "open_manifest"]
+__all__ = [
+    "NO_CLASS",
+    "BadRecord",
+    "BadSampleLog",
+    "Batch",
+    "Dataset",
+    "LatentCache",
+    "Loader",
+    "build_loader",
+    "check_moments",
+    "open_manifest",
+    "require_images",
+]

@@ -19,13 +19,36 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image
 
+from ldm_scale.data.latents import RECORD, LatentCache, read_moments, read_record
 from ldm_scale.data.order import uniforms
 from ldm_scale.data.policy import BadSample
 from ldm_scale.data.shards import IMAGE_EXTENSIONS, RawSample
 
 NO_CLASS = -1  # label of a sample without a class
+
+# 256 MiB as RGB, refused on the header before a pixel is decoded: a loader worker holds up to four such copies. Pillow
+# warns above the same number, and refuses above twice of it.
+MAX_IMAGE_PIXELS = 2**30 // 12
+_TOO_LARGE = f"image has more than {MAX_IMAGE_PIXELS:,} pixels"
+
+# By content, whatever the extension says. Pillow knows forty more: EPS starts another program, TIFF may hold numbers
+# of 32 bits whose range nothing states.
+_FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP")
+
+_PNG_BIT_DEPTH = 24  # byte of the file: after the signature and the header chunk's length, name, width and height
+
+# EXIF's orientation: how to turn what is stored so that it stands upright.
+_TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
 
 # What Pillow's decoders raise on malformed files.
 _DECODE_ERRORS = (
@@ -55,33 +78,80 @@ class DecodeSettings:
 
 @dataclass(frozen=True)
 class DecodedSample:
-    """One usable sample. Shapes: image (H, W, 3), 8-bit RGB."""
+    """One usable sample: a picture, or moments of its latents from a cache.
 
-    image: NDArray[np.uint8]
+    Shapes: image (H, W, 3), 8-bit RGB; moments (C, h, w) in the cache's type.
+    """
+
+    image: NDArray[np.uint8] | None
     caption: str
     label: int
     key: str
     position: int
+    moments: NDArray[Any] | None = None
 
 
 def open_rgb(data: bytes) -> Image.Image:
-    """The picture upright, in RGB, transparency on white.
+    """The picture upright, in RGB, transparency on white; of an animation the first frame.
 
-    Raises: BadSample if the bytes are no complete picture.
+    Colour profiles are not applied: values are taken as sRGB, as in every published training set.
+
+    Raises: BadSample if the bytes are no complete picture, or one of more than MAX_IMAGE_PIXELS.
     """
     try:
-        image: Image.Image = Image.open(io.BytesIO(data))
+        image: Image.Image = Image.open(io.BytesIO(data), formats=_FORMATS)
+        if image.width * image.height > MAX_IMAGE_PIXELS:
+            raise BadSample(_TOO_LARGE)
         image.load()
-        image = ImageOps.exif_transpose(image)
-        if image.mode == "I" or image.mode.startswith("I;16"):
-            # 16 bits of grey; Pillow's own conversion to 8 clips instead of scaling.
-            image = Image.fromarray((np.asarray(image).clip(0, 65535) / 257).round().astype(np.uint8))
+        image = _upright(image)
+        if image.mode.startswith("I;16"):
+            image = _eight_bit(image)
+        else:
+            _scale_transparent_colour(image, data)
         if image.has_transparency_data:
             white = Image.new("RGBA", image.size, "white")
             image = Image.alpha_composite(white, image.convert("RGBA"))
         return image.convert("RGB")
+    except Image.DecompressionBombError:
+        raise BadSample(_TOO_LARGE) from None
     except _DECODE_ERRORS:
         raise BadSample("image does not decode") from None
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    """The picture turned as its EXIF data ask; as it is stored where they are damaged.
+
+    Not `ImageOps.exif_transpose`: it also writes the other EXIF fields anew, and fails on what cameras put there.
+    """
+    try:
+        turn = _TURNS.get(image.getexif().get(ExifTags.Base.Orientation, 1))
+    except (*_DECODE_ERRORS, AttributeError):
+        return image
+    return image if turn is None else image.transpose(turn)
+
+
+def _eight_bit(image: Image.Image) -> Image.Image:
+    """16 bits of grey as 8, by the nearest value (Pillow's own conversion clips); the transparent one white."""
+    values = np.asarray(image)
+    pixels = (values / 257).round().astype(np.uint8)
+    transparent = image.info.get("transparency")
+    if transparent is not None:
+        pixels[values == transparent] = 255
+    return Image.fromarray(pixels)
+
+
+def _scale_transparent_colour(image: Image.Image, data: bytes) -> None:
+    """Nothing; a PNG's transparent colour is in 8 bits, as its pixels are.
+
+    Pillow scales pixels of 1, 2, 4 and 16 bits to 8 and leaves that colour as the file has it. Of 16 bits it keeps the
+    high byte, so that colours which differ in the low one alone are transparent too.
+    """
+    colour = image.info.get("transparency")
+    depth = data[_PNG_BIT_DEPTH] if image.format == "PNG" else 8
+    if image.mode == "L" and isinstance(colour, int) and depth < 8:
+        image.info["transparency"] = colour * (255 // (2**depth - 1))
+    elif image.mode == "RGB" and isinstance(colour, tuple) and depth == 16:
+        image.info["transparency"] = tuple(channel >> 8 for channel in colour)
 
 
 def crop_box(
@@ -106,9 +176,19 @@ def decode_image(data: bytes, settings: DecodeSettings, position: int, key: str)
     Shapes: returns (resolution, resolution, 3).
     Raises: BadSample if it does not decode.
     """
-    image = open_rgb(data)
-    box, mirror = crop_box(*image.size, settings, position, key)
-    size = (settings.resolution, settings.resolution)
+    return fit_picture(open_rgb(data), settings, position, key)
+
+
+def fit_picture(image: Image.Image, settings: DecodeSettings, position: int, key: str) -> NDArray[np.uint8]:
+    """An RGB picture cropped, resized and perhaps mirrored. Shapes: returns (resolution, resolution, 3)."""
+    return render(image, *crop_box(*image.size, settings, position, key), settings.resolution)
+
+
+def render(
+    image: Image.Image, box: tuple[float, float, float, float], mirror: bool, resolution: int
+) -> NDArray[np.uint8]:
+    """A square of an RGB picture, resized and perhaps mirrored. Shapes: returns (resolution, resolution, 3)."""
+    size = (resolution, resolution)
     # reducing_gap: at large ratios a cheap box filter first, as long as 3 pixels per output pixel stay for the bicubic.
     image = image.resize(size, Image.Resampling.BICUBIC, box=box, reducing_gap=3.0)
     if mirror:
@@ -188,22 +268,38 @@ def read_label(sample: RawSample, metadata: dict[str, Any], class_numbers: dict[
 
 
 def decode_sample(
-    sample: RawSample, settings: DecodeSettings, class_numbers: dict[str, int], position: int
+    sample: RawSample,
+    settings: DecodeSettings,
+    class_numbers: dict[str, int],
+    position: int,
+    latents: LatentCache | None = None,
 ) -> DecodedSample:
-    """A usable sample from a raw one.
+    """A usable sample from a raw one; `latents` describes the manifest's latent shards, if it has any.
 
-    Raises: BadSample with the reason.
+    Raises: BadSample with the reason; DataError if a cached sample is not what its manifest says.
     """
     key = str(sample["__key__"])
-    extension = next((extension for extension in IMAGE_EXTENSIONS if extension in sample), None)
-    if extension is None:
+    cached = latents is not None and RECORD in sample
+    extension = image_extension(sample)
+    if cached and "unusable" in (record := read_record(sample)):
+        raise BadSample(record["unusable"])
+    if extension is None and not cached:
         raise BadSample(f"no image ({', '.join(IMAGE_EXTENSIONS)})")
     metadata = read_metadata(sample)
     caption = read_caption(sample, metadata)
     label = read_label(sample, metadata, class_numbers)
+    if latents is not None and cached:
+        moments = read_moments(sample, latents.variant(settings, position, key), latents)
+        return DecodedSample(None, caption, label, key, position, moments)
+    assert extension is not None, "a sample without a picture has moments, or was refused above"
     return DecodedSample(
         decode_image(_bytes(sample, extension), settings, position, key), caption, label, key, position
     )
+
+
+def image_extension(sample: RawSample) -> str | None:
+    """Extension of the member that is the sample's picture, None if it has none."""
+    return next((extension for extension in IMAGE_EXTENSIONS if extension in sample), None)
 
 
 def _bytes(sample: RawSample, extension: str) -> bytes:

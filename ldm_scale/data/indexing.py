@@ -10,6 +10,7 @@ import hashlib
 import json
 import os
 import re
+import socket
 import tarfile
 from pathlib import Path
 from typing import Any
@@ -28,7 +29,7 @@ _BASE_AND_EXTENSION = re.compile(r"^((?:.*/|)[^.]+)[.]([^/]*)$")  # webdataset's
 
 def write_json(path: Path, content: Any) -> None:
     """Nothing; the file appears complete or not at all, with the same bytes for the same content."""
-    partial = path.with_name(f".{path.name}.partial-{os.getpid()}")
+    partial = path.with_name(f".{path.name}.partial-{socket.gethostname()}-{os.getpid()}")
     partial.write_text(json.dumps(content, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
     os.replace(partial, path)
 
@@ -95,11 +96,17 @@ def _member_name(path: Path, member: tarfile.TarInfo) -> tuple[str, str] | None:
     return match[1], extension
 
 
-def index_shard(shard: Path, sidecar: Path, base: Path, samples: list[tuple[str, Members]]) -> dict[str, Any]:
-    """The manifest's entry for a shard whose sidecar this writes; paths in it are relative to `base`."""
+def index_shard(
+    shard: Path, sidecar: Path, base: Path, samples: list[tuple[str, Members]], **extra: Any
+) -> dict[str, Any]:
+    """The manifest's entry for a shard whose sidecar this writes; paths in it are relative to `base`.
+
+    `extra` are more entries of the sidecar.
+    """
     rows = [{"key": name, "files": {ext: list(place) for ext, place in members.items()}} for name, members in samples]
     sidecar.parent.mkdir(parents=True, exist_ok=True)
-    write_json(sidecar, {"format": INDEX_FORMAT, "version": VERSION, "num_samples": len(rows), "samples": rows})
+    head = {"format": INDEX_FORMAT, "version": VERSION, **extra, "num_samples": len(rows)}
+    write_json(sidecar, {**head, "samples": rows})
     with shard.open("rb") as stream:
         checksum = hashlib.file_digest(stream, "sha256").hexdigest()
     return {

@@ -13,6 +13,7 @@ import signal
 import sys
 import threading
 from collections.abc import Iterator
+from itertools import accumulate
 from types import TracebackType
 from typing import Any
 
@@ -21,11 +22,14 @@ import webdataset as wds
 
 from ldm_scale.config.schema import DataConfig
 from ldm_scale.data.decode import DecodeSettings
+from ldm_scale.data.latents import read_moments, read_record
 from ldm_scale.data.order import check_batches
 from ldm_scale.data.pipeline import Batch, StreamSettings, build_pipeline
 from ldm_scale.data.policy import BadSampleLog
 from ldm_scale.data.shards import Dataset, open_manifest
 from ldm_scale.errors import ConfigError, LdmScaleError
+
+_CHECKED_SHARDS = 16
 
 
 class Loader:
@@ -58,7 +62,7 @@ class Loader:
             num_workers=self._num_workers,
             prefetch_factor=self._prefetch_batches,
             multiprocessing_context="fork",
-            worker_init_fn=_start_worker,
+            worker_init_fn=start_worker,
             generator=torch.Generator(),  # torch would draw its workers' seeds from the global one
         )
         return iter(loader)
@@ -77,7 +81,7 @@ class _ErrorsAsItems(torch.utils.data.IterableDataset[Any]):
             yield error
 
 
-def _start_worker(worker_id: int) -> None:
+def start_worker(worker_id: int) -> None:
     """Nothing; makes a forked loader worker quiet: one thread, no reaction to signals that are not its parent's."""
     torch.set_num_threads(1)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -105,6 +109,37 @@ def _obey_parent(parent: int) -> None:
     os._exit(0)
 
 
+def require_images(dataset: Dataset) -> None:
+    """Nothing, if all samples of the split are pictures.
+
+    Raises: ConfigError otherwise.
+    """
+    if dataset.latents is not None:
+        count = sum(shard.holds_latents for shard in dataset.shards)
+        raise ConfigError(
+            f"data.manifest={dataset.manifest_path} holds {count} latent shards in its split {dataset.split!r} where "
+            "pictures are needed; set data.manifest to the manifest that they were encoded from"
+        )
+
+
+def check_moments(dataset: Dataset) -> None:
+    """Nothing, if moments in a few latent shards, spread over the split, are what the manifest says.
+
+    Training looks at every sample that it reads; this finds before its start what concerns them all.
+    Raises: DataError otherwise.
+    """
+    ends = list(accumulate(shard.num_samples for shard in dataset.shards))
+    latent = [number for number, shard in enumerate(dataset.shards) if shard.holds_latents]
+    for index in latent[:: max(1, len(latent) // _CHECKED_SHARDS)]:
+        for number in range(ends[index] - dataset.shards[index].num_samples, ends[index]):
+            sample = dataset.read(number)
+            if "unusable" not in read_record(sample):
+                assert dataset.latents is not None, "opened with a latent shard"
+                for variant in dataset.latents.variants:
+                    read_moments(sample, variant, dataset.latents)
+                break
+
+
 def build_loader(
     data: DataConfig,
     *,
@@ -117,15 +152,17 @@ def build_loader(
     start_image: int = 0,
     augment: bool = True,
     num_epochs: int | None = None,
+    accept_latents: bool = False,
 ) -> Loader:
     """The batches of one rank: its part of each global batch in pieces of `micro_batch`.
 
     `num_epochs` ends the stream after every sample came so many times (1 for validation): the last global batch may be
     smaller and is divided evenly, nothing is padded, and every rank gets the same number of micro-batches, some of
-    which may hold no image where fewer images than ranks are left.
+    which may hold no image where fewer images than ranks are left. `accept_latents`: the caller looks at
+    `Batch.moments`, so that latent shards may stand for images.
 
-    Raises: ConfigError if the batch arithmetic does not work out; DataError if the data cannot be opened, and while
-    iterating if they cannot be read.
+    Raises: ConfigError if the batch arithmetic does not work out, or latents stand where images are needed; DataError
+    if the data cannot be opened, and while iterating if they cannot be read.
     """
     check_batches(global_batch, micro_batch, world_size)
     assert 0 <= rank < world_size, f"rank {rank} of {world_size}"
@@ -137,6 +174,8 @@ def build_loader(
     if not data.manifest:
         raise ConfigError("data.manifest is empty; set it to a manifest.json written by `ldm-scale prepare`")
     dataset = open_manifest(data.manifest, split if split is not None else data.split)
+    if not accept_latents:
+        require_images(dataset)
     settings = DecodeSettings(
         resolution=data.resolution,
         crop_scale_min=data.crop_scale_min,

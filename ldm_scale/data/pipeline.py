@@ -16,16 +16,17 @@ import webdataset as wds
 from ldm_scale.data.decode import DecodedSample, DecodeSettings, decode_sample, to_pixels
 from ldm_scale.data.order import micro_batches, replacement_at, sample_at
 from ldm_scale.data.policy import BadRecord, BadSample, ConsecutiveLimit
-from ldm_scale.data.shards import Dataset
+from ldm_scale.data.shards import Dataset, RawSample
 
 _Sampled = tuple[list[DecodedSample], list[BadRecord]]
 
 
 @dataclass(frozen=True)
 class Batch:
-    """One micro-batch of one rank.
+    """One micro-batch of one rank: b samples, n of them from a latent cache, with moments instead of an image.
 
-    Shapes: images (b, 3, H, W), fp32 in [-1, 1]; classes and image_numbers (b,), int64.
+    Shapes: images (b - n, 3, H, W), fp32 in [-1, 1]; classes and image_numbers (b,), int64; moments (n, C, h, w) in
+    the cache's type; cached (b,), bool.
     """
 
     images: torch.Tensor
@@ -34,6 +35,8 @@ class Batch:
     keys: list[str]
     image_numbers: torch.Tensor  # positions in the global stream, counted from the start of training
     bad: list[BadRecord]  # skipped to make this batch
+    moments: torch.Tensor | None = None  # of the samples from a cache, in their order; None where there is none
+    cached: torch.Tensor | None = None  # which samples those are; None = none
 
 
 @dataclass(frozen=True)
@@ -90,9 +93,9 @@ class SlotReader:
         num_samples, seed = self._dataset.num_samples, self._settings.seed
         number, attempt = sample_at(position, num_samples, seed), 0
         while True:
-            raw = self._dataset.read(number)
+            raw = self._read(number, position)
             try:
-                sample = decode_sample(raw, self._settings, self._class_numbers, position)
+                sample = decode_sample(raw, self._settings, self._class_numbers, position, self._dataset.latents)
             except BadSample as error:
                 record = BadRecord(str(raw["__key__"]), str(error))
                 bad.append(record)
@@ -103,13 +106,23 @@ class SlotReader:
                 self._limit.good()
                 return sample
 
+    def _read(self, number: int, position: int) -> RawSample:
+        """A sample's members; of a cached one, moments of the variant that stands at this position alone."""
+        latents = self._dataset.latents
+        if latents is None:
+            return self._dataset.read(number)
+        variant = latents.variant(self._settings, position, self._dataset.key(number))
+        return self._dataset.read(number, leave_out=latents.others(variant))
+
 
 def collate(sampled: _Sampled, resolution: int) -> Batch:
     """The batch of a slot's samples."""
     samples, bad = sampled
-    images = np.empty((len(samples), resolution, resolution, 3), dtype=np.uint8)
-    for row, sample in enumerate(samples):
-        images[row] = sample.image
+    pictures = [sample.image for sample in samples if sample.image is not None]
+    moments = [sample.moments for sample in samples if sample.moments is not None]
+    images = np.empty((len(pictures), resolution, resolution, 3), dtype=np.uint8)
+    for row, picture in enumerate(pictures):
+        images[row] = picture
     return Batch(
         images=to_pixels(images),
         captions=[sample.caption for sample in samples],
@@ -117,6 +130,8 @@ def collate(sampled: _Sampled, resolution: int) -> Batch:
         keys=[sample.key for sample in samples],
         image_numbers=torch.tensor([sample.position for sample in samples], dtype=torch.int64),
         bad=bad,
+        moments=torch.from_numpy(np.stack(moments)) if moments else None,
+        cached=torch.tensor([sample.moments is not None for sample in samples]) if moments else None,
     )
 
 

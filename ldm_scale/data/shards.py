@@ -5,6 +5,9 @@ the same batches at another number of ranks, and a damaged tar loses samples wit
 `pread`. The price is a pass over each tar when it is indexed (`ldm-scale prepare`), and that shards are local files.
 What is read is checked against the tar's own header, so that a manifest which has parted from its tars is an error
 and never a wrong image. The tars stay plain webdataset shards.
+
+A manifest may also list latent shards (data/latents.py), beside image shards or instead of them. They hold the samples
+of the image shards that they were encoded from, and stand for them: keys, numbers and digest are those of the source.
 """
 
 from __future__ import annotations
@@ -13,6 +16,7 @@ import json
 import os
 import tarfile
 from collections import OrderedDict
+from collections.abc import Collection
 from dataclasses import dataclass
 from hashlib import blake2b
 from pathlib import Path
@@ -21,6 +25,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from ldm_scale.data.latents import IMAGES, LATENTS, LatentCache
 from ldm_scale.errors import DataError
 
 FORMAT = "ldm-scale-shards"
@@ -30,7 +35,9 @@ IMAGE_EXTENSIONS = ("png", "jpg", "jpeg", "webp")
 RawSample = dict[str, bytes | str]  # extension -> bytes, "__key__" -> shard stem / sample name
 
 BLOCK = 512  # bytes; a tar's headers and data begin at multiples of it
+_MAX_GAP = 8192  # bytes between two members up to which one read is cheaper than two
 _MAX_OPEN_FILES = 128
+_PREPARE_ANEW = "write the data set anew with `ldm-scale prepare`"
 
 
 def read_json(path: Path, what: str) -> Any:
@@ -70,6 +77,19 @@ class Shard:
     index_path: Path
     num_samples: int
     num_bytes: int
+    source_bytes: int | None = None  # size of the image shard that a latent shard stands for; None = an image shard
+
+    @property
+    def holds_latents(self) -> bool:
+        """Whether its samples have moments instead of pictures."""
+        return self.source_bytes is not None
+
+    @property
+    def _make_anew(self) -> str:
+        """What helps where a copy of it does not exist, for messages."""
+        if self.holds_latents:
+            return "remove it and its index and run the same `ldm-scale encode` again"
+        return "index it anew with `ldm-scale prepare index`"
 
     @property
     def stem(self) -> str:
@@ -86,12 +106,12 @@ class Shard:
         except OSError as error:
             raise DataError(
                 f"{self.path}: shard named in the manifest cannot be opened ({error.strerror}); "
-                "restore it or write the data set anew with `ldm-scale prepare`"
+                f"restore it or {self._make_anew if self.holds_latents else _PREPARE_ANEW}"
             ) from None
         if found != self.num_bytes:
             raise DataError(
                 f"{self.path}: {found} bytes, but its manifest says {self.num_bytes}; the shard was changed or "
-                "copied in part: copy it again or index it anew with `ldm-scale prepare index`"
+                f"copied in part: copy it again or {self._make_anew}"
             )
 
     def load_index(self) -> _Index:
@@ -133,11 +153,19 @@ class Shard:
 class Dataset:
     """The samples of one split by number. Safe to use after a fork: reads carry their own offsets."""
 
-    def __init__(self, manifest_path: Path, split: str, shards: list[Shard], class_names: tuple[str, ...]) -> None:
+    def __init__(
+        self,
+        manifest_path: Path,
+        split: str,
+        shards: list[Shard],
+        class_names: tuple[str, ...],
+        latents: LatentCache | None = None,
+    ) -> None:
         self.manifest_path = manifest_path
         self.split = split
         self.shards = shards
         self.class_names = class_names
+        self.latents = latents  # provenance of the latent shards; None where there is none
         self._ends = np.cumsum([shard.num_samples for shard in shards], dtype=np.int64)
         self.num_samples = int(self._ends[-1])
         self._indices: dict[int, _Index] = {}
@@ -145,8 +173,11 @@ class Dataset:
 
     @property
     def digest(self) -> str:
-        """What the samples' numbers refer to: names, sample counts and sizes of the shards, wherever they lie."""
-        rows = [f"{shard.stem} {shard.num_samples} {shard.num_bytes}" for shard in self.shards]
+        """What the samples' numbers refer to: names, sample counts and sizes of the shards, wherever they lie.
+
+        Of latent shards, what their source is: a run may go on with the latents of its images.
+        """
+        rows = [f"{shard.stem} {shard.num_samples} {shard.source_bytes or shard.num_bytes}" for shard in self.shards]
         return blake2b("\n".join(rows).encode(), digest_size=16).hexdigest()
 
     def __del__(self) -> None:
@@ -167,8 +198,12 @@ class Dataset:
         shard_number, row, index = self._locate(number)
         return f"{self.shards[shard_number].stem}/{index.name(row)}"
 
-    def read(self, number: int) -> RawSample:
-        """The members of a sample as bytes by extension, and its key under "__key__".
+    def shard_of(self, number: int) -> Shard:
+        """The shard that holds a sample."""
+        return self.shards[self._locate(number)[0]]
+
+    def read(self, number: int, leave_out: Collection[str] = ()) -> RawSample:
+        """The members of a sample as bytes by extension, and its key under "__key__"; `leave_out` names unwanted ones.
 
         Raises: DataError if the tar does not hold at that place what its index says.
         """
@@ -179,18 +214,19 @@ class Dataset:
         if not len(present):
             return sample
         places = [(index.extensions[c], int(index.offsets[row, c]), int(index.sizes[row, c])) for c in present]
-        # Members of a sample are neighbours in the tar: one read with all their headers.
-        start = min(offset for _, offset, _ in places) - BLOCK
-        length = max(offset + size for _, offset, size in places) - start
-        buffer = self._pread(shard_number, start, length)
-        for extension, offset, size in places:
-            at = offset - start
-            if len(buffer) < at + size or not _is_header_of(buffer[at - BLOCK : at], f"{name}.{extension}", size):
-                raise DataError(
-                    f"{shard.path}: no member {name}.{extension} of {size} bytes at byte {offset}, where "
-                    f"{shard.index_path.name} has it; the shard was changed: index it anew"
-                )
-            sample[extension] = buffer[at : at + size]
+        if leave_out:
+            places = [place for place in places if place[0] not in leave_out]
+        for group in _neighbours(places):
+            start = group[0][1] - BLOCK
+            buffer = self._pread(shard_number, start, group[-1][1] + group[-1][2] - start)
+            for extension, offset, size in group:
+                at = offset - start
+                if len(buffer) < at + size or not _is_header_of(buffer[at - BLOCK : at], f"{name}.{extension}", size):
+                    raise DataError(
+                        f"{shard.path}: no member {name}.{extension} of {size} bytes at byte {offset}, where "
+                        f"{shard.index_path.name} has it; the shard was changed: index it anew"
+                    )
+                sample[extension] = buffer[at : at + size]
         return sample
 
     def _pread(self, shard_number: int, start: int, length: int) -> bytes:
@@ -207,6 +243,20 @@ class Dataset:
             raise DataError(f"{path}: cannot be read at byte {start} ({error.strerror})") from None
 
 
+def _neighbours(places: list[tuple[str, int, int]]) -> list[list[tuple[str, int, int]]]:
+    """Members (extension, offset, size) in groups that one read gets with all their headers.
+
+    Members of a sample are neighbours in the tar; only what is left out makes a gap between them.
+    """
+    groups: list[list[tuple[str, int, int]]] = []
+    for place in sorted(places, key=lambda place: place[1]):
+        if groups and place[1] - (groups[-1][-1][1] + groups[-1][-1][2]) <= _MAX_GAP:
+            groups[-1].append(place)
+        else:
+            groups.append([place])
+    return groups
+
+
 def _is_header_of(block: bytes, member: str, size: int) -> bool:
     """Whether a tar header block describes a plain file of this name (extension in any case) and size.
 
@@ -221,8 +271,10 @@ def _is_header_of(block: bytes, member: str, size: int) -> bool:
     return header.isreg() and header.size == size and (same_name or len(member) > 100 or not member.isascii())
 
 
-def open_manifest(path: str | Path, split: str) -> Dataset:
+def open_manifest(path: str | Path, split: str, check_sizes: bool = True) -> Dataset:
     """The samples of one split of a manifest; every shard is there with the size that the manifest says.
+
+    Without `check_sizes` no shard is looked at: for a caller that looks at each of them.
 
     Raises: DataError if there is no manifest, no such split, no shard, or a shard is missing or has another size.
     """
@@ -236,10 +288,7 @@ def open_manifest(path: str | Path, split: str) -> Dataset:
     try:
         entry = manifest["splits"][split]
         base = manifest_path.parent
-        shards = [
-            Shard(base / item["file"], base / item["index"], int(item["num_samples"]), int(item["bytes"]))
-            for item in entry["shards"]
-        ]
+        shards = [_shard(item, base) for item in entry["shards"]]
         stated, class_names = int(entry["num_samples"]), tuple(str(name) for name in manifest["classes"])
     except (KeyError, TypeError, ValueError) as error:
         raise DataError(
@@ -255,9 +304,21 @@ def open_manifest(path: str | Path, split: str) -> Dataset:
             f"{manifest_path}: split {split!r} is said to have {stated} samples but its shards have {counted}; "
             "write the manifest anew with `ldm-scale prepare`"
         )
-    for shard in shards:
+    for shard in shards if check_sizes else ():
         shard.check_size()
-    return Dataset(manifest_path, split, shards, class_names)
+    latents = None
+    if any(shard.holds_latents for shard in shards):
+        latents = LatentCache.from_dict(manifest.get("latents"), str(manifest_path))
+    return Dataset(manifest_path, split, shards, class_names, latents)
+
+
+def _shard(item: dict[str, Any], base: Path) -> Shard:
+    """A shard from its entry in a manifest in the folder `base`."""
+    kind = item.get("kind", IMAGES)
+    if kind not in (IMAGES, LATENTS):
+        raise ValueError(f"a shard of kind {kind!r}")
+    source_bytes = int(item["source"]["bytes"]) if kind == LATENTS else None
+    return Shard(base / item["file"], base / item["index"], int(item["num_samples"]), int(item["bytes"]), source_bytes)
 
 
 def read_manifest(path: Path) -> dict[str, Any]:

@@ -1,7 +1,8 @@
 """Checkpoints of our own: one safetensors file per rank and a manifest that says where every element lies.
 
     checkpoints/images-0000012800/
-        rank-00000.safetensors    keys "<model>/<kind>/<parameter>": this rank's elements, flat, fp32
+        rank-00000.safetensors    keys "<model>/<kind>/<parameter>": this rank's elements, flat, fp32; rank 0's also
+                                  "<model>/buffer/<name>": what is the same on all ranks and no optimizer steps
         manifest.json             for every tensor its shape and pieces (file, offset, length); sizes and CRC-32 of the
                                   files; the training state; the configuration; the CRC-32 of all this
 
@@ -17,7 +18,7 @@ import os
 import shutil
 import zlib
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +38,7 @@ MANIFEST = "manifest.json"
 PREFIX = "images-"
 TEMPORARY = ".tmp-"
 CHECKSUM = "crc32"  # the manifest's own
-WEIGHT, EMA = "weight", "ema"
+WEIGHT, EMA, BUFFER = "weight", "ema", "buffer"
 
 
 @dataclass
@@ -46,6 +47,21 @@ class Trained:
 
     model: ShardedModel
     ema: ShardedEma | None = None
+    buffers: dict[str, Tensor] = field(default_factory=dict)  # equal on all ranks: running averages, usage counts
+
+    def write_rows(self, name: str, rows: Tensor, values: Tensor) -> None:
+        """Nothing; those rows of a parameter get new values, in the average too, and Adam forgets what led to the old.
+
+        Shapes: the parameter (K, D), rows (n,) int64, values (n, D), equal on all ranks. Collective: all ranks.
+        """
+        for index, fragment in enumerate(self.model.fragments):
+            if fragment.name == name:
+                places, new = fragment.elements_of_rows(rows, values)
+                for tensor in (fragment.master, *([self.ema.values[index]] if self.ema is not None else [])):
+                    tensor[places] = new
+                for moment in self.model.moments(fragment).values():
+                    moment[places] = 0.0
+        self.model.publish_rows(name, rows, values)
 
     def tensors(self) -> Iterator[tuple[Fragment, str, Tensor]]:
         """Every saved tensor of this rank: its fragment, its kind, a view of its values."""
@@ -141,6 +157,14 @@ def load_checkpoint(checkpoint: Path, trained: Mapping[str, Trained]) -> dict[st
                     values.copy_(reader.read(name, WEIGHT, fragment))
                 else:
                     values.copy_(reader.read(name, kind, fragment))
+            for key, buffer in item.buffers.items():
+                if not reader.has(name, BUFFER, key):
+                    raise CheckpointError(
+                        f"{checkpoint} does not hold {key} of the {name}: an earlier version wrote it, or another "
+                        "configuration; continue with that one, or choose another run_dir"
+                    )
+                whole = Fragment(key, tuple(buffer.shape), 0, torch.empty(0), 0, buffer.numel())
+                buffer.copy_(reader.read(name, BUFFER, whole).view(buffer.shape))
             item.model.set_optimizer_steps(manifest["models"][name]["optimizer_steps"])
             item.model.publish_masters()
     return manifest["state"]  # type: ignore[no-any-return]
@@ -238,6 +262,9 @@ def _write_rank_file(folder: Path, rank: int, trained: Mapping[str, Trained]) ->
             if fragment.name in mine:
                 tensors[f"{model}/{kind}/{fragment.name}"] = values.detach().cpu().contiguous()
                 pieces.append((model, kind, fragment.name, fragment.shape, fragment.offset, fragment.length))
+        for key, buffer in item.buffers.items() if rank == 0 else ():
+            tensors[f"{model}/{BUFFER}/{key}"] = buffer.detach().float().cpu().flatten().contiguous()
+            pieces.append((model, BUFFER, key, tuple(buffer.shape), 0, buffer.numel()))
     path = folder / file
     save_file(tensors, path)
     _sync(path)

@@ -51,6 +51,16 @@ class Fragment:
         """View of this fragment's part of a tensor that is laid out like the owner, (length,)."""
         return x.view(-1)[self.start : self.start + self.length]
 
+    def elements_of_rows(self, rows: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """Where the elements of those rows lie in this fragment, and their new values, (m,) each.
+
+        Shapes: rows (n,) int64, values (n, D) of a parameter (K, D).
+        """
+        width = self.shape[1]
+        places = (rows[:, None] * width + torch.arange(width, device=rows.device)).flatten() - self.offset
+        mine = (places >= 0) & (places < self.length)
+        return places[mine], values.flatten()[mine].float()
+
 
 class ShardedModel:
     """A network that trains under ZeRO.
@@ -138,6 +148,18 @@ class ShardedModel:
         elif self.environment.dtype != torch.float32:
             for parameter, master in zip(self._half_parameters(), self._owners(), strict=True):
                 parameter.data.copy_(master.data)
+
+    def publish_rows(self, name: str, rows: Tensor, values: Tensor) -> None:
+        """Makes those rows of a weight that computes equal to `values`, which its masters hold. Collective: all ranks.
+
+        Below stage 3 every rank has the whole weight, and all have the same values: nothing needs to be sent.
+        """
+        if self.stage == 3:
+            self.publish_masters()
+            return
+        (parameter,) = (parameter for parameter, known in self._names.items() if known == name)
+        with torch.no_grad():
+            parameter[rows] = values.to(parameter.dtype)
 
     @contextmanager
     def masters_replaced_by(self, replacement: list[Tensor]) -> Iterator[None]:

@@ -12,6 +12,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
@@ -19,11 +20,27 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ldm_scale.errors import ConfigError
+from ldm_scale.interchange.safetensors_io import tensors_sha256
 from ldm_scale.models.perceptual import EfficientNetLite0
 from ldm_scale.telemetry.log import shows_progress
 
 NUM_COMPONENTS = 32
 FEATURE_RESOLUTION = 128
+
+
+class ImageFeatures(Protocol):
+    """A frozen network that turns images into vectors."""
+
+    @property
+    def protocol(self) -> dict[str, str | int]:
+        """What a number made from these features depends on, to be written beside it."""
+
+    @property
+    def weights_hash(self) -> str:
+        """SHA-256 of its weights."""
+
+    def extract(self, images: Tensor) -> Tensor:
+        """Features of one batch. Shapes: (B, 3, H, W) in [-1, 1]; returns (B, D) fp32 on the CPU."""
 
 
 class EfficientNetFeatures:
@@ -46,7 +63,16 @@ class EfficientNetFeatures:
             "resolution": self.resolution,
         }
 
+    @property
+    def weights_hash(self) -> str:
+        """SHA-256 of the network's weights, as they are used here."""
+        return tensors_sha256(self._net.state_dict())
+
     @torch.inference_mode()
+    def extract(self, images: Tensor) -> Tensor:
+        """Features of one batch. Shapes: (B, 3, H, W) in [-1, 1]; returns (B, 1280) fp32 on the CPU."""
+        return self._net.pooled(self._prepare(images)).cpu()
+
     def __call__(self, images: Tensor | Iterable[Tensor], num_images: int | None = None) -> Tensor:
         """Features of all images, in their order.
 
@@ -65,7 +91,7 @@ class EfficientNetFeatures:
             disable=not shows_progress(),
         ) as bar:
             for batch in batches:
-                features.append(self._net.pooled(self._prepare(batch)).cpu())
+                features.append(self.extract(batch))
                 bar.update(len(batch))
         return torch.cat(features)
 

@@ -1,6 +1,6 @@
 """Folders that carry a trained model from one command to the next: config.json and weights.safetensors.
 
-    autoencoder artifact     config.json: architecture, latent statistics, pixel range, provenance
+    autoencoder artifact     config.json: architecture, latent statistics, pixel range, float16 probe, provenance
     diffusion artifact       config.json: UNet, text encoder, diffusion, sampling defaults, provenance
         autoencoder/         the autoencoder artifact that defines its latents, so that it samples on its own
 
@@ -42,7 +42,8 @@ from ldm_scale.interchange.safetensors_io import (
     write_json,
     write_tensors,
 )
-from ldm_scale.models.autoencoder import Autoencoder, LatentStatistics
+from ldm_scale.models.autoencoder import Autoencoder, LatentStatistics, without_training_parameters
+from ldm_scale.models.half_precision import HalfPrecisionProbe
 
 AUTOENCODER_FORMAT, DIFFUSION_FORMAT = "ldm-scale-autoencoder", "ldm-scale-diffusion"
 VERSION = 1
@@ -50,6 +51,7 @@ CONFIG, WEIGHTS, AUTOENCODER_FOLDER = "config.json", "weights.safetensors", "aut
 CONTENT_HASH = "content_sha256"
 DESCRIPTION = "ldm_scale.json"  # our description in folders whose layout is another program's
 PIXEL_RANGE = [-1.0, 1.0]
+HALF_PRECISION = "half_precision"
 
 
 @dataclass(frozen=True, eq=False)
@@ -72,6 +74,12 @@ class Artifact:
     def statistics(self) -> LatentStatistics:
         """The map from raw latents to latents."""
         return section_from_dict(LatentStatistics, self.content["latent_statistics"], "latent_statistics")
+
+    @cached_property
+    def half_precision(self) -> HalfPrecisionProbe | None:
+        """Whether float16 holds what it computes; None in artifacts that were never probed."""
+        found = self.content.get(HALF_PRECISION)
+        return None if found is None else section_from_dict(HalfPrecisionProbe, found, HALF_PRECISION)
 
     @property
     def provenance(self) -> dict[str, Any]:
@@ -128,12 +136,14 @@ def make_artifact(
     config: AutoencoderConfig,
     statistics: LatentStatistics,
     provenance: Mapping[str, Any],
+    half_precision: HalfPrecisionProbe | None = None,
 ) -> Artifact:
-    """The artifact of an autoencoder, in memory.
+    """The artifact of an autoencoder, in memory; what only training needs of `state` is left out.
 
     Raises: CheckpointError if the tensors are not those of `config`.
     """
     assert "resolution" in provenance, "provenance says at which resolution the model was trained"
+    state = without_training_parameters(state)
     _require_tensors(expected_autoencoder_tensors(config), state, "the autoencoder's weights")
     content = {
         "format": AUTOENCODER_FORMAT,
@@ -144,7 +154,16 @@ def make_artifact(
         "provenance": dict(provenance),
         "weights_sha256": tensors_sha256(state),
     }
-    return Artifact(content, dict(state))
+    if half_precision is not None:
+        content[HALF_PRECISION] = config_to_dict(half_precision)
+    return Artifact(content, state)
+
+
+def with_weights(content: dict[str, Any], state: Mapping[str, Tensor]) -> dict[str, Any]:
+    """An autoencoder artifact's content for these weights; what was probed on other weights is left out."""
+    digest = tensors_sha256(state)
+    stale = () if digest == content.get("weights_sha256") else (HALF_PRECISION,)
+    return {key: value for key, value in content.items() if key not in stale} | {"weights_sha256": digest}
 
 
 def make_diffusion_artifact(
@@ -184,12 +203,13 @@ def write_artifact(
     config: AutoencoderConfig,
     statistics: LatentStatistics,
     provenance: Mapping[str, Any],
+    half_precision: HalfPrecisionProbe | None = None,
 ) -> str:
     """Content hash of the autoencoder artifact that `directory` holds from now on; an older one there is replaced.
 
     Raises: CheckpointError if the tensors are not those of `config`, or the directory holds something else.
     """
-    artifact = make_artifact(state, config, statistics, provenance)
+    artifact = make_artifact(state, config, statistics, provenance, half_precision)
     with published_folder(directory, may_replace=artifact_format) as folder:
         fill_artifact_folder(folder, artifact)
     return artifact.content_hash
@@ -254,7 +274,7 @@ def check_autoencoder_content(artifact: Artifact, directory: Path) -> None:
             f"{PIXEL_RANGE}; use an artifact that was trained on that range"
         )
     with _naming(directory):
-        config, _ = artifact.config, artifact.statistics
+        config, _, _ = artifact.config, artifact.statistics, artifact.half_precision
     _require_tensors(expected_autoencoder_tensors(config), artifact.state, str(directory))
 
 

@@ -1,11 +1,11 @@
 """Our models as folders that diffusers and transformers open, and back.
 
-    autoencoder    config.json, diffusion_pytorch_model.safetensors: an `AutoencoderKL`
+    autoencoder    config.json, diffusion_pytorch_model.safetensors: an `AutoencoderKL` or a `VQModel`
     diffusion      model_index.json and one folder per part: a `StableDiffusionPipeline`
 
 Every folder also holds ldm_scale.json (our own description), from which `read_diffusers` makes an artifact again.
-Configurations are translated here, tensor names in name_maps.py. A model that the other side cannot hold is refused
-with the part that does not fit: a nearly equal model is worse than none.
+Configurations are translated here and in diffusers_autoencoder.py, tensor names in name_maps.py. A model that the
+other side cannot hold is refused with the part that does not fit: a nearly equal model is worse than none.
 """
 
 from __future__ import annotations
@@ -15,12 +15,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
+from diffusers import DDIMScheduler, UNet2DConditionModel
 from diffusers import __version__ as diffusers_version
 from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel
 
-from ldm_scale.config.schema import AutoencoderConfig, DiffusionConfig, TextConditioningConfig, UNetConfig
+from ldm_scale.config.schema import DiffusionConfig, TextConditioningConfig, UNetConfig
 from ldm_scale.errors import CheckpointError
 from ldm_scale.interchange.artifact import (
     DESCRIPTION,
@@ -28,28 +28,36 @@ from ldm_scale.interchange.artifact import (
     DiffusionArtifact,
     check_autoencoder_content,
     check_diffusion_content,
-    expected_autoencoder_tensors,
     expected_diffusion_tensors,
 )
 from ldm_scale.interchange.clip_tokenizer import VOCABULARY_SIZE, write_clip_tokenizer
+from ldm_scale.interchange.diffusers_autoencoder import (
+    WEIGHTS,
+    fill_autoencoder,
+    fill_model,
+    read_autoencoder,
+    require_plain_first_level,
+)
 from ldm_scale.interchange.name_maps import (
-    NameMap,
-    autoencoder_names,
     restore,
     text_encoder_names,
     translate,
     unet_names,
 )
-from ldm_scale.interchange.safetensors_io import read_json, read_tensors, tensors_sha256, write_json, write_tensors
-from ldm_scale.models.autoencoder import LatentStatistics
+from ldm_scale.interchange.safetensors_io import (
+    read_json,
+    read_tensors,
+    tensors_sha256,
+    write_json,
+    write_tensors,
+)
 from ldm_scale.models.unet import num_heads
 
 # diffusers ships no types for its constructors.
-_AutoencoderKL: Any = AutoencoderKL
 _UNet2DConditionModel: Any = UNet2DConditionModel
 _DDIMScheduler: Any = DDIMScheduler
 
-WEIGHTS, TEXT_WEIGHTS = "diffusion_pytorch_model.safetensors", "model.safetensors"
+TEXT_WEIGHTS = "model.safetensors"
 UNET_PREFIX, CONDITIONER_PREFIX = "unet.", "conditioner."
 CLIP_PREFIX = "text_model."
 
@@ -60,22 +68,18 @@ def fill_diffusers_folder(folder: Path, artifact: Artifact | DiffusionArtifact) 
     Raises: CheckpointError if diffusers has no model that computes the same; it names the part.
     """
     if isinstance(artifact, Artifact):
-        _fill_autoencoder(folder, artifact)
+        fill_autoencoder(folder, artifact)
         write_json(folder / DESCRIPTION, {"autoencoder": artifact.content})
         return
-    if artifact.autoencoder.statistics.shift != 0.0:
-        raise CheckpointError(
-            f"latent_statistics.shift={artifact.autoencoder.statistics.shift}: StableDiffusionPipeline only scales "
-            "latents and would decode shifted ones wrongly; export with --to safetensors"
-        )
+    _require_pipeline(artifact.autoencoder)
     parts = {name: folder / name for name in ("vae", "unet", "text_encoder", "tokenizer", "scheduler")}
     for part in parts.values():
         part.mkdir()
-    _fill_autoencoder(parts["vae"], artifact.autoencoder)
+    fill_autoencoder(parts["vae"], artifact.autoencoder)
     first_stage = artifact.autoencoder.config
     side = artifact.provenance["resolution"] // first_stage.downsampling_factor
     unet = empty_unet(artifact.unet, first_stage.latent_channels, artifact.conditioning.width, side)
-    _fill_model(parts["unet"], unet, unet_state(artifact.state), unet_names(artifact.unet), "the UNet")
+    fill_model(parts["unet"], unet, unet_state(artifact.state), unet_names(artifact.unet), "the UNet")
     _fill_text_encoder(parts["text_encoder"], artifact)
     write_clip_tokenizer(parts["tokenizer"], artifact.conditioning.max_tokens)
     make_scheduler(artifact.diffusion).save_config(parts["scheduler"])
@@ -91,7 +95,7 @@ def read_diffusers(folder: Path) -> Artifact | DiffusionArtifact:
     """
     description = read_json(folder / DESCRIPTION)
     is_pipeline = "diffusion" in description
-    autoencoder = _read_autoencoder(folder / "vae" if is_pipeline else folder, description["autoencoder"])
+    autoencoder = read_autoencoder(folder / "vae" if is_pipeline else folder, description["autoencoder"])
     check_autoencoder_content(autoencoder, folder)
     if not is_pipeline:
         return autoencoder
@@ -113,35 +117,13 @@ def read_diffusers(folder: Path) -> Artifact | DiffusionArtifact:
     return artifact
 
 
-def empty_autoencoder(config: AutoencoderConfig, statistics: LatentStatistics, resolution: int) -> nn.Module:
-    """The `AutoencoderKL` of a configuration of ours, without memory behind its weights.
-
-    Raises: CheckpointError if there is none.
-    """
-    _require_plain_first_level("autoencoder", config)
-    widths = [config.base_channels * multiplier for multiplier in config.channel_multipliers]
-    with torch.device("meta"):
-        return _AutoencoderKL(  # type: ignore[no-any-return]
-            down_block_types=("DownEncoderBlock2D",) * len(widths),
-            up_block_types=("UpDecoderBlock2D",) * len(widths),
-            block_out_channels=tuple(widths),
-            layers_per_block=config.num_res_blocks,
-            latent_channels=config.latent_channels,
-            norm_num_groups=config.norm_groups,
-            sample_size=resolution,
-            scaling_factor=statistics.scale,
-            shift_factor=statistics.shift or None,  # None is what most programs test for
-            mid_block_add_attention=config.mid_attention,
-        )
-
-
 def empty_unet(config: UNetConfig, latent_channels: int, context_dim: int, latent_side: int) -> nn.Module:
     """The `UNet2DConditionModel` of a configuration of ours, without memory behind its weights.
 
     diffusers calls the number of heads `attention_head_dim`, a misnomer that it keeps because published models have it.
     Raises: CheckpointError if there is none.
     """
-    _require_plain_first_level("unet", config)
+    require_plain_first_level("unet", config)
     levels = range(len(config.channel_multipliers))
     widths = [config.base_channels * multiplier for multiplier in config.channel_multipliers]
     has_attention = [level in config.attention_levels for level in levels]
@@ -226,16 +208,6 @@ def with_clip_prefix(state: dict[str, Tensor]) -> dict[str, Tensor]:
     return {CLIP_PREFIX + name.removeprefix(CLIP_PREFIX): tensor for name, tensor in state.items()}
 
 
-def _fill_autoencoder(folder: Path, artifact: Artifact) -> None:
-    model = empty_autoencoder(artifact.config, artifact.statistics, artifact.provenance["resolution"])
-    _fill_model(folder, model, artifact.state, autoencoder_names(artifact.config), "the autoencoder")
-
-
-def _fill_model(folder: Path, model: Any, state: dict[str, Tensor], names: NameMap, what: str) -> None:
-    write_tensors(folder / WEIGHTS, translate(state, names, model.state_dict(), what))
-    model.save_config(folder)
-
-
 def _fill_text_encoder(folder: Path, artifact: DiffusionArtifact) -> None:
     config = clip_text_config(artifact.conditioning)
     with torch.device("meta"):
@@ -245,14 +217,6 @@ def _fill_text_encoder(folder: Path, artifact: DiffusionArtifact) -> None:
     translated = translate(conditioner_state(artifact.state), names, target, "the text encoder")
     write_tensors(folder / TEXT_WEIGHTS, translated)
     config.save_pretrained(folder)
-
-
-def _read_autoencoder(folder: Path, content: dict[str, Any]) -> Artifact:
-    described = Artifact(content, {})
-    target = expected_autoencoder_tensors(described.config)
-    path = folder / WEIGHTS
-    state = restore(read_tensors(path), autoencoder_names(described.config), target, str(path))
-    return Artifact(content | {"weights_sha256": tensors_sha256(state)}, state)
 
 
 def _model_index() -> dict[str, Any]:
@@ -271,14 +235,17 @@ def _model_index() -> dict[str, Any]:
     }
 
 
-def _require_plain_first_level(section: str, config: AutoencoderConfig | UNetConfig) -> None:
-    """diffusers has no separate base width: its first convolution is as wide as the first level."""
-    first = config.channel_multipliers[0]
-    if first != 1:
+def _require_pipeline(autoencoder: Artifact) -> None:
+    """StableDiffusionPipeline can decode with the autoencoder."""
+    if autoencoder.config.kind == "vq":
         raise CheckpointError(
-            f"{section}.channel_multipliers[0]={first}: diffusers has no model whose first level is wider than its "
-            "first convolution or its timestep embedding; train with a first multiplier of 1 and "
-            f"{section}.base_channels={config.base_channels * first}, or export with --to safetensors"
+            "autoencoder.kind=vq: StableDiffusionPipeline hands its decoder a generator, which VQModel does not take; "
+            "LDMTextToImagePipeline fixes f = 8 and 77 tokens; export with --to safetensors, or the autoencoder alone"
+        )
+    if autoencoder.statistics.shift != 0.0:
+        raise CheckpointError(
+            f"latent_statistics.shift={autoencoder.statistics.shift}: StableDiffusionPipeline only scales latents and "
+            "would decode shifted ones wrongly; export with --to safetensors"
         )
 
 

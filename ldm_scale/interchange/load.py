@@ -40,6 +40,7 @@ from ldm_scale.interchange.artifact import (
     read_diffusion_artifact,
 )
 from ldm_scale.models.autoencoder import Autoencoder, LatentStatistics
+from ldm_scale.models.tiling import decode_raw_tiled, encode_moments_tiled
 from ldm_scale.telemetry.log import get_logger
 
 Weights = Literal["raw", "ema"]
@@ -52,9 +53,12 @@ class LoadedAutoencoder:
         with torch.device("meta"):
             self.network = Autoencoder(artifact.config)
         self.network.load_state_dict(artifact.state, assign=True)
+        # As its activations are: otherwise every convolution turns its weights anew, each time.
+        self.network.to(memory_format=torch.channels_last)
         self.network.statistics = artifact.statistics
         self.network.eval().requires_grad_(False)
         self.content_hash = artifact.content_hash
+        self.half_precision = artifact.half_precision
 
     @property
     def config(self) -> AutoencoderConfig:
@@ -67,19 +71,53 @@ class LoadedAutoencoder:
         return self.network.statistics
 
     def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> Self:
-        """This object, its weights moved."""
+        """This object, its weights moved.
+
+        Raises: ConfigError if float16 is asked for and the artifact does not say that it is safe.
+        """
+        if dtype == torch.float16 and self.config.kind != "identity":
+            self._require_half_precision()
         self.network.to(device=device, dtype=dtype)
         return self
 
     @torch.no_grad()
-    def encode(self, x: Tensor, noise: Tensor | None = None) -> Tensor:
-        """As `Autoencoder.encode`."""
-        return self.network.encode(x, noise)
+    def encode(
+        self, x: Tensor, noise: Tensor | None = None, tile: int | None = None, overlap: int | None = None
+    ) -> Tensor:
+        """As `Autoencoder.encode`; with `tile` in tiles of so many pixels a side, as `encode_moments_tiled`."""
+        if tile is None:
+            _require_no_overlap(overlap)
+            return self.network.encode(x, noise)
+        return self.network.latents(*encode_moments_tiled(self.network, x, tile, overlap), noise)
 
     @torch.no_grad()
-    def decode(self, z: Tensor) -> Tensor:
-        """As `Autoencoder.decode`."""
-        return self.network.decode(z)
+    def decode(self, z: Tensor, tile: int | None = None, overlap: int | None = None) -> Tensor:
+        """As `Autoencoder.decode`; with `tile` in tiles of so many pixels a side, as `decode_raw_tiled`."""
+        if tile is None:
+            _require_no_overlap(overlap)
+            return self.network.decode(z)
+        z_raw = self.latent_statistics.denormalize(z)
+        weight = next(self.network.parameters(), z_raw)
+        return decode_raw_tiled(self.network, z_raw.to(weight.dtype), tile, overlap)
+
+    def _require_half_precision(self) -> None:
+        probe = self.half_precision
+        if probe is None:
+            found = "it has never been probed"
+        elif not probe.fp16_safe:
+            found = f"{probe.module} reaches {probe.max_activation:.3g} (float16 ends at 65504)"
+            if probe.fp16_difference is not None:
+                found += f", and float16 differs by {probe.fp16_difference:.1e}"
+        else:
+            return
+        raise ConfigError(
+            f"float16 is not safe for the autoencoder {self.content_hash[:12]}: {found}; keep float32 or bfloat16"
+        )
+
+
+def _require_no_overlap(overlap: int | None) -> None:
+    if overlap is not None:
+        raise ConfigError(f"overlap={overlap} without tile: only tiles overlap; give a tile too, or neither")
 
 
 class LoadedDiffusion:
@@ -103,7 +141,7 @@ class LoadedDiffusion:
         return self.network.unet.conv_in.weight.device
 
     def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> Self:
-        """This object, its weights moved; the autoencoder keeps float32, whose decoder half precision overflows."""
+        """This object, its weights moved; the autoencoder keeps float32: it runs once an image, the UNet every step."""
         self.network.to(device=device, dtype=dtype)
         self.autoencoder.to(device)
         return self

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Literal
 
 from ldm_scale.interchange.artifact import Artifact, DiffusionArtifact
+from ldm_scale.models.autoencoder import LatentStatistics
 
 Target = Literal["diffusers", "safetensors"]
 
@@ -16,9 +17,9 @@ pipeline = StableDiffusionPipeline.from_pretrained("path/of/this/folder")
 image = pipeline("a caption", num_inference_steps={num_steps}, guidance_scale={guidance_scale}).images[0]
 """
 _DIFFUSERS_AUTOENCODER = """\
-from diffusers import AutoencoderKL
+from diffusers import {model_class}
 
-autoencoder = AutoencoderKL.from_pretrained("path/of/this/folder")
+autoencoder = {model_class}.from_pretrained("path/of/this/folder")
 """
 _OWN_DIFFUSION = """\
 from ldm_scale import load_diffusion
@@ -52,7 +53,7 @@ def model_card(artifact: Artifact | DiffusionArtifact, target: Target, differenc
     statistics = autoencoder.statistics
     facts["latents"] = (
         f"{autoencoder.config.latent_channels} channels, f = {autoencoder.config.downsampling_factor}, "
-        f"z = (raw - {statistics.shift:g}) * {statistics.scale:.6g}, measured on {statistics.num_images:,} images"
+        f"{_normalization(statistics, target)}, measured on {statistics.num_images:,} images"
     )
     if not is_autoencoder:
         facts["autoencoder's content hash"] = autoencoder.content_hash
@@ -67,9 +68,18 @@ def model_card(artifact: Artifact | DiffusionArtifact, target: Target, differenc
     return "\n\n".join(sections) + "\n"
 
 
+def _normalization(statistics: LatentStatistics, target: Target) -> str:
+    if not statistics.channel_mean:
+        return f"z = (raw - {statistics.shift:g}) * {statistics.scale:.6g}"
+    where = "in quant_conv and post_quant_conv" if target == "diffusers" else "in config.json"
+    return f"z = (raw - mean) / deviation of each channel ({where})"
+
+
 def _usage(artifact: Artifact | DiffusionArtifact, target: Target) -> str:
     if isinstance(artifact, Artifact):
-        return _DIFFUSERS_AUTOENCODER if target == "diffusers" else _OWN_AUTOENCODER
+        if target == "safetensors":
+            return _OWN_AUTOENCODER
+        return _DIFFUSERS_AUTOENCODER.format(model_class="VQModel" if artifact.config.kind == "vq" else "AutoencoderKL")
     if target == "safetensors":
         return _OWN_DIFFUSION
     sampling = artifact.sampling

@@ -55,7 +55,7 @@ _TEXT_BLOCK: NameMap = {
 
 
 def autoencoder_names(config: AutoencoderConfig) -> NameMap:
-    """Tensors of `Autoencoder` in `AutoencoderKL`. Theirs numbers the decoder's levels from the coarsest."""
+    """Tensors of `Autoencoder` in `AutoencoderKL` or `VQModel`, whose decoder's levels count from the coarsest."""
     num_levels = len(config.channel_multipliers)
     modules: NameMap = {"quant_conv": ("quant_conv",), "post_quant_conv": ("post_quant_conv",)}
     for half in ("encoder", "decoder"):
@@ -67,14 +67,16 @@ def autoencoder_names(config: AutoencoderConfig) -> NameMap:
             modules |= _prefixed(ours, theirs, _RESIDUAL_BLOCK)
     for level in range(num_levels):
         down, up = f"encoder.down_blocks.{level}", f"decoder.up_blocks.{num_levels - 1 - level}"
-        for index in range(config.num_res_blocks):
-            modules |= _prefixed(f"encoder.levels.{level}.{index}", f"{down}.resnets.{index}", _RESIDUAL_BLOCK)
-        for index in range(config.num_res_blocks + 1):
-            modules |= _prefixed(f"decoder.levels.{level}.{index}", f"{up}.resnets.{index}", _RESIDUAL_BLOCK)
+        halves = (("encoder", down, config.num_res_blocks), ("decoder", up, config.num_res_blocks + 1))
+        for half, theirs, num_blocks in halves:
+            for index in range(num_blocks):
+                modules |= _prefixed(f"{half}.levels.{level}.{index}", f"{theirs}.resnets.{index}", _RESIDUAL_BLOCK)
+                ours = f"{half}.attentions.{level}.{index}"
+                modules |= _prefixed(ours, f"{theirs}.attentions.{index}", _IMAGE_ATTENTION)
         modules[f"encoder.downsamples.{level}.conv"] = (f"{down}.downsamplers.0.conv",)
         # Upsampling i leads to level i, and belongs to the level that it leaves.
         modules[f"decoder.upsamples.{level - 1}.conv"] = (f"{up}.upsamplers.0.conv",)
-    return _tensor_names(modules)
+    return _tensor_names(modules) | {"quantizer.codebook": ("quantize.embedding.weight",)}
 
 
 def unet_names(config: UNetConfig) -> NameMap:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from diffusers import AutoencoderKL, UNet2DConditionModel
+from diffusers import UNet2DConditionModel
 from torch import Tensor, nn
 from transformers import CLIPTextModel, CLIPTokenizer
 
@@ -20,8 +20,16 @@ from ldm_scale.conditioning.build import build_conditioner
 from ldm_scale.conditioning.text import tokenize
 from ldm_scale.errors import CheckpointError
 from ldm_scale.interchange.artifact import Artifact, DiffusionArtifact
-from ldm_scale.interchange.diffusers import CLIP_PREFIX, conditioner_state, unet_state, with_clip_prefix
+from ldm_scale.interchange.diffusers import (
+    CLIP_PREFIX,
+    conditioner_state,
+    unet_state,
+    with_clip_prefix,
+)
+from ldm_scale.interchange.diffusers_autoencoder import autoencoder_class
+from ldm_scale.interchange.folding import fold
 from ldm_scale.interchange.name_maps import NameMap, autoencoder_names, text_encoder_names, translate, unet_names
+from ldm_scale.models.autoencoder import Autoencoder, LatentStatistics
 from ldm_scale.models.build import build_autoencoder, build_unet
 
 TOLERANCE = 1e-4  # of the outputs' relative difference, in float32
@@ -60,37 +68,69 @@ def relative_difference(theirs: Tensor, ours: Tensor) -> float:
     return float((theirs.double() - ours.double()).norm() / ours.double().norm())
 
 
-def load_both(ours: nn.Module, theirs: nn.Module, state: dict[str, Tensor], names: NameMap) -> None:
-    """Nothing; both networks hold `state`, with fixed random values where a tensor is zero throughout."""
+def load_both(
+    ours: nn.Module,
+    theirs: nn.Module,
+    state: dict[str, Tensor],
+    names: NameMap,
+    statistics: LatentStatistics | None = None,
+) -> None:
+    """Nothing; both networks hold `state`, with fixed random values where a tensor is zero throughout.
+
+    Theirs holds it with the latent statistics folded in, where an export folds them.
+    """
     generator = torch.Generator().manual_seed(0)
     filled = {
         name: tensor if tensor.any() else torch.randn(tensor.shape, generator=generator) * ZERO_REPLACEMENT_STD
         for name, tensor in state.items()
     }
     ours.load_state_dict(filled, assign=True)
-    theirs.load_state_dict(_translated_for(theirs, filled, names))
+    folded = filled if statistics is None else fold(filled, statistics)
+    theirs.load_state_dict(_translated_for(theirs, folded, names))
 
 
 def _compare_autoencoder(folder: Path, artifact: Artifact) -> dict[str, float]:
-    theirs = _open(AutoencoderKL, folder)
+    theirs = _open(autoencoder_class(artifact.config), folder)
     names = autoencoder_names(artifact.config)
-    _require_loaded(theirs, artifact.state, names)
+    _require_loaded(theirs, fold(artifact.state, artifact.statistics), names)
     ours = _on_meta(lambda: build_autoencoder(artifact.config))
-    load_both(ours, theirs, artifact.state, names)
+    load_both(ours, theirs, artifact.state, names, artifact.statistics)
     ours.statistics = artifact.statistics
 
     f = artifact.config.downsampling_factor
     x = _noise(2, 3, 2 * f, 3 * f).clamp(-1, 1)
+    if ours.quantizer is not None:
+        return _compare_vq(ours, theirs, x)
     z = _noise(2, artifact.config.latent_channels, 2, 3)
     shift, scale = theirs.config.shift_factor or 0.0, theirs.config.scaling_factor
     posterior = theirs.encode(x).latent_dist
     mean, logvar = ours.encode_moments(x)
+    assert logvar is not None, "the posterior of a KL autoencoder has a variance"
+    if artifact.statistics.channel_mean:
+        # Folded: their posterior is that of our latents.
+        std = torch.tensor(artifact.statistics.channel_std).view(1, -1, 1, 1)
+        mean, logvar = artifact.statistics.normalize(mean), logvar - 2 * std.log()
     return {
         "autoencoder's latents": relative_difference((posterior.mode() - shift) * scale, ours.encode(x)),
         "autoencoder's posterior": relative_difference(
             torch.cat([posterior.mean, posterior.logvar], dim=1), torch.cat([mean, logvar], dim=1)
         ),
         "autoencoder's pixels": relative_difference(theirs.decode(z / scale + shift).sample, ours.decode(z)),
+    }
+
+
+def _compare_vq(ours: Autoencoder, theirs: Any, x: Tensor) -> dict[str, float]:
+    """Latents before quantisation, and pixels of latents that lie on codes.
+
+    Anywhere else two searches may take different ones of two codes that are equally near, to rounding.
+    """
+    assert ours.quantizer is not None, "a VQ autoencoder has a codebook"
+    codebook, scale = ours.quantizer.codebook, theirs.config.scaling_factor
+    chosen = torch.linspace(0, codebook.shape[0] - 1, 2 * 4 * 6).long()
+    z = ours.statistics.normalize(codebook[chosen].view(2, 4, 6, -1).permute(0, 3, 1, 2))
+    return {
+        "autoencoder's latents": relative_difference(theirs.encode(x).latents * scale, ours.encode(x)),
+        "autoencoder's pixels": relative_difference(theirs.decode(z / scale).sample, ours.decode(z)),
     }
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -37,8 +38,18 @@ class ResidualBlock(nn.Module):
         """Shapes: x (B, in, H, W), time (B, time_dim) already through its SiLU; returns (B, out, H, W)."""
         shift = self.time_projection(time) if self.time_projection is not None else None
         h = self.conv1(self.norm1(x))
-        h = self.conv2(self.dropout(self.norm2(h, sample_shift=shift)))
-        return (x if self.skip is None else self.skip(x)) + h  # type: ignore[no-any-return]
+        h = self.conv2(self.dropout(self.norm2(h, sample_shift=shift, owns_x=True)))
+        return add_to(h, x if self.skip is None else self.skip(x))
+
+
+def add_to(own: Tensor, x: Tensor) -> Tensor:
+    """own + x; in the memory of `own`, which nobody else needs, where no gradient is asked for.
+
+    A new tensor costs a CPU as much as the addition.
+    """
+    if torch.is_grad_enabled() or own.dtype != x.dtype:
+        return own + x
+    return own.add_(x)
 
 
 class Downsample(nn.Module):

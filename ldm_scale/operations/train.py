@@ -6,7 +6,7 @@ from pathlib import Path
 
 from ldm_scale.config.fit import batch_plan, check_artifact_fits
 from ldm_scale.config.schema import Config
-from ldm_scale.data import open_manifest
+from ldm_scale.data import LatentCache, check_moments, open_manifest, require_images
 from ldm_scale.engine import env
 from ldm_scale.errors import ConfigError
 from ldm_scale.models.fused import check_kernels
@@ -40,16 +40,22 @@ def train(config: Config, launch: env.Launch) -> bool:
 
 
 def _check_inputs(config: Config) -> None:
-    """Returns if the data and the artifact can be opened."""
-    open_manifest(config.data.manifest, config.data.split)
-    if config.data.validation_split:
-        open_manifest(config.data.manifest, config.data.validation_split)
-    if config.stage == "diffusion":
-        _check_artifact(config)
+    """Returns if the data and the artifact can be opened, and belong together."""
+    splits = dict.fromkeys([config.data.split, config.data.validation_split or config.data.split])
+    datasets = [open_manifest(config.data.manifest, split) for split in splits]
+    if config.stage == "autoencoder":
+        for dataset in datasets:
+            require_images(dataset)
+        return
+    artifact_hash = _check_artifact(config)
+    for dataset in datasets:
+        if dataset.latents is not None:
+            check_cache_fits(config, dataset.latents, artifact_hash)
+            check_moments(dataset)
 
 
-def _check_artifact(config: Config) -> None:
-    """Returns if the artifact is whole and its latents are those that the UNet is configured for."""
+def _check_artifact(config: Config) -> str:
+    """The artifact's content hash, if it is whole and its latents are those that the UNet is configured for."""
     if not Path(config.artifact).is_dir():
         raise ConfigError(
             f"artifact={config.artifact}: there is no such folder; train stage 1 first "
@@ -57,5 +63,45 @@ def _check_artifact(config: Config) -> None:
         )
     from ldm_scale.interchange.artifact import read_artifact
 
-    autoencoder = read_artifact(Path(config.artifact)).config
-    check_artifact_fits(config, autoencoder.downsampling_factor, autoencoder.latent_channels)
+    artifact = read_artifact(Path(config.artifact))
+    check_artifact_fits(config, artifact.config.downsampling_factor, artifact.config.latent_channels)
+    return artifact.content_hash
+
+
+def check_cache_fits(config: Config, cache: LatentCache, artifact_hash: str) -> None:
+    """Nothing, if these cached latents are those that training on images with this configuration would compute.
+
+    Raises: ConfigError that names both sides.
+    """
+    manifest, transform = f"data.manifest={config.data.manifest}", cache.transform
+    if transform.resolution != config.data.resolution:
+        raise ConfigError(
+            f"{manifest} holds latents of images of {transform.resolution} pixels, the config says data.resolution="
+            f"{config.data.resolution}; set data.resolution={transform.resolution}, or encode at that resolution"
+        )
+    sides = {"f": (cache.f, config.autoencoder.downsampling_factor), "c": (cache.c, config.autoencoder.latent_channels)}
+    for name, (found, expected) in sides.items():
+        if found != expected:
+            raise ConfigError(
+                f"{manifest} holds latents with {name}={found}, the config's autoencoder has {name}={expected}; give "
+                "the cache of that autoencoder, or encode one with `ldm-scale encode`"
+            )
+    if cache.artifact_sha256 != artifact_hash:
+        raise ConfigError(
+            f"{manifest} holds latents of the autoencoder {cache.artifact_sha256[:12]}, artifact={config.artifact} is "
+            f"{artifact_hash[:12]}: the latents of one mean nothing to the other; give the artifact that the cache was "
+            "encoded with, or encode anew with `ldm-scale encode`"
+        )
+    if transform.horizontal_flip != config.data.horizontal_flip:
+        held = "with" if transform.horizontal_flip else "without"
+        raise ConfigError(
+            f"{manifest} was encoded {held} mirror images, the config says data.horizontal_flip="
+            f"{str(config.data.horizontal_flip).lower()}; set data.horizontal_flip="
+            f"{str(transform.horizontal_flip).lower()}, or encode {'without' if held == 'with' else 'with'} --flips"
+        )
+    if transform.crop_scale_min != config.data.crop_scale_min:
+        raise ConfigError(
+            f"{manifest} was encoded with random crops from a scale of {transform.crop_scale_min:g} (1 = none), the "
+            f"config says data.crop_scale_min={config.data.crop_scale_min:g}; set data.crop_scale_min="
+            f"{transform.crop_scale_min:g}, or encode with other --crops and --crop-scale-min"
+        )

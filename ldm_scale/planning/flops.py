@@ -2,8 +2,8 @@
 
 Nothing is allocated and nothing runs: torch's counter sees the shapes of every convolution, matrix product and
 attention of a real forward pass, so that a change of a network changes the count by itself. What it leaves out are
-norms, activations and other element-wise work (below 1% of these networks). A multiply-add is two FLOPs; papers that
-count MACs print half of these numbers.
+norms, activations and other element-wise work (below 1% of these networks), and the search of a VQ codebook. A
+multiply-add is two FLOPs; papers that count MACs print half of these numbers.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class RunSize:
 
     latent_shape: tuple[int, int, int]  # (c, H/f, W/f) of one image
     encoder: NetworkSize  # of the autoencoder, its 1x1 convolution to the moments included
-    decoder: NetworkSize
+    decoder: NetworkSize  # its 1x1 convolution and the codebook of a VQ autoencoder included
     discriminator: NetworkSize | None = None
     unet: NetworkSize | None = None
     conditioner: NetworkSize | None = None
@@ -84,21 +84,28 @@ def measure_run(config: Config) -> RunSize:
 def _measure_autoencoder(
     config: AutoencoderConfig, resolution: int
 ) -> tuple[NetworkSize, NetworkSize, tuple[int, int, int]]:
+    """Encoder, decoder and the shape of one image's latents."""
     with torch.device("meta"):
         autoencoder = build_autoencoder(config)
     side = resolution // config.downsampling_factor
     latent_shape = (config.latent_channels, side, side)
+    if config.kind == "identity":
+        return NetworkSize(0, 0), NetworkSize(0, 0), latent_shape
     encoder = _measure(
         nn.ModuleList([autoencoder.encoder, autoencoder.quant_conv]),
         autoencoder.encode_moments,
         _meta(1, 3, resolution, resolution),
     )
+    # The codes belong to the decoder, their search is left out of its FLOPs as it is in published counts: 2 |Z| c per
+    # latent, below 1% of the decoder's.
+    codebook = 0 if autoencoder.quantizer is None else autoencoder.quantizer.codebook.numel()
+    autoencoder.quantizer = None
     decoder = _measure(
         nn.ModuleList([autoencoder.decoder, autoencoder.post_quant_conv]),
         autoencoder.decode_raw,
         _meta(1, *latent_shape),
     )
-    return encoder, decoder, latent_shape
+    return encoder, NetworkSize(decoder.parameters + codebook, decoder.forward_flops), latent_shape
 
 
 def _measure(network: nn.Module, forward: Callable[..., object], *inputs: Tensor) -> NetworkSize:

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import math
 from collections.abc import Iterator
+from functools import reduce
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor
@@ -19,37 +19,39 @@ from ldm_scale.engine.collectives import broadcast_object, gather_objects, sum_o
 from ldm_scale.evaluation.reconstruction import bicubic_baseline, psnr
 from ldm_scale.interchange.artifact import write_artifact
 from ldm_scale.models.autoencoder import LatentStatistics
+from ldm_scale.models.half_precision import HalfPrecisionProbe, probe_half_precision
+from ldm_scale.models.half_precision import merge as merge_probes
+from ldm_scale.training.statistics import Moments, latent_statistics, merge
 
 if TYPE_CHECKING:
     from ldm_scale.training.autoencoder_step import AutoencoderTask
 
 VALIDATION_IMAGES = 512
 PICTURES = 8
+PROBED_IMAGES = 32
 
 
 def validate(task: AutoencoderTask) -> dict[str, float]:
-    """Mean PSNR in dB over the first held-out images, and that of bicubic down by f and up. Collective: all ranks."""
+    """PSNR in dB over the first held-out images, that of bicubic down by f and up, and the perceptual distance.
+
+    Collective: all ranks.
+    """
     factor = task.config.autoencoder.downsampling_factor
-    sums = torch.zeros(3, dtype=torch.float64)
+    sums = torch.zeros(4, dtype=torch.float64)
     with _evaluated_weights(task), torch.no_grad():
         for batch in _batches(task, task.config.data.validation_split, VALIDATION_IMAGES):
             x = batch.images.to(task.environment.device)
             y = _reconstruct(task, x).clamp(-1, 1)
-            sums += (
-                torch.stack(
-                    [
-                        psnr(x, y).sum(),
-                        psnr(x, bicubic_baseline(x, factor)).sum(),
-                        torch.tensor(float(len(x)), device=x.device),
-                    ]
-                )
-                .double()
-                .cpu()
-            )
-    total, bicubic, count = sum_over_ranks(sums.to(task.environment.device)).tolist()
+            distance = torch.zeros(1) if task.perceptual is None or not len(x) else task.perceptual(y, x)
+            figures = (psnr(x, y), psnr(x, bicubic_baseline(x, factor)), distance, torch.ones(len(x)))
+            sums += torch.stack([figure.double().sum().cpu() for figure in figures])
+    total, bicubic, distance_sum, count = sum_over_ranks(sums.to(task.environment.device)).tolist()
     if count == 0:
         return {}
-    return {"validation/psnr_db": total / count, "validation/bicubic_psnr_db": bicubic / count}
+    report = {"validation/psnr_db": total / count, "validation/bicubic_psnr_db": bicubic / count}
+    if task.perceptual is not None:
+        report["validation/perceptual"] = distance_sum / count
+    return report
 
 
 def pictures(task: AutoencoderTask) -> dict[str, Tensor]:
@@ -62,36 +64,53 @@ def pictures(task: AutoencoderTask) -> dict[str, Tensor]:
 
 
 def measure_statistics(task: AutoencoderTask) -> LatentStatistics:
-    """Shift 0 and scale 1 / std of all components of posterior samples, over many batches and all ranks.
+    """The map from raw latents to latents, measured over many batches and all ranks; scale 1 for VQ.
 
-    Counts, means and sums of squared deviations are merged pairwise, which does not cancel as sums of squares do.
-    Collective: all ranks.
-    Source: arXiv:2112.10752, appendix G; Chan, Golub, LeVeque 1979, "Updating formulae and a pairwise algorithm".
+    Raises: NumericsError if the latents are constant. Collective: all ranks.
+    Source: arXiv:2112.10752, appendix G; section 4.3.2 and D.1 for VQ, whose latents have a variance near 1.
     """
-    moments = (0, 0.0, 0.0)
+    if task.config.autoencoder.kind == "vq":
+        return LatentStatistics(posterior="mode")
+    latents = task.config.latents
+    parts: list[Moments] = []
     images = 0
     with _evaluated_weights(task), torch.no_grad():
-        for batch in _batches(task, task.config.data.split, task.config.latents.statistics_images):
-            noise = task.posterior_noise(batch.image_numbers.tolist(), "statistics")
+        for batch in _batches(task, task.config.data.split, latents.statistics_images):
             mean, logvar = _encode(task, batch.images.to(task.environment.device))
-            z_raw = (mean.float() + (0.5 * logvar.float()).exp() * noise).double().flatten()
-            if z_raw.numel():
-                squares = float((z_raw - z_raw.mean()).square().sum())
-                moments = _merge(moments, (z_raw.numel(), float(z_raw.mean()), squares))
+            z_raw = mean.float()
+            if logvar is not None and latents.sample_posterior:
+                noise = task.posterior_noise(batch.image_numbers.tolist(), "statistics")
+                z_raw = z_raw + (0.5 * logvar.float()).exp() * noise
+            parts.append(Moments.of(z_raw))
             images += len(batch.images)
-    merged = (0, 0.0, 0.0)
-    for other in gather_objects(moments):
-        merged = _merge(merged, other)
-    count, _, squares = merged
-    total_images = sum(gather_objects(images))
-    std = math.sqrt(squares / max(count, 1))
-    return LatentStatistics(shift=0.0, scale=1.0 / std if std > 0 else 1.0, num_images=total_images)
+    posterior: Literal["sample", "mode"] = "sample" if latents.sample_posterior else "mode"
+    moments = merge(part for rank_parts in gather_objects(parts) for part in rank_parts)
+    return latent_statistics(moments, sum(gather_objects(images)), latents.statistics, posterior)
+
+
+def probe(task: AutoencoderTask) -> HalfPrecisionProbe:
+    """Whether the trained weights would overflow in half precision, on real images of all ranks.
+
+    Collective: all ranks.
+    """
+    split = task.config.data.validation_split
+    with _evaluated_weights(task), torch.no_grad():
+        batches = (
+            _at_least_one(batch.images.to(task.environment.device, task.environment.dtype))
+            for batch in _batches(task, split, PROBED_IMAGES)
+        )
+        probes: list[HalfPrecisionProbe] = gather_objects(probe_half_precision(task.network, batches))
+    return reduce(merge_probes, probes)
 
 
 def write(task: AutoencoderTask, checkpoint: Path, images: int) -> dict[str, Any]:
     """Path and hash of the written artifact. Collective: all ranks."""
     statistics = measure_statistics(task)
-    report: dict[str, Any] = {"latent_scale": statistics.scale, "statistics_images": statistics.num_images}
+    half_precision = probe(task)
+    report: dict[str, Any] = {
+        "latent_statistics": config_to_dict(statistics),
+        "half_precision": config_to_dict(half_precision),
+    }
     if task.environment.is_main:
         weights = "raw" if task.trained["autoencoder"].ema is None else "ema"
         directory = Path(task.config.run_dir) / "artifact"
@@ -106,18 +125,10 @@ def write(task: AutoencoderTask, checkpoint: Path, images: int) -> dict[str, Any
                 "resolution": task.config.data.resolution,
                 "config": config_to_dict(task.config),
             },
+            half_precision=half_precision,
         )
         report |= {"artifact": str(directory), "hash": digest}
     return broadcast_object(report)  # type: ignore[no-any-return]
-
-
-def _merge(a: tuple[int, float, float], b: tuple[int, float, float]) -> tuple[int, float, float]:
-    """Count, mean and sum of squared deviations of two sets together."""
-    count = a[0] + b[0]
-    if count == 0:
-        return a
-    delta = b[1] - a[1]
-    return count, a[1] + delta * b[0] / count, a[2] + b[2] + delta * delta * a[0] * b[0] / count
 
 
 def _evaluated_weights(task: AutoencoderTask) -> contextlib.AbstractContextManager[None]:
@@ -125,9 +136,9 @@ def _evaluated_weights(task: AutoencoderTask) -> contextlib.AbstractContextManag
     return contextlib.nullcontext() if ema is None else ema.active()
 
 
-def _encode(task: AutoencoderTask, x: Tensor) -> tuple[Tensor, Tensor]:
+def _encode(task: AutoencoderTask, x: Tensor) -> tuple[Tensor, Tensor | None]:
     mean, logvar = task.network.encode_moments(_at_least_one(x).to(task.environment.dtype))
-    return mean[: len(x)], logvar[: len(x)]
+    return mean[: len(x)], None if logvar is None else logvar[: len(x)]
 
 
 def _reconstruct(task: AutoencoderTask, x: Tensor) -> Tensor:

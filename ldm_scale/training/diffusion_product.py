@@ -81,17 +81,17 @@ def _validation_set(task: DiffusionTask) -> tuple[Tensor, Tensor, list[int]]:
         world_size=ranks,
         augment=False,
         num_epochs=1,
+        accept_latents=True,
     )
     # At stage 3 all ranks must run the network equally often, so a last batch that does not fill all ranks stays out.
     num_full = loader.dataset.num_samples // (ranks * task.plan.micro_batch)
     num_wanted = -(-VALIDATION_IMAGES // (ranks * task.plan.micro_batch))
     batches = list(itertools.islice(loader, max(1, min(num_full, num_wanted))))
-    count = sum(len(batch.images) for batch in batches) if num_full else loader.dataset.num_samples // ranks
-    x = torch.cat([batch.images for batch in batches])[:count].to(task.environment.device, task.environment.dtype)
+    count = sum(len(batch.keys) for batch in batches) if num_full else loader.dataset.num_samples // ranks
     captions = [caption for batch in batches for caption in batch.captions][:count]
     numbers = torch.cat([batch.image_numbers for batch in batches])[:count].tolist()
     # In the pieces that training fits into memory.
-    z = torch.cat([task.autoencoder.encode(part) for part in torch.split(x, task.plan.micro_batch)])
+    z = torch.cat([task.encode(batch, mode=True) for batch in batches])[:count]
     return z, task.tokens(captions), numbers
 
 
@@ -106,5 +106,6 @@ def _first_captions(task: DiffusionTask) -> list[str]:
         rank=0,
         world_size=1,
         augment=False,
+        accept_latents=True,
     )
     return next(iter(loader)).captions

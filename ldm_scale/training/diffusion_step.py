@@ -72,7 +72,7 @@ class DiffusionTask(Task):
         total = torch.zeros(())
         for batch in batches:
             numbers = batch.image_numbers.tolist()
-            z = self.encode(batch.images, numbers)
+            z = self.encode(batch)
             t, noise, dropped = self._draw(numbers)
             captions = ["" if drop else caption for caption, drop in zip(batch.captions, dropped, strict=True)]
             z_t = self.schedule.add_noise(z, noise, t)
@@ -104,18 +104,39 @@ class DiffusionTask(Task):
         """The last checkpoint is the product: `ldm-scale sample` and `ldm-scale export` read it."""
         return {"checkpoint": str(checkpoint), "autoencoder_hash": self.autoencoder_hash}
 
-    def encode(self, images: Tensor, numbers: Sequence[int]) -> Tensor:
-        """Latents of pixels in fp32, with the posterior's noise of those image numbers.
+    def encode(self, batch: Batch, mode: bool = False) -> Tensor:
+        """Latents in fp32 of images and of cached moments alike: samples with the noise of the image numbers, or modes.
 
-        Shapes: images (B, 3, H, W); returns (B, c, H/f, W/f).
+        Shapes: returns (b, c, H/f, W/f).
         """
         noise = None
-        if self.config.latents.sample_posterior:
+        if self.config.latents.sample_posterior and not mode:
+            numbers = batch.image_numbers.tolist()
             streams = [seeding.stream(self.config.train.seed, "posterior", number) for number in numbers]
             noise = self._to_device(seeding.normal(streams, self.latent_shape))
-        x = self._to_device(images).to(self.environment.dtype)
         with torch.no_grad():
-            return self.autoencoder.encode(x, noise)
+            return self.autoencoder.network.latents(*self._moments(batch), noise)
+
+    def _moments(self, batch: Batch) -> tuple[Tensor, Tensor | None]:
+        """Mean and log-variance (None of a point) of each sample: from the cache, or of its image now."""
+        network = self.autoencoder.network
+        if batch.cached is None or batch.moments is None:
+            return network.encode_moments(self._to_device(batch.images).to(self.environment.dtype))
+        # The layout that encoding gives: the UNet's convolutions follow it.
+        moments = torch.empty(
+            [len(batch.cached), *batch.moments.shape[1:]],
+            device=self.environment.device,
+            memory_format=torch.channels_last,
+        )
+        moments[self._to_device(batch.cached)] = self._to_device(batch.moments).float()
+        if len(batch.images):
+            x = self._to_device(batch.images).to(self.environment.dtype)
+            parts = [part for part in network.encode_moments(x) if part is not None]
+            moments[self._to_device(~batch.cached)] = torch.cat(parts, dim=1).float()
+        if network.config.kind != "kl":
+            return moments, None
+        mean, logvar = moments.chunk(2, dim=1)
+        return mean, logvar
 
     def tokens(self, captions: Sequence[str]) -> Tensor:
         """Tokens of captions, each tokenised once. Shapes: returns (len(captions), max_tokens)."""

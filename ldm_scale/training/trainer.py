@@ -241,6 +241,7 @@ class Trainer:
             rank=self.environment.rank,
             world_size=self.environment.world_size,
             start_image=self.state.cur_images,
+            accept_latents=self.config.stage == "diffusion",
         )
 
     def _finish(self) -> None:

@@ -8,7 +8,8 @@ import pytest
 
 from ldm_scale.config.compose import CONFIG_DIR, list_choices, list_experiments, list_groups, load_config
 from ldm_scale.config.convert import config_from_dict, config_to_dict
-from ldm_scale.config.validate import validate
+from ldm_scale.config.validate import validate, validate_architecture
+from ldm_scale.errors import ConfigError
 from ldm_scale.planning.flops import measure_run
 
 # What only a user can give.
@@ -20,7 +21,12 @@ HEADER_FIELDS = ("Purpose:", "Command:", "Hardware:", "Hours:", "Expected:")
 @pytest.mark.parametrize("name", list_experiments())
 def test_experiment_composes_and_validates(name: str, world_size: int) -> None:
     config = load_config([f"experiment={name}", *GIVEN])
-    validate(config, world_size=world_size)
+    if config.stage == "autoencoder" and config.autoencoder.kind == "identity":
+        with pytest.raises(ConfigError, match="nothing to train"):
+            validate(config, world_size=world_size)
+        validate_architecture(config)
+    else:
+        validate(config, world_size=world_size)
     assert (config.experiment, config.run_dir) == (name, f"runs/{name}")
     assert config_from_dict(config_to_dict(config)) == config
 
@@ -32,8 +38,9 @@ def test_experiment_builds_on_meta(name: str) -> None:
     assert size.latent_shape[0] == config.autoencoder.latent_channels
     assert size.latent_shape[1] * config.autoencoder.downsampling_factor == config.data.resolution
     assert (size.unet is None) == (config.stage == "autoencoder")
-    assert size.trained.parameters > 0
-    assert size.trained.forward_flops > 0
+    trains = config.autoencoder.kind != "identity" or config.stage == "diffusion"
+    assert (size.trained.parameters > 0) == trains
+    assert (size.trained.forward_flops > 0) == trains
 
 
 @pytest.mark.parametrize("name", list_experiments())
@@ -46,6 +53,25 @@ def test_experiment_tells_what_it_is_for(name: str) -> None:
     found = [field for line in header for field in HEADER_FIELDS if line.startswith(f"# {field}")]
     assert found == list(HEADER_FIELDS)
     assert re.search(rf"\bexperiment={name}\b|make demo", "\n".join(header))
+
+
+@pytest.mark.parametrize("name", [name for name in list_experiments() if name.startswith(("kl_f", "vq_f", "vqgan_f"))])
+def test_the_zoo_is_what_its_names_say(name: str) -> None:
+    config = load_config([f"experiment={name}"])
+    kind, f, *variants = name.split("_")
+    autoencoder, loss = config.autoencoder, config.autoencoder_loss
+    assert autoencoder.kind == kind.removesuffix("gan")
+    assert autoencoder.downsampling_factor == int(f[1:])
+    assert autoencoder.mid_attention == ("noattn" not in variants)
+    for variant in variants:
+        if variant[0] == "c":
+            assert autoencoder.latent_channels == int(variant[1:])
+        elif variant != "noattn":
+            assert autoencoder.codebook_size == int(variant[1:])
+    # The learning rate belongs to the batch, and the discriminator starts at the end of a step.
+    assert config.optimizer.lr == pytest.approx(4.5e-6 * config.train.global_batch)
+    assert loss.discriminator_start_images % config.train.global_batch == 0
+    assert config.train.total_images % config.train.global_batch == 0
 
 
 @pytest.mark.parametrize(

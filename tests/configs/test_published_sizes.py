@@ -69,6 +69,49 @@ def test_first_stages(
     assert size.discriminator.parameters == 2_765_633
 
 
+@pytest.mark.parametrize(
+    ("experiment", "encoder", "decoder", "encode_gflop", "decode_gflop"),
+    [
+        ("kl_f16", 28_266_816, 41_344_147, 137.87, 252.15),
+        ("kl_f16_c8", 28_192_288, 41_307_083, 137.83, 252.13),
+        ("kl_f32", 42_631_168, 61_248_963, 135.51, 251.44),
+        ("kl_f32_c16", 42_173_248, 61_023_891, 135.45, 251.42),
+        ("vq_f4", 22_337_423, 32_985_359, 345.24, 670.58),
+        ("vq_f4_noattn", 21_285_775, 31_933_711, 302.29, 627.63),
+        ("vq_f8", 27_397_784, 40_319_511, 226.11, 472.40),
+        ("vq_f8_n256", 27_397_784, 40_254_999, 226.11, 472.40),
+        ("vq_f16", 28_155_216, 41_438_155, 137.81, 252.13),
+        ("vq_f32_c32", 42_173_248, 61_622_691, 135.45, 251.43),
+        ("vqgan_f16", 29_363_968, 46_709_891, 138.43, 252.75),
+        ("vqgan_f16_n1024", 29_363_968, 42_777_731, 138.43, 252.75),
+    ],
+)
+def test_zoo(experiment: str, encoder: int, decoder: int, encode_gflop: float, decode_gflop: float) -> None:
+    # At 256 px, counted from the original project's networks with its released configurations (vq_f32_c32, vqgan_f16
+    # and the two KL variants: with their sizes put in); the codebook is among the decoder's parameters.
+    size = measure_run(load_config([f"experiment={experiment}"]))
+    assert (size.encoder.parameters, size.decoder.parameters) == (encoder, decoder)
+    assert size.encoder.forward_flops / 1e9 == pytest.approx(encode_gflop, rel=FLOPS_TOLERANCE)
+    assert size.decoder.forward_flops / 1e9 == pytest.approx(decode_gflop, rel=FLOPS_TOLERANCE)
+
+
+def test_two_layer_discriminator_is_smaller() -> None:
+    size = measure_run(load_config(["experiment=vq_f8"]))
+    assert size.discriminator is not None
+    # 4x4 convolutions 3-64, 64-128, 128-256, 256-1 and two norms.
+    assert size.discriminator.parameters == 3136 + 131_072 + 524_288 + 4097 + 2 * (128 + 256)
+
+
+def test_plan_of_the_identity_is_nothing(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["experiment=identity_f1", "--json"]) == 0
+    plan = json.loads(capsys.readouterr().out)
+    assert plan["latent_shape"] == [3, 256, 256]
+    assert (plan["parameters"], plan["forward_flops"]) == (0, 0)
+    assert "discriminator_parameters" not in plan
+    assert main(["experiment=identity_f1"]) == 0
+    assert "latents 3x256x256 (f=1)" in capsys.readouterr().out
+
+
 def test_json_is_one_object_with_the_promised_keys(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["experiment=demo_text", "--json", "data.resolution=64"]) == 0
     plan = json.loads(capsys.readouterr().out)

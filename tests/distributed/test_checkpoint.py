@@ -30,6 +30,7 @@ from ldm_scale.engine.checkpoint import (
 from ldm_scale.engine.ema import ShardedEma
 from ldm_scale.engine.zero import MOMENTS
 from ldm_scale.errors import CheckpointError
+from ldm_scale.models.build import build_seeded
 from ldm_scale.operations.train import train
 from ldm_scale.training import trainer
 from tests.helpers.ranks import run_ranks
@@ -124,9 +125,35 @@ def _train_run(config: Config) -> bool:
     return train(config, env.read_launch())
 
 
-@pytest.mark.parametrize(("stage", "ranks", "zero_stage"), [("autoencoder", 2, 2), ("diffusion", 2, 3)])
+# Everything of stage 1 that remembers: the discriminator's health, its hold, codes as averages, how long unused.
+GAN = {
+    "discriminator_start_images": 12,
+    "discriminator_pretrain_images": 8,
+    "adversarial_ramp_images": 16,
+    "discriminator_hold_accuracy": 0.98,
+    "lecam_weight": 0.1,
+    "r1_weight": 0.1,
+    "learned_variance": True,
+}
+EMA_CODES = {"codebook_update": "ema", "dead_code_images": 16}
+
+
+@pytest.mark.parametrize(
+    ("stage", "ranks", "zero_stage", "sections"),
+    [
+        ("autoencoder", 2, 2, {"autoencoder_loss": GAN}),
+        (
+            "autoencoder",
+            1,
+            3,
+            {"autoencoder": {"kind": "vq", "codebook_size": 64}, "autoencoder_loss": GAN | EMA_CODES},
+        ),
+        ("autoencoder", 1, 1, {"autoencoder_loss": GAN | {"discriminator_norm": "batch"}}),
+        ("diffusion", 2, 3, {}),
+    ],
+)
 def test_a_resumed_run_equals_an_unbroken_one_bit_for_bit(
-    tmp_path: Path, stage: str, ranks: int, zero_stage: int
+    tmp_path: Path, stage: str, ranks: int, zero_stage: int, sections: dict[str, dict[str, Any]]
 ) -> None:
     manifest = make_dataset(tmp_path / "data", num_samples=20, resolution=20)
     tiny_artifact(tmp_path / "artifact")
@@ -138,7 +165,7 @@ def test_a_resumed_run_equals_an_unbroken_one_bit_for_bit(
         run,
         zero={"stage": zero_stage},
         train=cadence,
-        autoencoder_loss={"discriminator_start_images": 8},
+        **sections,
         optimizer={"warmup_images": 8, "decay": "cosine"},
         sampling={"prompts": ("a",)},
     )
@@ -161,6 +188,49 @@ def test_a_resumed_run_equals_an_unbroken_one_bit_for_bit(
         assert results[0] == results[1]
     else:
         assert results[0]["hash"] == results[1]["hash"]
+
+
+def _write_rows(stage: int) -> dict[str, Any]:
+    trained = _start(build_seeded(lambda: Network(9), 11), stage)
+    item = trained["net"]
+    _train(item, range(2))
+    before = {"weight": masters(item.model), **{key: moments(item.model, key) for key in MOMENTS}}
+    rows = torch.tensor([1, 8, 4])
+    values = torch.arange(15.0).view(3, 5) / 10
+    item.write_rows("first.weight", rows, values)
+    content = _content(item)
+    after = item.model.module.first(torch.eye(5)) - item.model.module.first(torch.zeros(1, 5))
+    return {"before": before, "content": content, "computing": after.T.detach().clone(), "values": values, "rows": rows}
+
+
+@pytest.mark.parametrize(("ranks", "stage"), [(1, 0), (2, 0), (2, 1), (2, 2), (2, 3), (3, 2)])
+def test_rows_are_written_into_masters_average_and_the_weights_that_compute(ranks: int, stage: int) -> None:
+    for report in run_ranks(_write_rows, ranks, stage):
+        rows, values, name = report["rows"], report["values"], "first.weight"
+        expected = report["before"]["weight"][name].clone()
+        expected[rows] = values
+        assert torch.equal(report["content"]["weight"][name], expected)
+        assert torch.equal(report["content"]["ema"][name][rows], values)
+        torch.testing.assert_close(report["computing"], expected, rtol=0, atol=1e-6)
+        for key in MOMENTS:
+            moment = report["before"][key][name].clone()
+            assert moment[rows].any(), "the moments were zero before: the test shows nothing"
+            moment[rows] = 0
+            assert torch.equal(report["content"][key][name], moment)
+        others = {n: t for n, t in report["before"]["weight"].items() if n != name}
+        assert max_difference({n: report["content"]["weight"][n] for n in others}, others) == 0
+
+
+def _load_without_buffer(path: Path) -> None:
+    trained = _start(network(), 0)
+    trained["net"].buffers["codebook/counts"] = torch.ones(3)
+    load_checkpoint(path, trained)
+
+
+def test_a_checkpoint_without_what_the_run_remembers_is_refused(tmp_path: Path) -> None:
+    path = run_ranks(_train_and_save, 1, tmp_path, 0, "fp32")[0]["path"]
+    with pytest.raises(AssertionError, match=r"does not hold codebook/counts of the net: an earlier version"):
+        run_ranks(_load_without_buffer, 1, path)
 
 
 def _save_often(root: Path) -> list[list[str]]:

@@ -23,10 +23,12 @@ from ldm_scale.engine import env
 from ldm_scale.engine.checkpoint import load_checkpoint, save_checkpoint
 from ldm_scale.engine.collectives import mean_over_ranks
 from ldm_scale.training.autoencoder_step import AutoencoderTask
+from ldm_scale.training.codebook import CODEBOOK
 from ldm_scale.training.diffusion_step import DiffusionTask
 from ldm_scale.training.task import Task
 from tests.helpers.ranks import run_ranks
 from tests.helpers.runs import set_random_outputs, tiny_artifact, tiny_config
+from tests.helpers.sharded import masters
 from tests.helpers.shards import make_dataset
 
 STEPS = 20
@@ -111,24 +113,51 @@ def _train_and_save(config: Config, images: tuple[int, ...], root: Path) -> None
 
 
 def _one_step(config: Config, images: int, root: Path) -> dict[str, Any]:
-    """Losses and full gradients of the step that follows a checkpoint."""
+    """Losses and full gradients of the step that follows a checkpoint, and the codebook after it."""
     task, _ = _start(config)
+    assert isinstance(task, AutoencoderTask)
     load_checkpoint(root / str(images) / f"images-{images:010d}", task.trained)
     metrics = task.accumulate(next(_batches(task, images)), images)
     gradients: dict[str, dict[str, torch.Tensor]] = {}
     for model, trained in task.trained.items():
-        if model == "discriminator" and not task.adversarial_active(images):  # type: ignore[attr-defined]
+        if model == "discriminator" and (task.adversary is None or not task.adversary.trains(images)):
             continue
         gradients[model] = {}
         for name, parameter in trained.model.module.named_parameters():
             gradient = safe_get_full_grad(parameter)
             assert gradient is not None, f"{model}.{name} has no gradient"
             gradients[model][name] = gradient.clone()
-    return {"metrics": {k: float(mean_over_ranks(v)) for k, v in metrics.items()}, "gradients": gradients}
+    report = {"metrics": {k: float(mean_over_ranks(v)) for k, v in metrics.items()}, "gradients": gradients}
+    if task.codebook is not None:
+        report["update"] = task.update(images)
+        report["codebook"] = masters(task.autoencoder)[CODEBOOK]
+        z = torch.linspace(-1, 1, 9).view(1, 3, 3, 1)
+        assert task.network.quantizer is not None
+        report["codes"] = task.network.quantizer(z)[0].detach().clone()  # what the weights that compute give
+    return report
 
 
+def _assert_same_step(actual: dict[str, Any], expected: dict[str, Any]) -> None:
+    for name, value in expected["metrics"].items():
+        tolerance = 1e-4 if name == "adaptive_weight" else 1e-6
+        assert actual["metrics"][name] == pytest.approx(value, rel=tolerance, abs=1e-7), name
+    assert actual["gradients"].keys() == expected["gradients"].keys()
+    for model, gradients in expected["gradients"].items():
+        # Gradients that cancel to zero (the last bias's, when the discriminator starts) have no norm of their own.
+        floor = 1e-7 * torch.nn.utils.get_total_norm(list(gradients.values()))
+        for name, gradient in gradients.items():
+            error = torch.linalg.vector_norm(actual["gradients"][model][name] - gradient)
+            assert error <= 1e-5 * torch.linalg.vector_norm(gradient) + floor, f"{model}.{name}"
+
+
+PRETRAINED = 16  # images before its start from which the discriminator trains unfelt
 MOMENTS = (0, START - 8, START, START + 50 * 8)
-LOSS = {"discriminator_start_images": START}
+LOSS = {
+    "discriminator_start_images": START,
+    "discriminator_pretrain_images": PRETRAINED,
+    "adversarial_ramp_images": 100,
+    "learned_variance": True,
+}
 
 
 @pytest.fixture(scope="module")
@@ -145,11 +174,15 @@ def reference_steps(folder: Path, stage1_checkpoints: Path) -> dict[int, dict[st
     return {images: run_ranks(_one_step, 1, config, images, stage1_checkpoints)[0] for images in MOMENTS}
 
 
-@pytest.mark.parametrize("images", MOMENTS)
+EVERYWHERE = [(2, 0, 4, False), (2, 1, 4, True), (2, 2, 2, False), (2, 3, 4, False), (1, 1, 4, False)]
+LATE = [(4, 0, 2, False), (4, 1, 1, False), (4, 2, 2, True), (4, 3, 1, False), (1, 0, 8, True), (2, 3, 2, True)]
+
+
 @pytest.mark.parametrize(
-    ("ranks", "zero_stage", "micro_batch"), [(2, 0, 4), (2, 1, 4), (2, 2, 2), (2, 3, 4), (1, 1, 4)]
+    ("images", "ranks", "zero_stage", "micro_batch", "checkpointing"),
+    [(images, *case) for images in MOMENTS for case in EVERYWHERE] + [(MOMENTS[-1], *case) for case in LATE],
 )
-def test_autoencoder_step_does_not_depend_on_ranks_or_stage(
+def test_autoencoder_step_does_not_depend_on_ranks_stage_or_checkpointing(
     folder: Path,
     stage1_checkpoints: Path,
     reference_steps: dict[int, dict[str, Any]],
@@ -157,22 +190,56 @@ def test_autoencoder_step_does_not_depend_on_ranks_or_stage(
     ranks: int,
     zero_stage: int,
     micro_batch: int,
+    checkpointing: bool,
 ) -> None:
     expected = reference_steps[images]
-    config = _config(folder, "autoencoder", zero_stage, autoencoder_loss=LOSS, train={"micro_batch": micro_batch})
+    train = {"micro_batch": micro_batch, "activation_checkpointing": checkpointing}
+    config = _config(folder, "autoencoder", zero_stage, autoencoder_loss=LOSS, train=train)
     actual = run_ranks(_one_step, ranks, config, images, stage1_checkpoints)[0]
-
     assert ("adaptive_weight" in expected["metrics"]) == (images >= START)
-    for name, value in expected["metrics"].items():
-        tolerance = 1e-4 if name == "adaptive_weight" else 1e-6
-        assert actual["metrics"][name] == pytest.approx(value, rel=tolerance, abs=1e-7), name
-    assert actual["gradients"].keys() == expected["gradients"].keys()
-    for model, gradients in expected["gradients"].items():
-        # Gradients that cancel to zero (the last bias's, when the discriminator starts) have no norm of their own.
-        floor = 1e-7 * torch.nn.utils.get_total_norm(list(gradients.values()))
-        for name, gradient in gradients.items():
-            error = torch.linalg.vector_norm(actual["gradients"][model][name] - gradient)
-            assert error <= 1e-5 * torch.linalg.vector_norm(gradient) + floor, f"{model}.{name}"
+    assert ("discriminator" in expected["gradients"]) == (images >= START - PRETRAINED)
+    _assert_same_step(actual, expected)
+
+
+VQ = {"kind": "vq", "codebook_size": 100}
+VQ_LOSSES = {
+    "gradient": {"dead_code_images": 40},
+    "ema": {"codebook_update": "ema", "codebook_decay": 0.9, "dead_code_images": 40},
+}
+VQ_IMAGES = START + 5 * 8
+
+
+@pytest.fixture(scope="module", params=VQ_LOSSES)
+def vq_step(request: pytest.FixtureRequest, folder: Path) -> tuple[dict[str, Any], Path, dict[str, Any]]:
+    """Settings, the checkpoints of a VQ run, and one plain process's step after the last of them."""
+    loss = {"discriminator_start_images": START, **VQ_LOSSES[request.param]}
+    settings = {"autoencoder": VQ, "autoencoder_loss": loss}
+    root = folder / f"vq-{request.param}"
+    config = _config(folder, "autoencoder", 0, **settings, train={"micro_batch": 2})
+    run_ranks(_train_and_save, 1, config, (VQ_IMAGES,), root)
+    return settings, root, run_ranks(_one_step, 1, config, VQ_IMAGES, root)[0]
+
+
+@pytest.mark.parametrize(
+    ("ranks", "zero_stage", "micro_batch"), [(1, 2, 8), (2, 0, 4), (2, 1, 2), (2, 2, 4), (2, 3, 4), (4, 2, 1)]
+)
+def test_vq_step_does_not_depend_on_ranks_or_stage(
+    folder: Path,
+    vq_step: tuple[dict[str, Any], Path, dict[str, Any]],
+    ranks: int,
+    zero_stage: int,
+    micro_batch: int,
+) -> None:
+    settings, root, expected = vq_step
+    config = _config(folder, "autoencoder", zero_stage, **settings, train={"micro_batch": micro_batch})
+    assert expected["update"]["codebook/revived"] > 0, "no code was revived: the test shows less than it says"
+    for actual in run_ranks(_one_step, ranks, config, VQ_IMAGES, root):
+        _assert_same_step(actual, expected)
+        assert actual["update"]["codebook/revived"] == expected["update"]["codebook/revived"]
+        assert actual["update"]["codebook/perplexity"] == pytest.approx(expected["update"]["codebook/perplexity"])
+        # Adam's division amplifies the last bit of a gradient that is nearly zero.
+        torch.testing.assert_close(actual["codebook"], expected["codebook"], rtol=1e-4, atol=1e-6)
+        torch.testing.assert_close(actual["codes"], expected["codes"], rtol=1e-4, atol=1e-6)
 
 
 def _free_run(config: Config) -> list[float]:

@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import AutoencoderKL, StableDiffusionPipeline, UNet2DConditionModel
-from torch import Tensor, nn
+from diffusers import AutoencoderKL, StableDiffusionPipeline, UNet2DConditionModel, VQModel
+from torch import Tensor
 from transformers import CLIPTextModel
 
 from ldm_scale.conditioning.latent_diffusion import LatentDiffusion
@@ -23,8 +23,9 @@ from ldm_scale.config.schema import (
 from ldm_scale.diffusion.sampler import ImageNoise
 from ldm_scale.interchange.artifact import DiffusionArtifact, make_artifact, make_diffusion_artifact
 from ldm_scale.interchange.diffusers import fill_diffusers_folder
-from ldm_scale.interchange.load import LoadedDiffusion
+from ldm_scale.interchange.load import LoadedAutoencoder, LoadedDiffusion
 from ldm_scale.models.autoencoder import Autoencoder, LatentStatistics
+from tests.helpers.weights import random_state
 
 TOLERANCE = 1e-4  # of the outputs' norm
 
@@ -100,7 +101,47 @@ AUTOENCODERS = {
         norm_groups=2,
         mid_attention=False,
     ),
+    "attention on levels": AutoencoderConfig(
+        base_channels=8,
+        channel_multipliers=(1, 2, 1),
+        num_res_blocks=2,
+        latent_channels=2,
+        norm_groups=4,
+        attention_levels=(0, 2),
+    ),
     "f1": AutoencoderConfig(base_channels=8, channel_multipliers=(1,), num_res_blocks=1, norm_groups=8),
+}
+PER_CHANNEL = LatentStatistics(channel_mean=(0.4, -2.0, 0.0, 1.0), channel_std=(3.0, 0.5, 1.0, 2.0))
+VQ_AUTOENCODERS = {
+    "vq_f8": AutoencoderConfig(
+        kind="vq",
+        base_channels=32,
+        channel_multipliers=(1, 2, 2, 4),
+        latent_channels=4,
+        codebook_size=300,
+        attention_levels=(3,),
+    ),
+    "no attention": AutoencoderConfig(
+        kind="vq",
+        base_channels=8,
+        channel_multipliers=(1, 2),
+        num_res_blocks=1,
+        latent_channels=1,
+        norm_groups=2,
+        mid_attention=False,
+        codebook_size=1,
+    ),
+    "attention on levels alone": AutoencoderConfig(
+        kind="vq",
+        base_channels=8,
+        channel_multipliers=(1, 3),
+        num_res_blocks=1,
+        latent_channels=6,
+        norm_groups=4,
+        mid_attention=False,
+        attention_levels=(0, 1),
+        codebook_size=50,
+    ),
 }
 TEXT_ENCODERS = {
     "quick_gelu": TextConditioningConfig(width=24, depth=2, num_heads=3, activation="quick_gelu"),
@@ -108,24 +149,13 @@ TEXT_ENCODERS = {
 }
 
 
-def random_state(network: nn.Module) -> dict[str, Tensor]:
-    """Weights of which none is zero: layers that start at zero would hide all others."""
-    generator = torch.Generator().manual_seed(0)
-    state = {}
-    for name, tensor in network.state_dict().items():
-        noise = torch.randn(tensor.shape, generator=generator)
-        state[name] = tensor + 0.1 * noise if tensor.ndim == 1 else noise / tensor[0].numel() ** 0.5
-    return state
-
-
 def make_model(
     unet: UNetConfig = TINY_UNET,
     autoencoder: AutoencoderConfig = TINY_AUTOENCODER,
     text: TextConditioningConfig = TINY_TEXT,
+    statistics: LatentStatistics = LatentStatistics(scale=0.3),  # noqa: B008 (frozen)
 ) -> DiffusionArtifact:
-    first = make_artifact(
-        random_state(Autoencoder(autoencoder)), autoencoder, LatentStatistics(scale=0.3), {"resolution": 32}
-    )
+    first = make_artifact(random_state(Autoencoder(autoencoder)), autoencoder, statistics, {"resolution": 32})
     return make_diffusion_artifact(
         random_state(LatentDiffusion(unet, text, autoencoder.latent_channels)),
         first,
@@ -199,6 +229,47 @@ def test_autoencoder(name: str, tmp_path: Path) -> None:
         assert relative_difference(theirs.decode(raw).sample, ours.decode(z)) < TOLERANCE
 
 
+@pytest.mark.parametrize("name", AUTOENCODERS)
+def test_autoencoder_with_statistics_per_channel(name: str, tmp_path: Path) -> None:
+    """The raw latents of the exported model are our latents: other programs have nothing to convert."""
+    config = AUTOENCODERS[name]
+    generator = torch.Generator().manual_seed(0)
+    mean = torch.randn(config.latent_channels, generator=generator)
+    std = torch.randn(config.latent_channels, generator=generator).exp()
+    statistics = LatentStatistics(channel_mean=tuple(mean.tolist()), channel_std=tuple(std.tolist()))
+    artifact = make_artifact(random_state(Autoencoder(config)), config, statistics, {"resolution": 32})
+    fill_diffusers_folder(tmp_path, artifact)
+    theirs = opened(AutoencoderKL, tmp_path)
+    assert theirs.config.scaling_factor == 1.0
+    assert theirs.config.shift_factor is None
+    ours = LoadedAutoencoder(artifact)
+
+    x = torch.rand(2, 3, 16, 40) * 2 - 1
+    f = config.downsampling_factor
+    z = torch.randn(2, config.latent_channels, 16 // f, 40 // f)
+    with torch.no_grad():
+        posterior = theirs.encode(x).latent_dist
+        assert relative_difference(posterior.mode(), ours.encode(x)) < TOLERANCE
+        assert relative_difference(posterior.mean + posterior.std * z, ours.encode(x, z)) < TOLERANCE
+        assert relative_difference(theirs.decode(z).sample, ours.decode(z)) < TOLERANCE
+
+
+@pytest.mark.parametrize("name", VQ_AUTOENCODERS)
+def test_vq_autoencoder(name: str, tmp_path: Path) -> None:
+    config = VQ_AUTOENCODERS[name]
+    artifact = make_artifact(random_state(Autoencoder(config)), config, LatentStatistics(scale=0.5), {"resolution": 32})
+    fill_diffusers_folder(tmp_path, artifact)
+    theirs = opened(VQModel, tmp_path)
+    assert theirs.config.scaling_factor == 0.5
+    ours = LoadedAutoencoder(artifact)
+    x = torch.rand(2, 3, 16, 40) * 2 - 1
+    with torch.no_grad():
+        latents = theirs.encode(x).latents
+        assert relative_difference(latents * 0.5, ours.encode(x)) < TOLERANCE
+        # Latents between the codes: both sides search, and find the same.
+        assert relative_difference(theirs.decode(latents).sample, ours.decode(latents * 0.5)) < TOLERANCE
+
+
 @pytest.mark.parametrize("name", TEXT_ENCODERS)
 def test_text_encoder(name: str, tmp_path: Path) -> None:
     config = TEXT_ENCODERS[name]
@@ -211,10 +282,11 @@ def test_text_encoder(name: str, tmp_path: Path) -> None:
     assert relative_difference(output, LoadedDiffusion(artifact).encode_conditioning(captions)) < TOLERANCE
 
 
+@pytest.mark.parametrize("statistics", [LatentStatistics(scale=0.3), PER_CHANNEL], ids=["scalar", "per channel"])
 @pytest.mark.parametrize("guidance_scale", [1.0, 3.0])
-def test_pipeline_draws_our_images(tmp_path: Path, guidance_scale: float) -> None:
+def test_pipeline_draws_our_images(tmp_path: Path, guidance_scale: float, statistics: LatentStatistics) -> None:
     """From captions to pixels: tokenizer, text encoder, guidance, scheduler, UNet, scaling and decoder at once."""
-    artifact = make_model()
+    artifact = make_model(statistics=statistics)
     fill_diffusers_folder(tmp_path, artifact)
     pipeline_class: Any = StableDiffusionPipeline
     pipeline = pipeline_class.from_pretrained(tmp_path)

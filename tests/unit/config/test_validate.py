@@ -94,6 +94,86 @@ def test_discriminator_must_fit_the_resolution() -> None:
     validate(load_config([*overrides, "data.resolution=48"]), world_size=1)
 
 
+IDENTITY = (
+    "autoencoder.kind=identity",
+    "autoencoder.channel_multipliers=[1]",
+    "autoencoder.latent_channels=3",
+    "autoencoder_loss.adversarial_weight=0",
+)
+VQ = ("autoencoder.kind=vq", "autoencoder.codebook_size=64")
+BATCH_NORM = ("autoencoder_loss.discriminator_norm=batch", "train.global_batch=32", "train.micro_batch=null")
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["autoencoder.kind=vq"], "autoencoder.codebook_size=null: autoencoder.kind=vq needs the number of its codes"),
+        (["autoencoder.codebook_size=8"], "only autoencoder.kind=vq has a codebook, and this is kind=kl"),
+        ([*IDENTITY, "autoencoder.codebook_size=8"], "and this is kind=identity; set autoencoder.codebook_size=null"),
+        ([*IDENTITY, "autoencoder.channel_multipliers=[1,2]"], "has f = 1, pixels being the latents"),
+        (
+            [*IDENTITY, "autoencoder.latent_channels=4"],
+            "are the pixels, of 3 channels; set autoencoder.latent_channels=3",
+        ),
+        ([*IDENTITY], "has nothing to train; write its artifact with `ldm-scale export experiment=identity_f1"),
+        (
+            ["autoencoder.attention_levels=[3]"],
+            "autoencoder.attention_levels=[3]: level 3 does not exist; the 3 levels",
+        ),
+        (["autoencoder.attention_levels=[2,2]"], "autoencoder.attention_levels=[2, 2]: must rise, without repetition"),
+        ([*VQ, "latents.statistics=per_channel"], "not for autoencoder.kind=vq (the codes would have to be moved"),
+        ([*IDENTITY, "latents.statistics=per_channel"], "not for autoencoder.kind=identity (no quant_conv"),
+        (
+            ["autoencoder_loss.codebook_update=ema"],
+            "codebook_update=ema does nothing: autoencoder.kind=kl has no codebook",
+        ),
+        (["autoencoder_loss.dead_code_images=9"], "set autoencoder_loss.dead_code_images=0, or autoencoder.kind=vq"),
+        (
+            ["autoencoder_loss.discriminator_start_images=8", "autoencoder_loss.discriminator_pretrain_images=9"],
+            "discriminator_pretrain_images=9 exceeds autoencoder_loss.discriminator_start_images=8",
+        ),
+        ([*BATCH_NORM], "those of 16 of the 32 images of a step (2 ranks, 1 forward pass each)"),
+    ],
+)
+def test_breaches_of_stage_1_are_one_line(overrides: list[str], message: str) -> None:
+    config = load_config([*AUTOENCODER, *overrides])
+    with pytest.raises(ConfigError, match=re.escape(message)) as caught:
+        validate(config, world_size=2)
+    assert "\n" not in str(caught.value)
+
+
+def test_one_weight_switches_the_discriminator_off_with_all_its_settings() -> None:
+    settings = ["r1_weight=1.0", "adversarial_ramp_images=64", "discriminator_hold_accuracy=0.9"]
+    overrides = [f"autoencoder_loss.{setting}" for setting in settings]
+    validate(load_config([*AUTOENCODER, *overrides, "autoencoder_loss.adversarial_weight=0"]), world_size=1)
+
+
+def test_batch_norm_needs_one_rank_and_one_forward_pass() -> None:
+    config = load_config([*AUTOENCODER, *BATCH_NORM])
+    validate(config, world_size=1)
+    with pytest.raises(ConfigError, match=r"4 of the 32 images of a step \(1 rank, 8 forward passes each\)"):
+        validate(load_config([*AUTOENCODER, *BATCH_NORM, "train.micro_batch=4"]), world_size=1)
+    # Without a discriminator there is nothing to normalise.
+    validate(load_config([*AUTOENCODER, *BATCH_NORM, "autoencoder_loss.adversarial_weight=0"]), world_size=2)
+
+
+def test_what_the_kinds_allow() -> None:
+    validate(load_config([*AUTOENCODER, "latents.statistics=per_channel"]), world_size=2)
+    options = ("codebook_update=ema", "dead_code_images=64", "learned_variance=true")
+    validate(load_config([*AUTOENCODER, *VQ, *(f"autoencoder_loss.{option}" for option in options)]), world_size=2)
+    validate(load_config([*AUTOENCODER, "train.activation_checkpointing=true"]), world_size=1)
+
+
+def test_identity_is_for_plans_exports_and_stage_2() -> None:
+    validate_architecture(load_config([*AUTOENCODER, *IDENTITY]))
+    validate(load_config([*TEXT, *IDENTITY]), world_size=1)
+
+
+def test_stage_2_has_no_activation_checkpointing() -> None:
+    with pytest.raises(ConfigError, match=r"train\.activation_checkpointing=true: only stage=autoencoder has it"):
+        validate(load_config([*TEXT, "train.activation_checkpointing=true"]), world_size=1)
+
+
 def test_stage_1_does_not_care_about_the_unet() -> None:
     validate(load_config([*AUTOENCODER, "unet.norm_groups=7", "data.resolution=36"]), world_size=1)
 
@@ -143,7 +223,12 @@ def _number_keys(section: dict[str, object], prefix: str = "") -> set[str]:
 def test_every_number_of_the_schema_has_bounds() -> None:
     bounded = {key for rule in _RANGES for key in rule.keys}
     # Bounded elsewhere: by the number of levels, and by the tokenizer.
-    elsewhere = {"unet.attention_levels", "conditioning.max_tokens", "conditioning.vocab_size"}
+    elsewhere = {
+        "autoencoder.attention_levels",
+        "unet.attention_levels",
+        "conditioning.max_tokens",
+        "conditioning.vocab_size",
+    }
     assert _number_keys(config_to_dict(Config())) - bounded == elsewhere
 
 

@@ -1,92 +1,33 @@
 from __future__ import annotations
 
 import contextlib
-import io
-import struct
-import zlib
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
-from ldm_scale.data.decode import NO_CLASS, DecodeSettings, crop_box, decode_image, decode_sample, open_rgb, to_pixels
+from ldm_scale.data.decode import (
+    NO_CLASS,
+    DecodeSettings,
+    crop_box,
+    decode_image,
+    decode_sample,
+    open_rgb,
+    to_pixels,
+)
 from ldm_scale.data.policy import BadSample
+from tests.helpers.pictures import save
 from tests.helpers.shards import png
 
 PLAIN = DecodeSettings(resolution=8)
-
-
-def _save(image: Image.Image, form: str, **options: object) -> bytes:
-    buffer = io.BytesIO()
-    image.save(buffer, format=form, **options)
-    return buffer.getvalue()
-
-
-def _png_16_bit(width: int, height: int, color_type: int, row: bytes) -> bytes:
-    """A PNG with 16 bits a channel, from the format's definition (Pillow writes only grey ones)."""
-
-    def chunk(kind: bytes, body: bytes) -> bytes:
-        return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
-
-    header = struct.pack(">IIBBBBB", width, height, 16, color_type, 0, 0, 0)
-    pixels = zlib.compress((b"\0" + row) * height)
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", pixels) + chunk(b"IEND", b"")
-
-
-def _palette_with_transparency() -> bytes:
-    image = Image.new("P", (2, 1))
-    image.putpalette([255, 0, 0, 0, 255, 0])
-    image.putdata([0, 1])
-    return _save(image, "PNG", transparency=1)
-
-
-RED, WHITE = (255, 0, 0), (255, 255, 255)
-
-
-@pytest.mark.parametrize(
-    ("data", "expected"),
-    [
-        (png(Image.new("L", (2, 1), 100)), [(100,) * 3, (100,) * 3]),
-        (png(Image.new("1", (2, 1), 1)), [WHITE, WHITE]),
-        (png(Image.new("RGBA", (2, 1), (255, 0, 0, 0))), [WHITE, WHITE]),
-        (png(Image.new("RGBA", (2, 1), (0, 0, 0, 51))), [(204,) * 3, (204,) * 3]),
-        (png(Image.new("LA", (2, 1), (0, 51))), [(204,) * 3, (204,) * 3]),
-        (_palette_with_transparency(), [RED, WHITE]),
-        (_save(Image.new("RGB", (2, 1), RED), "PNG", transparency=RED), [WHITE, WHITE]),
-        (_png_16_bit(2, 1, 0, struct.pack(">HH", 0, 257 * 200)), [(0,) * 3, (200,) * 3]),
-        (_png_16_bit(2, 1, 2, struct.pack(">6H", 65535, 0, 0, 0, 0, 65535)), [RED, (0, 0, 255)]),
-        (_save(Image.new("RGB", (2, 1), RED), "WEBP", lossless=True), [RED, RED]),
-    ],
-    ids=["grey", "bilevel", "clear", "translucent", "grey-alpha", "palette", "colour-key", "grey-16", "rgb-16", "webp"],
-)
-def test_any_kind_of_picture_becomes_rgb_on_white(data: bytes, expected: list[tuple[int, ...]]) -> None:
-    image = open_rgb(data)
-    assert image.mode == "RGB"
-    assert [image.getpixel((x, 0)) for x in range(2)] == expected
-
-
-def test_cmyk_becomes_its_colour() -> None:
-    image = open_rgb(_save(Image.new("CMYK", (16, 16), (0, 255, 255, 0)), "JPEG", quality=100))
-    assert np.abs(np.asarray(image, dtype=int) - RED).max() < 40
-
-
-def test_a_photograph_is_turned_upright() -> None:
-    upright = Image.new("RGB", (32, 16), "white")
-    upright.paste("black", (0, 0, 8, 16))
-    exif = Image.Exif()
-    exif[0x0112] = 6  # stored turned: the viewer rotates it clockwise by a quarter
-    stored = upright.transpose(Image.Transpose.ROTATE_90)
-    image = open_rgb(_save(stored, "JPEG", exif=exif, quality=95))
-    assert image.size == (32, 16)
-    assert np.abs(np.asarray(image, dtype=int) - np.asarray(upright, dtype=int)).max() < 30
 
 
 @pytest.mark.parametrize("damage", ["empty", "text", "cut", "flipped"])
 @pytest.mark.parametrize("form", ["PNG", "JPEG", "WEBP"])
 def test_damaged_pictures_are_bad_samples(damage: str, form: str) -> None:
     noise = np.random.default_rng(0).integers(0, 256, (32, 32, 3), dtype=np.uint8)
-    data = bytearray(_save(Image.fromarray(noise), form))
+    data = bytearray(save(Image.fromarray(noise), form))
     if damage == "empty":
         data = bytearray()
     elif damage == "text":
@@ -103,7 +44,7 @@ def test_random_bytes_in_a_picture_never_raise_anything_else() -> None:
     rng = np.random.default_rng(0)
     noise = rng.integers(0, 256, (8, 8, 3), dtype=np.uint8)
     for form in ("PNG", "JPEG", "WEBP"):
-        whole = _save(Image.fromarray(noise), form)
+        whole = save(Image.fromarray(noise), form)
         for _ in range(150):
             data = bytearray(whole)
             for at in rng.integers(0, len(data), 4):

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import pytest
-import torch
-from torch import Tensor, nn
 
 from ldm_scale.conditioning.latent_diffusion import LatentDiffusion
 from ldm_scale.config.schema import (
@@ -16,6 +14,7 @@ from ldm_scale.config.schema import (
 )
 from ldm_scale.interchange.artifact import Artifact, DiffusionArtifact, make_artifact, make_diffusion_artifact
 from ldm_scale.models.autoencoder import Autoencoder, LatentStatistics
+from tests.helpers.weights import random_state
 
 AUTOENCODER = AutoencoderConfig(
     base_channels=8, channel_multipliers=(1, 2), num_res_blocks=1, latent_channels=3, norm_groups=4
@@ -24,15 +23,6 @@ UNET = UNetConfig(
     base_channels=16, channel_multipliers=(1, 2), num_res_blocks=1, attention_levels=(1,), head_dim=8, norm_groups=4
 )
 TEXT = TextConditioningConfig(width=16, depth=1, num_heads=2)
-
-
-def random_state(network: nn.Module) -> dict[str, Tensor]:
-    generator = torch.Generator().manual_seed(0)
-    state = {}
-    for name, tensor in network.state_dict().items():
-        noise = torch.randn(tensor.shape, generator=generator)
-        state[name] = tensor + 0.1 * noise if tensor.ndim == 1 else noise / tensor[0].numel() ** 0.5
-    return state
 
 
 @pytest.fixture(scope="session")

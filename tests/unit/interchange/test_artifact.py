@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,17 +12,21 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from ldm_scale.config.schema import AutoencoderConfig
 from ldm_scale.errors import CheckpointError
 from ldm_scale.interchange.artifact import (
     Artifact,
     DiffusionArtifact,
     artifact_format,
+    make_artifact,
     read_artifact,
     read_diffusion_artifact,
     write_artifact,
     write_diffusion_artifact,
 )
 from ldm_scale.interchange.safetensors_io import json_sha256, published_folder, read_tensors, tensors_sha256
+from ldm_scale.models.autoencoder import OUTPUT_LOGVAR, LatentStatistics
+from ldm_scale.models.half_precision import HalfPrecisionProbe
 
 
 def write(directory: Path, artifact: Artifact) -> str:
@@ -77,6 +82,24 @@ def test_one_changed_weight_is_noticed(tmp_path: Path, autoencoder_artifact: Art
         read_artifact(tmp_path)
 
 
+def test_weights_of_another_artifact_are_noticed(tmp_path: Path, autoencoder_artifact: Artifact) -> None:
+    write(tmp_path / "a", autoencoder_artifact)
+    other = {name: tensor + 1.0 for name, tensor in autoencoder_artifact.state.items()}
+    write_artifact(
+        tmp_path / "b", other, autoencoder_artifact.config, autoencoder_artifact.statistics, {"resolution": 16}
+    )
+    shutil.copy(tmp_path / "b" / "weights.safetensors", tmp_path / "a" / "weights.safetensors")
+    with pytest.raises(CheckpointError, match=r"a/weights\.safetensors is not what was written with config\.json"):
+        read_artifact(tmp_path / "a")
+
+
+def test_a_changed_architecture_is_noticed(tmp_path: Path, autoencoder_artifact: Artifact) -> None:
+    write(tmp_path, autoencoder_artifact)
+    edit_config(tmp_path, lambda content: content["autoencoder"].update(norm_groups=2))
+    with pytest.raises(CheckpointError, match=r"config\.json was changed after it was written"):
+        read_artifact(tmp_path)
+
+
 def test_weights_that_are_cut_short_are_named(tmp_path: Path, autoencoder_artifact: Artifact) -> None:
     write(tmp_path, autoencoder_artifact)
     path = tmp_path / "weights.safetensors"
@@ -97,6 +120,7 @@ def test_missing_files_are_named(tmp_path: Path, autoencoder_artifact: Artifact,
     ("change", "message"),
     [
         (lambda c: c.update(version=2), r"version \('ldm-scale-autoencoder', 2\)"),
+        (lambda c: c.update(half_precision={"fp16_safe": 1}), r"half_precision\.fp16_safe=1"),
         (lambda c: c.update(format="other"), r"format and version \('other', 1\)"),
         (lambda c: c.update(pixel_range=[0.0, 1.0]), r"pixel_range is \[0.0, 1.0\]"),
         (lambda c: c["autoencoder"].update(colour="red"), "colour"),
@@ -126,6 +150,40 @@ def test_tensors_of_another_model_are_refused_and_nothing_is_left(
             tmp_path / "a", state, autoencoder_artifact.config, autoencoder_artifact.statistics, {"resolution": 16}
         )
     assert not list(tmp_path.iterdir())
+
+
+def test_what_only_training_needs_is_left_out(tmp_path: Path, autoencoder_artifact: Artifact) -> None:
+    a = autoencoder_artifact
+    state = dict(a.state) | {OUTPUT_LOGVAR: torch.zeros(1)}
+    assert write_artifact(tmp_path, state, a.config, a.statistics, a.provenance) == a.content_hash
+    assert read_artifact(tmp_path).state.keys() == a.state.keys()
+
+
+def test_the_float16_probe_is_kept_and_hashed(tmp_path: Path, autoencoder_artifact: Artifact) -> None:
+    a = autoencoder_artifact
+    probe = HalfPrecisionProbe(True, 812.5, "decoder.conv_in", 512, fp16_difference=0.001)
+    digest = write_artifact(tmp_path, a.state, a.config, a.statistics, a.provenance, half_precision=probe)
+    assert read_artifact(tmp_path).half_precision == probe
+    assert a.half_precision is None
+    assert digest != a.content_hash
+    edit_config(tmp_path, lambda content: content["half_precision"].update(fp16_safe=False))
+    with pytest.raises(CheckpointError, match=r"config\.json was changed after it was written"):
+        read_artifact(tmp_path)
+
+
+def test_pixel_space_is_an_artifact_without_tensors(tmp_path: Path) -> None:
+    config = AutoencoderConfig(kind="identity", channel_multipliers=(1,), latent_channels=3)
+    artifact = make_artifact({}, config, LatentStatistics(), {"resolution": 16})
+    assert write(tmp_path, artifact) == artifact.content_hash
+    found = read_artifact(tmp_path)
+    assert (found.config, found.state, found.content_hash) == (config, {}, artifact.content_hash)
+
+
+def test_statistics_of_each_channel_come_back(tmp_path: Path, autoencoder_artifact: Artifact) -> None:
+    statistics = LatentStatistics(num_images=9, channel_mean=(0.1, -0.2, 0.3), channel_std=(1.0, 2.0, 0.5))
+    artifact = make_artifact(autoencoder_artifact.state, autoencoder_artifact.config, statistics, {"resolution": 16})
+    write(tmp_path, artifact)
+    assert read_artifact(tmp_path).statistics == statistics
 
 
 def test_another_autoencoder_beside_a_diffusion_model_is_refused(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -10,14 +11,19 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from ldm_scale.config.schema import AutoencoderConfig
 from ldm_scale.errors import CheckpointError, ConfigError
 from ldm_scale.export import main
 from ldm_scale.interchange import load, verify
 from ldm_scale.interchange import publish as publish_module
 from ldm_scale.interchange.artifact import (
+    AUTOENCODER_FORMAT,
     Artifact,
     DiffusionArtifact,
+    artifact_format,
     fill_artifact_folder,
+    make_artifact,
+    make_diffusion_artifact,
     read_artifact,
     read_diffusion_artifact,
     write_artifact,
@@ -26,6 +32,8 @@ from ldm_scale.interchange.artifact import (
 from ldm_scale.interchange.diffusers import fill_diffusers_folder
 from ldm_scale.interchange.load import read_source
 from ldm_scale.interchange.publish import publish
+from ldm_scale.models.autoencoder import Autoencoder, LatentStatistics
+from tests.helpers.weights import random_state
 
 
 @pytest.fixture
@@ -72,6 +80,134 @@ def test_an_autoencoder_alone(tmp_path: Path, autoencoder_artifact: Artifact) ->
     assert json.loads((tmp_path / "kl" / "config.json").read_text())["scaling_factor"] == 0.7
     assert main([str(tmp_path / "kl"), "--to", "safetensors", "--out", str(tmp_path / "b")]) == 0
     assert read_artifact(tmp_path / "b").content_hash == a.content_hash
+
+
+VQ = AutoencoderConfig(
+    kind="vq",
+    base_channels=8,
+    channel_multipliers=(1, 2),
+    num_res_blocks=1,
+    latent_channels=3,
+    norm_groups=4,
+    attention_levels=(1,),
+    codebook_size=20,
+)
+PER_CHANNEL = LatentStatistics(channel_mean=(3.0, -0.7, 0.01), channel_std=(9.0, 0.05, 1.3), num_images=8)
+
+
+@pytest.mark.parametrize("name", ["vq", "attention"])
+def test_the_other_kinds_there_and_back(tmp_path: Path, name: str) -> None:
+    config = VQ if name == "vq" else dataclasses.replace(VQ, kind="kl", codebook_size=None)
+    a = make_artifact(random_state(Autoencoder(config)), config, LatentStatistics(num_images=5), {"resolution": 16})
+    published = publish(a, "diffusers", tmp_path / "theirs")
+    kl_alone = set() if name == "vq" else {"autoencoder's posterior"}
+    assert set(published.differences) == {"autoencoder's latents", "autoencoder's pixels", *kl_alone}
+    assert f"import {'VQModel' if name == 'vq' else 'AutoencoderKL'}\n" in (tmp_path / "theirs/README.md").read_text()
+    publish(read_source(tmp_path / "theirs"), "safetensors", tmp_path / "b")
+    assert read_artifact(tmp_path / "b").content_hash == a.content_hash
+
+
+def per_channel_artifact(artifact: Artifact) -> Artifact:
+    return make_artifact(artifact.state, artifact.config, PER_CHANNEL, artifact.provenance)
+
+
+def test_statistics_per_channel_there_and_back(tmp_path: Path, autoencoder_artifact: Artifact) -> None:
+    a = per_channel_artifact(autoencoder_artifact)
+    published = publish(a, "diffusers", tmp_path / "theirs")
+    assert max(published.differences.values()) < 1e-4
+    assert "in quant_conv and post_quant_conv" in (tmp_path / "theirs" / "README.md").read_text()
+    back = read_source(tmp_path / "theirs")
+    assert isinstance(back, Artifact)
+    assert back.statistics == PER_CHANNEL
+    assert back.content_hash == a.content_hash
+
+
+@pytest.mark.parametrize("change", ["trained further", "without the original tensors"])
+def test_weights_changed_by_others_are_unfolded(tmp_path: Path, autoencoder_artifact: Artifact, change: str) -> None:
+    a = per_channel_artifact(autoencoder_artifact)
+    publish(a, "diffusers", tmp_path / "theirs")
+    expected = dict(a.state)
+    if change == "trained further":
+        weights = tmp_path / "theirs" / "diffusion_pytorch_model.safetensors"
+        theirs = load_file(weights)
+        theirs["post_quant_conv.weight"] *= 2
+        save_file(theirs, weights, metadata={"format": "pt"})
+        mean = torch.tensor(PER_CHANNEL.channel_mean)
+        weight = expected["post_quant_conv.weight"]
+        expected["post_quant_conv.weight"] = 2 * weight
+        # Twice the folded weight reads twice the mean, which was in the bias once.
+        expected["post_quant_conv.bias"] = expected["post_quant_conv.bias"] - weight.flatten(1) @ mean
+    else:
+        (tmp_path / "theirs" / "ldm_scale.safetensors").unlink()
+    back = read_source(tmp_path / "theirs")
+    assert isinstance(back, Artifact)
+    assert back.content_hash != a.content_hash
+    for name, tensor in expected.items():
+        assert (back.state[name] - tensor).norm() <= 1e-6 * tensor.norm(), name
+
+
+def test_a_pipeline_with_statistics_per_channel_comes_back(
+    tmp_path: Path, diffusion_artifact: DiffusionArtifact
+) -> None:
+    a = with_autoencoder(diffusion_artifact, per_channel_artifact(diffusion_artifact.autoencoder))
+    publish(a, "diffusers", tmp_path / "theirs")
+    assert read_source(tmp_path / "theirs").content_hash == a.content_hash
+
+
+def with_autoencoder(model: DiffusionArtifact, autoencoder: Artifact) -> DiffusionArtifact:
+    return make_diffusion_artifact(
+        model.state,
+        autoencoder,
+        unet=model.unet,
+        conditioning=model.conditioning,
+        diffusion=model.diffusion,
+        sampling=model.sampling,
+        provenance=model.provenance,
+    )
+
+
+IDENTITY = AutoencoderConfig(
+    kind="identity", base_channels=1, channel_multipliers=(1,), latent_channels=3, norm_groups=1
+)
+
+
+@pytest.mark.parametrize(
+    ("config", "statistics", "alone", "message"),
+    [
+        (VQ, LatentStatistics(), False, r"autoencoder\.kind=vq: StableDiffusionPipeline .* autoencoder alone"),
+        (VQ, LatentStatistics(shift=0.1), True, r"latent_statistics\.shift=0\.1: VQModel has a scaling_factor"),
+        (VQ, PER_CHANNEL, True, r"latent_statistics\.channel_mean: .* away from the codes"),
+        (IDENTITY, LatentStatistics(), True, r"autoencoder\.kind=identity: diffusers has no autoencoder without"),
+        (IDENTITY, LatentStatistics(), False, r"autoencoder\.kind=identity: diffusers has no autoencoder without"),
+    ],
+)
+def test_what_diffusers_cannot_hold_is_refused(
+    tmp_path: Path,
+    diffusion_artifact: DiffusionArtifact,
+    config: AutoencoderConfig,
+    statistics: LatentStatistics,
+    alone: bool,
+    message: str,
+) -> None:
+    first = make_artifact(random_state(Autoencoder(config)), config, statistics, {"resolution": 16})
+    artifact = first if alone else with_autoencoder(diffusion_artifact, first)
+    with pytest.raises(CheckpointError, match=message):
+        publish(artifact, "diffusers", tmp_path / "out")
+    assert not list(tmp_path.iterdir())
+    # Our own format holds them all.
+    publish(artifact, "safetensors", tmp_path / "out")
+    assert read_source(tmp_path / "out").content_hash == artifact.content_hash
+
+
+def test_the_identity_is_an_artifact_without_training(tmp_path: Path) -> None:
+    out = tmp_path / "artifact"
+    arguments = ["experiment=identity_f1", "--random-init", "--to", "safetensors", "--out", str(out)]
+    assert main(arguments) == 0
+    assert artifact_format(out) == AUTOENCODER_FORMAT
+    loaded = load.load_autoencoder(out)
+    x = torch.rand(1, 3, 5, 7)
+    assert torch.equal(loaded.decode(loaded.encode(x)), x)
+    assert torch.equal(loaded.encode(x), x)
 
 
 def test_untrained_models(tmp_path: Path) -> None:

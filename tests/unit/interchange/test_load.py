@@ -10,17 +10,26 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import UNet2DConditionModel
+from diffusers import AutoencoderKL, UNet2DConditionModel
 from safetensors.torch import save_file
 from torch import Tensor
 
 from ldm_scale import load_autoencoder, load_diffusion
 from ldm_scale.config.convert import config_to_dict
-from ldm_scale.config.schema import Config, DataConfig
+from ldm_scale.config.schema import AutoencoderConfig, Config, DataConfig
 from ldm_scale.errors import CheckpointError, ConfigError
-from ldm_scale.interchange.artifact import Artifact, DiffusionArtifact, write_artifact, write_diffusion_artifact
+from ldm_scale.interchange.artifact import (
+    Artifact,
+    DiffusionArtifact,
+    make_artifact,
+    write_artifact,
+    write_diffusion_artifact,
+)
 from ldm_scale.interchange.diffusers import fill_diffusers_folder
-from ldm_scale.interchange.load import LoadedDiffusion, read_source
+from ldm_scale.interchange.load import LoadedAutoencoder, LoadedDiffusion, read_source
+from ldm_scale.models.autoencoder import OUTPUT_LOGVAR, LatentStatistics
+from ldm_scale.models.half_precision import HalfPrecisionProbe
+from ldm_scale.models.tiling import decode_raw_tiled, encode_moments_tiled
 
 
 def write_checkpoint(
@@ -112,6 +121,44 @@ def test_autoencoder_of_an_artifact(tmp_path: Path, autoencoder_artifact: Artifa
     assert half.decode(latents).dtype == torch.bfloat16
 
 
+def test_tiles_pass_through_the_statistics(autoencoder_artifact: Artifact) -> None:
+    loaded, x = LoadedAutoencoder(autoencoder_artifact), torch.rand(2, 3, 48, 32) * 2 - 1
+    noise = torch.randn(2, 3, 24, 16)
+    torch.testing.assert_close(loaded.encode(x, noise, tile=48), loaded.encode(x, noise), rtol=1e-3, atol=1e-4)
+    z = loaded.encode(x)
+    torch.testing.assert_close(loaded.decode(z, tile=64, overlap=16), loaded.decode(z), rtol=1e-3, atol=1e-4)
+    mean, _ = encode_moments_tiled(loaded.network, x, 32, 16)
+    torch.testing.assert_close(loaded.encode(x, tile=32, overlap=16), 0.7 * mean)
+    torch.testing.assert_close(loaded.decode(z, tile=32), decode_raw_tiled(loaded.network, z / 0.7, 32))
+    assert loaded.to("cpu", torch.bfloat16).decode(z, tile=32).dtype == torch.bfloat16
+    for call in (lambda: loaded.encode(x, overlap=8), lambda: loaded.decode(z, overlap=8)):
+        with pytest.raises(ConfigError, match=r"^overlap=8 without tile"):
+            call()
+
+
+@pytest.mark.parametrize("safe", [None, False, True])
+def test_float16_needs_an_artifact_that_says_it_is_safe(autoencoder_artifact: Artifact, safe: bool | None) -> None:
+    a = autoencoder_artifact
+    probe = None if safe is None else HalfPrecisionProbe(safe, 2e5, "decoder.levels.0.1", 512)
+    loaded = LoadedAutoencoder(make_artifact(a.state, a.config, a.statistics, a.provenance, probe))
+    if safe:
+        assert loaded.to("cpu", torch.float16).network.quant_conv.weight.dtype == torch.float16
+        return
+    reason = "never been probed" if safe is None else r"decoder\.levels\.0\.1 reaches 2e\+05"
+    with pytest.raises(ConfigError, match=rf"^float16 is not safe .*{reason}.*; keep float32 or bfloat16$"):
+        loaded.to("cpu", torch.float16)
+    assert loaded.network.quant_conv.weight.dtype == torch.float32
+    loaded.to("cpu", torch.bfloat16)
+
+
+def test_pixels_pass_through_pixel_space() -> None:
+    config = AutoencoderConfig(kind="identity", channel_multipliers=(1,), latent_channels=3)
+    loaded = LoadedAutoencoder(make_artifact({}, config, LatentStatistics(), {"resolution": 16}))
+    x = torch.rand(2, 3, 16, 16) * 2 - 1
+    assert torch.equal(loaded.to("cpu", torch.float16).encode(x), x)
+    assert torch.equal(loaded.decode(x), x)
+
+
 def test_diffusion_of_every_kind_of_folder(
     tmp_path: Path, diffusion_artifact: DiffusionArtifact, diffusion_run: Path
 ) -> None:
@@ -150,13 +197,28 @@ def test_weights_that_other_software_changed_are_taken_as_they_are(
     )
 
 
+def test_a_float16_probe_is_dropped_with_the_weights_that_it_saw(
+    tmp_path: Path, autoencoder_artifact: Artifact
+) -> None:
+    a = autoencoder_artifact
+    probe = HalfPrecisionProbe(True, 12.0, "decoder.conv_in", 512)
+    fill_diffusers_folder(tmp_path, make_artifact(a.state, a.config, a.statistics, a.provenance, probe))
+    assert load_autoencoder(tmp_path).half_precision == probe
+    model_class: Any = AutoencoderKL
+    theirs = model_class.from_pretrained(tmp_path)
+    with torch.no_grad():
+        theirs.decoder.conv_in.bias += 1e6
+    theirs.save_pretrained(tmp_path)
+    assert load_autoencoder(tmp_path).half_precision is None
+
+
 def test_a_stage_1_run_stands_for_its_artifact_and_its_checkpoint_for_raw_latents(
     tmp_path: Path, autoencoder_artifact: Artifact
 ) -> None:
     a = autoencoder_artifact
     config = Config(stage="autoencoder", autoencoder=a.config, data=DataConfig(resolution=16))
     checkpoint = tmp_path / "checkpoints" / "images-0000000064"
-    write_checkpoint(checkpoint, config, "autoencoder", {"weight": a.state})
+    write_checkpoint(checkpoint, config, "autoencoder", {"weight": a.state | {OUTPUT_LOGVAR: torch.zeros(1)}})
     assert load_autoencoder(tmp_path).latent_statistics.num_images == 0
     write_artifact(tmp_path / "artifact", a.state, a.config, a.statistics, a.provenance)
     assert load_autoencoder(tmp_path).latent_statistics == a.statistics

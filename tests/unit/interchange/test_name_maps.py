@@ -20,11 +20,11 @@ from ldm_scale.interchange.artifact import (
 )
 from ldm_scale.interchange.diffusers import (
     clip_text_config,
-    empty_autoencoder,
     empty_unet,
     fill_diffusers_folder,
     make_scheduler,
 )
+from ldm_scale.interchange.diffusers_autoencoder import empty_autoencoder
 from ldm_scale.interchange.name_maps import autoencoder_names, restore, translate, unet_names
 from ldm_scale.models.autoencoder import LatentStatistics
 from ldm_scale.models.build import build_unet

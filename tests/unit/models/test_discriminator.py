@@ -5,7 +5,13 @@ import torch
 from torch import nn
 
 from ldm_scale.errors import ConfigError
-from ldm_scale.models.discriminator import PatchDiscriminator, hinge_discriminator_loss, hinge_generator_loss
+from ldm_scale.models.discriminator import (
+    PatchDiscriminator,
+    discriminator_loss,
+    generator_loss,
+    gradient_penalty,
+    lecam_penalty,
+)
 
 
 def published_network() -> nn.Sequential:
@@ -94,9 +100,50 @@ def test_initialisation() -> None:
             assert parameter.mean().item() == pytest.approx(mean, abs=0.01), name
 
 
-def test_hinge_losses() -> None:
+def test_losses() -> None:
     real = torch.tensor([2.0, 0.5, -1.0], dtype=torch.float64)
     fake = torch.tensor([-3.0, -0.5, 1.0], dtype=torch.float64)
     # max(0, 1 - real) = 0, 0.5, 2 and max(0, 1 + fake) = 0, 0.5, 2
-    assert hinge_discriminator_loss(real, fake).item() == pytest.approx(2.5 / 3, abs=1e-12)
-    assert hinge_generator_loss(fake).item() == pytest.approx(2.5 / 3, abs=1e-12)
+    assert discriminator_loss(real, fake, "hinge").item() == pytest.approx(2.5 / 3, abs=1e-12)
+    assert generator_loss(fake, "hinge").item() == pytest.approx(2.5 / 3, abs=1e-12)
+    entropy = nn.BCEWithLogitsLoss()
+    expected = 0.5 * (entropy(real, torch.ones_like(real)) + entropy(fake, torch.zeros_like(fake)))
+    assert discriminator_loss(real, fake, "non_saturating").item() == pytest.approx(expected.item(), abs=1e-12)
+    expected = entropy(fake, torch.ones_like(fake))
+    assert generator_loss(fake, "non_saturating").item() == pytest.approx(expected.item(), abs=1e-12)
+
+
+def test_r1_of_a_linear_discriminator_is_its_squared_weight() -> None:
+    weight = torch.randn(3, 8, 8, dtype=torch.float64)
+    x = torch.randn(5, 3, 8, 8, dtype=torch.float64, requires_grad=True)
+    logits = (x * weight).sum(dim=(1, 2, 3)).view(5, 1, 1, 1).expand(5, 1, 2, 3)  # the mean over patches is the logit
+    assert gradient_penalty(logits, x).item() == pytest.approx(weight.square().sum().item())
+
+
+def test_r1_has_a_gradient_of_its_own() -> None:
+    torch.manual_seed(0)
+    net = PatchDiscriminator(base_channels=4, num_layers=1).double()
+    x = torch.randn(2, 3, 16, 16, dtype=torch.float64, requires_grad=True)
+    weight = net.layers[0].weight
+
+    def penalty(value: torch.Tensor) -> torch.Tensor:
+        state = {**dict(net.named_parameters()), "layers.0.weight": value}
+        return gradient_penalty(torch.func.functional_call(net, state, (x,)), x)
+
+    assert torch.autograd.gradcheck(penalty, weight, eps=1e-6, atol=1e-6, nondet_tol=0, fast_mode=True)
+
+
+def test_lecam() -> None:
+    real, fake = torch.tensor([1.0, 3.0]), torch.tensor([-2.0, 0.0])
+    # (1 + 1)^2 and (3 + 1)^2 from the fakes' average -1; (-2 - 2)^2 and (0 - 2)^2 from the reals' average 2
+    assert lecam_penalty(real, fake, average_real=2.0, average_fake=-1.0).item() == pytest.approx(10 + 10)
+
+
+def test_batch_norm_is_the_published_network() -> None:
+    torch.manual_seed(0)
+    ours, published = PatchDiscriminator(norm="batch"), published_network()
+    renamed = {name.removeprefix("layers."): tensor for name, tensor in ours.state_dict().items()}
+    published.load_state_dict(renamed)
+    x = torch.randn(3, 3, 48, 40)
+    torch.testing.assert_close(ours(x), published(x))
+    torch.testing.assert_close(ours.eval()(x), published.eval()(x), msg="running statistics")

@@ -1,0 +1,214 @@
+"""Speed of encoding and decoding: our autoencoder against diffusers' AutoencoderKL with the same weights.
+
+Ours is a `LoadedAutoencoder`, as every command uses it. diffusers' model is measured as it comes and in channels_last,
+and the faster of the two in a case is the baseline. All compute in fp32 without gradients, in one process.
+
+Calls take turns (ours, plain, channels_last, ours, ...), and the result is the median over rounds of the times' ratio,
+so that other work on the machine hits all of a round. On one CPU thread the clock is that of the process's own time,
+which leaves out what the machine gave to others meanwhile. Before anything is timed, outputs are compared: networks
+that are not the same function get no figure.
+
+    python -m benchmarks.autoencoder [--device cuda] [--case kl_f8_128] [--rounds 15]
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import statistics
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from benchmarks.unet_step import environment, spread
+from ldm_scale.config.compose import load_config
+from ldm_scale.config.schema import AutoencoderConfig
+from ldm_scale.engine.env import cpu_threads
+from ldm_scale.interchange.artifact import make_artifact
+from ldm_scale.interchange.diffusers_autoencoder import empty_autoencoder
+from ldm_scale.interchange.load import LoadedAutoencoder
+from ldm_scale.interchange.name_maps import autoencoder_names
+from ldm_scale.interchange.verify import load_both, relative_difference
+from ldm_scale.models.autoencoder import LatentStatistics
+from ldm_scale.models.build import build_autoencoder, build_seeded
+
+RESULTS = Path(__file__).resolve().parent / "results"
+TOLERANCE = 1e-4  # of the norm, for latents and for pixels
+MIN_ROUNDS = 10  # fewer are a trial: printed, not written
+WARMUP_ROUNDS = 2
+
+Call = Callable[[], Tensor]
+
+
+@dataclass(frozen=True)
+class Case:
+    """One autoencoder and the images that it encodes and decodes."""
+
+    autoencoder: AutoencoderConfig
+    resolution: int
+    batch: int
+
+
+def cases() -> dict[str, Case]:
+    """The autoencoders and sizes that are measured, by name."""
+    openmoji = load_config(["experiment=openmoji_autoencoder"])
+    kl_f8 = load_config(["experiment=kl_f8"]).autoencoder
+    return {
+        "openmoji_f4": Case(openmoji.autoencoder, openmoji.data.resolution, 4),
+        "kl_f8_128": Case(kl_f8, 128, 1),
+        "kl_f8_128_b4": Case(kl_f8, 128, 4),
+        "kl_f8_256": Case(kl_f8, 256, 1),
+    }
+
+
+def main(argv: Sequence[str]) -> int:
+    """0; 1 if two autoencoders of a case do not compute the same."""
+    parser = argparse.ArgumentParser(description="Encoding and decoding by our autoencoder against diffusers'.")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--case", choices=tuple(cases()), action="append", help="default: all")
+    parser.add_argument("--rounds", type=int, default=15, help=f"timed rounds (below {MIN_ROUNDS}: a trial)")
+    parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the JSON file")
+    arguments = parser.parse_args(argv)
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    device = torch.device(arguments.device)
+    if device.type == "cpu":
+        torch.set_num_threads(cpu_threads())  # as training does on one rank
+    elif not torch.cuda.is_available():
+        parser.error("--device cuda: torch sees no CUDA device")
+
+    results: dict[str, Any] = {}
+    for name in arguments.case or cases():
+        case = cases()[name]
+        result = measure(case, device, arguments.rounds, name)
+        if result is None:
+            return 1
+        results[name] = {"case": asdict(case)} | result
+    print(table(results))
+    if arguments.rounds < MIN_ROUNDS:
+        print(f"a trial: below {MIN_ROUNDS} rounds nothing is written")
+        return 0
+    date = datetime.now(UTC).date().isoformat()
+    path = arguments.out / f"autoencoder-{device.type}-{date}.json"
+    document = {"benchmark": "autoencoder", "environment": environment(device, date), "results": results}
+    path.write_text(json.dumps(document, indent=2) + "\n")
+    print(f"written to {path}")
+    return 0
+
+
+@torch.no_grad()
+def measure(case: Case, device: torch.device, num_rounds: int, name: str) -> dict[str, Any] | None:
+    """Times and ratios of a case; None, with the reason on stderr, if the autoencoders are not the same function."""
+    ours, theirs = both_autoencoders(case, device)
+    channels_last: Any = copy.deepcopy(theirs).to(memory_format=torch.channels_last)
+    x = torch.rand(case.batch, 3, case.resolution, case.resolution, generator=torch.Generator().manual_seed(1))
+    x = (x * 2 - 1).to(device)
+    z = ours.encode(x)
+    x_last, z_last = (tensor.contiguous(memory_format=torch.channels_last) for tensor in (x, z))
+    calls: dict[str, dict[str, Call]] = {
+        "encode": {
+            "ours": lambda: ours.encode(x_last),
+            "plain": lambda: theirs.encode(x).latent_dist.mode(),
+            "channels_last": lambda: channels_last.encode(x_last).latent_dist.mode(),
+        },
+        "decode": {
+            "ours": lambda: ours.decode(z_last),
+            "plain": lambda: theirs.decode(z).sample,
+            "channels_last": lambda: channels_last.decode(z_last).sample,
+        },
+    }
+    differences = {
+        direction: max(relative_difference(by[layout](), by["ours"]()) for layout in ("plain", "channels_last"))
+        for direction, by in calls.items()
+    }
+    # Written so that a NaN refuses too.
+    if not all(difference <= TOLERANCE for difference in differences.values()):
+        print(f"{name}: outputs differ by {differences} of their norms; no speed is measured", file=sys.stderr)
+        return None
+    result: dict[str, Any] = {
+        "parameters": sum(parameter.numel() for parameter in ours.network.parameters()),
+        "dtype": "float32",
+        "clock": "process time" if _uses_cpu_time(device) else "wall",
+        "rounds": num_rounds,
+    }
+    for direction, by in calls.items():
+        seconds = time_rounds(by, device, num_rounds, f"{name} {direction}")
+        result[direction] = {"output_difference": differences[direction]} | compared(seconds, case.batch)
+    return result
+
+
+def both_autoencoders(case: Case, device: torch.device) -> tuple[LoadedAutoencoder, Any]:
+    """Ours and theirs in fp32 with the same weights, none of them zero throughout."""
+    config = case.autoencoder
+    network = build_seeded(lambda: build_autoencoder(config), seed=0)
+    theirs: nn.Module = empty_autoencoder(config, LatentStatistics(), case.resolution).to_empty(device="cpu")
+    load_both(network, theirs, network.state_dict(), autoencoder_names(config))
+    artifact = make_artifact(network.state_dict(), config, LatentStatistics(), {"resolution": case.resolution})
+    return LoadedAutoencoder(artifact).to(device), theirs.to(device).eval()
+
+
+def time_rounds(calls: dict[str, Call], device: torch.device, num_rounds: int, name: str) -> dict[str, list[float]]:
+    """Seconds of each call by its name, the calls taken in turn after a warm-up."""
+    seconds: dict[str, list[float]] = {call: [] for call in calls}
+    clock = time.process_time if _uses_cpu_time(device) else time.perf_counter
+    for turn in tqdm(range(WARMUP_ROUNDS + num_rounds), desc=name, unit="round", mininterval=1.0):
+        for call, compute in calls.items():
+            _synchronize(device)
+            begin_s = clock()
+            compute()
+            _synchronize(device)
+            if turn >= WARMUP_ROUNDS:
+                seconds[call].append(clock() - begin_s)
+    return seconds
+
+
+def compared(seconds: dict[str, list[float]], batch: int) -> dict[str, Any]:
+    """Images/s of ours, and as a multiple of the faster of diffusers' two layouts."""
+    baseline = min(("plain", "channels_last"), key=lambda layout: statistics.median(seconds[layout]))
+    ratios = {
+        layout: spread([theirs / ours for ours, theirs in zip(seconds["ours"], seconds[layout], strict=True)])
+        for layout in ("plain", "channels_last")
+    }
+    return {
+        "baseline": baseline,
+        "ratio_images_per_s": ratios[baseline],
+        "ratio_images_per_s_by_layout": ratios,
+        "images_per_s": {call: batch / statistics.median(times) for call, times in seconds.items()},
+        "ours_s": spread(seconds["ours"]),
+        "theirs_s": spread(seconds[baseline]),
+    }
+
+
+def table(results: dict[str, Any]) -> str:
+    """Images/s of ours as a multiple of theirs, two lines per case."""
+    lines = [f"{'images/s, ours / diffusers':<30}{'median':>8}{'quartiles':>18}{'min .. max':>18}{'baseline':>16}"]
+    for name, result in results.items():
+        for direction in ("encode", "decode"):
+            ratio = result[direction]["ratio_images_per_s"]
+            quartiles = f"{ratio['lower_quartile']:.3f} .. {ratio['upper_quartile']:.3f}"
+            extremes = f"{ratio['min']:.3f} .. {ratio['max']:.3f}"
+            label, baseline = f"{name} {direction}", result[direction]["baseline"]
+            lines.append(f"{label:<30}{ratio['median']:>8.3f}{quartiles:>18}{extremes:>18}{baseline:>16}")
+    return "\n".join(lines)
+
+
+def _uses_cpu_time(device: torch.device) -> bool:
+    """Several threads wait actively for each other, which counts as work: only one thread's time is its own."""
+    return device.type == "cpu" and torch.get_num_threads() == 1
+
+
+def _synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

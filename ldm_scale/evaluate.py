@@ -1,0 +1,101 @@
+"""`ldm-scale evaluate autoencoder | compare | rate-distortion`: figures of trained models, with their protocol."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from ldm_scale.errors import ConfigError
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """0, after the figures were printed, as a table or as one JSON object."""
+    arguments = _parser().parse_args(argv)
+    run: Callable[[argparse.Namespace], tuple[dict[str, Any], str]] = arguments.run
+    # The libraries behind some formats print notices when they are imported; stdout belongs to the result.
+    with contextlib.redirect_stdout(sys.stderr):
+        document, text = run(arguments)
+    print(json.dumps(document, allow_nan=False) if arguments.json else text)
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="ldm-scale evaluate",
+        description="Measures trained models. Beside every figure stands the protocol that it was measured under; "
+        "figures of different protocols are not compared.",
+    )
+    actions = parser.add_subparsers(dest="action", required=True)
+    output = argparse.ArgumentParser(add_help=False)
+    output.add_argument("--json", action="store_true", help="print one JSON object instead of a table")
+    _add_autoencoder(actions.add_parser("autoencoder", parents=[output], help="reconstructions of held-out images"))
+    compare = actions.add_parser("compare", parents=[output], help="several results side by side")
+    compare.add_argument("results", nargs="+", type=Path, metavar="RESULT", help="a result.json or its folder")
+    compare.set_defaults(run=_compare)
+    plot = actions.add_parser(
+        "rate-distortion",
+        parents=[output],
+        help="distortion over the rate of the latents, of several results",
+        description="Draws PSNR and the perceptual distance of several results over the bits per pixel of their "
+        "latents: how much of a picture's bits is detail that nobody sees, and how much is content.",
+    )
+    plot.add_argument("results", nargs="+", type=Path, metavar="RESULT", help="a result.json or its folder")
+    plot.add_argument("--out", type=Path, required=True, metavar="PNG", help="the plot")
+    plot.set_defaults(run=_rate_distortion)
+    return parser
+
+
+def _add_autoencoder(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("source", type=Path, metavar="PATH", help="a run, a checkpoint, an artifact or an export")
+    parser.add_argument("--data", type=Path, required=True, help="a manifest.json, or a folder of images")
+    parser.add_argument("--split", help="of the manifest; default: heldout")
+    parser.add_argument("--resolution", type=int, help="pixels along each side; default: the model's in training")
+    parser.add_argument("--num-images", type=int, help="images to measure, the same for every model; default: all")
+    parser.add_argument("--batch", type=int, default=16, help="images at once; changes no figure")
+    parser.add_argument("--weights", choices=("raw", "ema"), help="of a checkpoint; default: ema where it has them")
+    parser.add_argument("--perceptual", choices=("efficientnet_lite0", "lpips_vgg"), default="efficientnet_lite0")
+    parser.add_argument("--perceptual-weights", type=Path, metavar="FILE", help="torchvision's VGG16, for lpips_vgg")
+    parser.add_argument("--features", choices=("efficientnet_lite0", "inception_v3"), default="efficientnet_lite0")
+    parser.add_argument("--features-weights", type=Path, metavar="FILE", help="FID's Inception, for inception_v3")
+    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    parser.add_argument("--out", type=Path, metavar="DIR", help="folder for result.json and reconstructions.png")
+    parser.set_defaults(run=_autoencoder)
+
+
+# Imported in each: torch and the networks take seconds, which --help and a wrong command line need not wait for.
+def _autoencoder(arguments: argparse.Namespace) -> tuple[dict[str, Any], str]:
+    from ldm_scale.evaluation.results import result_text
+    from ldm_scale.operations.evaluate import evaluate_autoencoder
+
+    document = evaluate_autoencoder(arguments)
+    return document, result_text(document)
+
+
+def _compare(arguments: argparse.Namespace) -> tuple[dict[str, Any], str]:
+    from ldm_scale.evaluation.results import comparison_table, protocol_lines, read_result, require_one_protocol
+
+    if len(arguments.results) < 2:
+        raise ConfigError(f"{arguments.results[0]}: one result alone cannot be compared; give two or more")
+    results = [read_result(path) for path in arguments.results]
+    require_one_protocol(results)
+    protocol = results[0].protocol
+    document = {
+        "protocol": protocol,
+        "results": [{"source": r.source, "model": r.model, "figures": r.figures} for r in results],
+    }
+    return document, f"{comparison_table(results)}\n\nprotocol of all of them\n{protocol_lines(protocol)}"
+
+
+def _rate_distortion(arguments: argparse.Namespace) -> tuple[dict[str, Any], str]:
+    from ldm_scale.evaluation.rate_distortion import plot_rate_distortion, rate_distortion_table
+    from ldm_scale.evaluation.results import read_result
+
+    results = [read_result(path) for path in arguments.results]
+    rows = plot_rate_distortion(results, arguments.out)
+    document = {"plot": str(arguments.out), "protocol": results[0].protocol, "models": rows}
+    return document, f"{rate_distortion_table(rows)}\nwrote {arguments.out}"

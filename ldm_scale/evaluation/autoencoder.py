@@ -1,0 +1,174 @@
+"""What an autoencoder loses and what it keeps, measured image by image.
+
+Reconstructions come from the mode of the posterior, and are clamped and rounded to 8 bits before anything is measured,
+as a file would hold them. Beside each figure stands what it is to be judged by: bicubic down by f and up again, and
+for the perceptual distance also that between unrelated images (each original against the one before it): a
+reconstruction at that distance has nothing left of its picture. What is kept of each image is a few numbers and its
+features, so memory does not grow by its pixels.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ldm_scale.errors import DataError, NumericsError
+from ldm_scale.evaluation.features import ImageFeatures
+from ldm_scale.evaluation.frechet import frechet_figures
+from ldm_scale.evaluation.images import eight_bits
+from ldm_scale.evaluation.rate import PIXEL_BITS, CodeUsage, GaussianRate, numbers_per_pixel
+from ldm_scale.evaluation.reconstruction import bicubic_baseline, psnr
+from ldm_scale.evaluation.similarity import ssim
+from ldm_scale.interchange.load import LoadedAutoencoder
+from ldm_scale.models.perceptual import PerceptualLoss
+
+NUM_SHOWN = 16
+RECONSTRUCTION = "mode of the posterior, float32, clamped to [-1, 1], rounded to 8 bits"
+STATISTICS = "mean and population standard deviation of the images' own figures"
+PSNR = "over all pixels and channels of an image, peak 255; images that come back exactly are counted and left out"
+BASELINE = "Keys' bicubic, a = -1/2, down by f with antialiasing and up again, rounded to 8 bits"
+
+
+@dataclass(frozen=True, eq=False)
+class Instruments:
+    """Frozen networks to measure with."""
+
+    perceptual: PerceptualLoss
+    features: ImageFeatures
+    frechet_name: str
+    num_features: int
+    num_components: int | None  # principal components that the Frechet distance is taken in; None = all features
+
+
+class ReconstructionMeter:
+    """Takes in images, batch by batch, and gives the figures of a model on all of them.
+
+    `shown` are the first originals and their reconstructions, for a picture.
+    """
+
+    def __init__(self, model: LoadedAutoencoder, instruments: Instruments) -> None:
+        self._model, self._instruments = model, instruments
+        self._values: list[dict[str, Tensor]] = []
+        self._features: list[tuple[Tensor, Tensor]] = []
+        self._previous: Tensor | None = None
+        self._shown: list[tuple[Tensor, Tensor]] = []
+        self.num_images = 0
+        config = model.config
+        self._gaussian = GaussianRate(config.latent_channels) if config.kind == "kl" else None
+        self._codes = CodeUsage(config.codebook_size) if config.codebook_size is not None else None
+
+    @torch.inference_mode()
+    def add(self, x: Tensor) -> None:
+        """Nothing; measures one batch.
+
+        Shapes: pixels (B, 3, H, W) in [-1, 1] of 8-bit values, on the model's device.
+        Raises: NumericsError if a reconstruction is not finite; ConfigError for images that f does not divide.
+        """
+        x = eight_bits(x)
+        baseline = eight_bits(bicubic_baseline(x, self._model.config.downsampling_factor))
+        y = self._reconstruct(x)
+        perceptual = self._instruments.perceptual
+        before = torch.cat([x[:1] if self._previous is None else self._previous, x[:-1]])
+        values = {
+            "psnr_db": psnr(x, y),
+            "ssim": ssim(x, y),
+            "mean_absolute_error": (x - y).abs().double().mean(dim=(1, 2, 3)),
+            "perceptual": perceptual(y, x),
+            "bicubic_psnr_db": psnr(x, baseline),
+            "bicubic_ssim": ssim(x, baseline),
+            "bicubic_perceptual": perceptual(baseline, x),
+            "unrelated_perceptual": perceptual(before, x),
+        }
+        self._values.append({name: value.double().cpu() for name, value in values.items()})
+        self._features.append((self._instruments.features.extract(x), self._instruments.features.extract(y)))
+        if self.num_images < NUM_SHOWN:
+            self._shown.append((x[: NUM_SHOWN - self.num_images].cpu(), y[: NUM_SHOWN - self.num_images].cpu()))
+        self._previous = x[-1:]
+        self.num_images += len(x)
+
+    @property
+    def shown(self) -> tuple[Tensor, Tensor]:
+        """The first originals and reconstructions. Shapes: (N, 3, H, W) twice, N at most NUM_SHOWN."""
+        originals, reconstructions = zip(*self._shown, strict=True)
+        return torch.cat(originals), torch.cat(reconstructions)
+
+    def figures(self) -> dict[str, Any]:
+        """All figures by name, for JSON.
+
+        Units: PSNR in dB; errors in pixel values of [-1, 1]; rates in bits per pixel of the image.
+        Raises: DataError if there was no image.
+        """
+        if not self.num_images:
+            raise DataError("no image to evaluate reconstructions on; name another split or folder")
+        values = {name: torch.cat([part[name] for part in self._values]) for name in self._values[0]}
+        originals, reconstructions = (torch.cat(part) for part in zip(*self._features, strict=True))
+        instruments = self._instruments
+        frechet = frechet_figures(originals, reconstructions, instruments.num_components)
+        figures: dict[str, Any] = {
+            "psnr_db": _summary(values["psnr_db"]),
+            "exact_images": int(values["psnr_db"].isposinf().sum()),
+            "ssim": _summary(values["ssim"]),
+            "mean_absolute_error": _summary(values["mean_absolute_error"]),
+            "perceptual": {
+                "name": instruments.perceptual.name,
+                **_summary(values["perceptual"]),
+                # The first image has none before it.
+                "unrelated": _summary(values["unrelated_perceptual"][1:])["mean"],
+            },
+            "frechet": {"name": instruments.frechet_name, **frechet},
+            "bicubic": {
+                name: _summary(values[f"bicubic_{name}"])["mean"] for name in ("psnr_db", "ssim", "perceptual")
+            },
+            "rate": {"numbers_per_pixel": numbers_per_pixel(self._model.config), **self._rate()},
+        }
+        if self._codes is not None:
+            figures["codes"] = {
+                "share_used": self._codes.share_used,
+                "perplexity": self._codes.perplexity,
+                "num_chosen": self._codes.num_chosen,
+            }
+        return figures
+
+    def _reconstruct(self, x: Tensor) -> Tensor:
+        network = self._model.network
+        mean, logvar = network.encode_moments(x)
+        num_pixels = x[:, 0].numel()
+        if self._gaussian is not None:
+            assert logvar is not None, "a KL autoencoder's posterior has a variance"
+            self._gaussian.add(mean, logvar, num_pixels)
+        if self._codes is not None:
+            assert network.quantizer is not None, "a VQ autoencoder has a quantiser"
+            self._codes.add(network.quantizer(mean)[1], num_pixels)
+        y = network.decode(network.latents(mean, logvar))
+        finite = torch.isfinite(y).flatten(start_dim=1).all(dim=1)
+        if not finite.all():
+            first = self.num_images + int((~finite).nonzero()[0])
+            raise NumericsError(
+                f"{int((~finite).sum())} of {len(y)} reconstructions are not finite, the first of image {first} in "
+                "the order of evaluation: these weights are damaged or diverged"
+            )
+        return eight_bits(y)
+
+    def _rate(self) -> dict[str, float]:
+        if self._gaussian is not None:
+            return {
+                "kl_bits_per_pixel": self._gaussian.bits_per_pixel,
+                "kl_bits_per_pixel_fitted": self._gaussian.fitted_bits_per_pixel,
+            }
+        if self._codes is not None:
+            return {
+                "code_bits_per_pixel": self._codes.bits_per_pixel,
+                "code_entropy_bits_per_pixel": self._codes.fitted_bits_per_pixel,
+            }
+        return {"stored_bits_per_pixel": PIXEL_BITS}
+
+
+def _summary(values: Tensor) -> dict[str, float | None]:
+    """Mean and standard deviation over the images whose figure is not infinite, None where there is none."""
+    values = values[~values.isposinf()]
+    if not len(values):
+        return {"mean": None, "std": None}
+    return {"mean": values.mean().item(), "std": values.std(correction=0).item()}

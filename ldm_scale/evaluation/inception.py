@@ -1,0 +1,76 @@
+"""Inception features of FID, from the torch-fidelity package and a file of weights: nothing is downloaded.
+
+A Frechet distance is an FID only on these features, with the weights that everybody uses and their resize, which is
+TensorFlow 1's and differs from torch's. With other weights the number keeps a name of its own.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import pickle
+from importlib.util import find_spec
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ldm_scale.errors import ConfigError
+
+WEIGHTS_FILE = "weights-inception-2015-12-05-6726825d.pth"
+_STANDARD_SHA256 = "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2"
+NUM_FEATURES = 2048
+
+
+class InceptionFeatures:
+    """Turns images into the (2048,) vectors that FID is made of.
+
+    Raises: ConfigError if torch-fidelity or the weights are missing, or do not fit together.
+    """
+
+    def __init__(self, weights_path: Path | None, device: torch.device | str = "cpu") -> None:
+        if find_spec("torch_fidelity") is None:
+            raise ConfigError(
+                "--features inception_v3 needs torch-fidelity's network, which this environment lacks: "
+                "pip install torch-fidelity, or use --features efficientnet_lite0, which is installed"
+            )
+        if weights_path is None or not weights_path.is_file():
+            found = "no file was named" if weights_path is None else f"there is no file {weights_path}"
+            raise ConfigError(
+                f"--features inception_v3 needs FID's weights, but {found}: give --features-weights the path of "
+                f"torch-fidelity's {WEIGHTS_FILE} (from its releases page)"
+            )
+        from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
+
+        with weights_path.open("rb") as file:
+            self.weights_hash = hashlib.file_digest(file, "sha256").hexdigest()
+        try:
+            net = FeatureExtractorInceptionV3("inception-v3-compat", ["2048"], str(weights_path))
+        except (RuntimeError, TypeError, AttributeError, EOFError, pickle.UnpicklingError) as error:
+            reason = " ".join(str(error).split())[:200]
+            raise ConfigError(
+                f"--features-weights {weights_path} does not hold {WEIGHTS_FILE}'s tensors ({reason}): give that file"
+            ) from error
+        self._device = torch.device(device)
+        self._net = net.eval().to(self._device)
+
+    @property
+    def name(self) -> str:
+        """What reports call a Frechet distance of reconstructions on these features."""
+        return "rFID" if self.weights_hash == _STANDARD_SHA256 else f"FD-InceptionV3-{self.weights_hash[:8]}"
+
+    @property
+    def protocol(self) -> dict[str, str | int]:
+        """What a number made from these features depends on, to be written beside it."""
+        return {
+            "features": "Inception v3 of 2015-12-05, 2048 activations averaged over space",
+            "pixels": "clamped to [-1, 1], rounded to 8 bits",
+            "resize": "TensorFlow 1 bilinear",
+            "resolution": 299,
+        }
+
+    @torch.inference_mode()
+    def extract(self, images: Tensor) -> Tensor:
+        """Features of one batch. Shapes: (B, 3, H, W) in [-1, 1]; returns (B, 2048) fp32 on the CPU."""
+        levels = ((images.to(self._device).float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
+        features: Tensor = self._net(levels)[0].float().cpu()
+        return features

@@ -1,0 +1,187 @@
+"""Figures of a model with the protocol that they were measured under, as files and as tables.
+
+A result is one JSON object: `model` says what was measured, `protocol` how, `figures` what came out. Two results may be
+set side by side only if their protocols are equal, field by field; what the model is may differ.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ldm_scale.errors import ConfigError, DataError
+
+FORMAT, VERSION = "ldm-scale-autoencoder-evaluation", 1
+RESULT_FILE = "result.json"
+_ABSENT = "nothing"
+
+
+@dataclass(frozen=True)
+class Result:
+    """One evaluation; `source` is where it was read from, for messages."""
+
+    source: str
+    model: dict[str, Any]
+    protocol: dict[str, Any]
+    figures: dict[str, Any]
+
+    @property
+    def label(self) -> str:
+        """Short name of the model, such as kl-f8-c4."""
+        return str(self.model["label"])
+
+
+def write_result(directory: Path, document: dict[str, Any]) -> Path:
+    """Path of the document's file in the directory; an older one is replaced at once or not at all."""
+    directory.mkdir(parents=True, exist_ok=True)
+    path = directory / RESULT_FILE
+    partial = path.with_suffix(".partial")
+    partial.write_text(json.dumps(document, indent=2, allow_nan=False) + "\n", encoding="utf-8")
+    os.replace(partial, path)
+    return path
+
+
+def read_result(path: Path) -> Result:
+    """The result in a file, or in a folder's result.json.
+
+    Raises: DataError if there is none, or it is not of our format and version.
+    """
+    if path.is_dir():
+        path = path / RESULT_FILE
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise DataError(
+            f"{path}: no such file; `ldm-scale evaluate autoencoder ... --out DIR` writes a {RESULT_FILE}"
+        ) from None
+    except (ValueError, OSError) as error:
+        raise DataError(f"{path}: this result cannot be read ({error}); evaluate the model again") from None
+    if not isinstance(content, dict) or content.get("format") != FORMAT:
+        raise DataError(f'{path}: not a result of `ldm-scale evaluate autoencoder` (its "format" must be {FORMAT!r})')
+    if content.get("version") != VERSION:
+        raise DataError(
+            f"{path}: result version {content.get('version')}, this program reads {VERSION}; evaluate again"
+        )
+    parts = [content.get(part) for part in ("model", "protocol", "figures")]
+    if not all(isinstance(part, dict) for part in parts) or "label" not in content["model"]:
+        raise DataError(f"{path}: model, protocol or figures are missing from this result; evaluate the model again")
+    return Result(str(path), content["model"], content["protocol"], content["figures"])
+
+
+def require_one_protocol(results: Sequence[Result]) -> None:
+    """Nothing, if all results were measured in the same way.
+
+    Raises: ConfigError with the first field that differs, and both values.
+    """
+    first = results[0]
+    expected = dict(_fields(first.protocol))
+    for other in results[1:]:
+        found = dict(_fields(other.protocol))
+        differing = [name for name in expected | found if expected.get(name, _ABSENT) != found.get(name, _ABSENT)]
+        if differing:
+            name = differing[0]
+            more = f" (and {len(differing) - 1} more fields)" if len(differing) > 1 else ""
+            raise ConfigError(
+                f"{first.source} and {other.source} were measured under different protocols: {name} is "
+                f"{expected.get(name, _ABSENT)!r} and {found.get(name, _ABSENT)!r}{more}; their figures cannot be "
+                "compared: evaluate both in the same way"
+            )
+
+
+def unique_labels(results: Sequence[Result]) -> list[str]:
+    """A name for each result: the model's, with the folder of its result or a number where two have the same."""
+    labels = [result.label for result in results]
+    if len(set(labels)) < len(labels):
+        labels = [f"{label} {Path(r.source).parent.name}".strip() for label, r in zip(labels, results, strict=True)]
+    return [label if labels.count(label) == 1 else f"{label} #{i + 1}" for i, label in enumerate(labels)]
+
+
+def figure_rows(figures: dict[str, Any]) -> dict[str, str]:
+    """The figures for people: printed value by name, in the order of a table."""
+    perceptual, frechet, bicubic = figures["perceptual"], figures["frechet"], figures["bicubic"]
+    distance = perceptual["name"]
+    rows = {
+        "PSNR, dB": _spread(figures["psnr_db"], 2, absent="exact"),
+        "PSNR of bicubic by f, dB": _number(bicubic["psnr_db"], 2, absent="exact"),
+        "SSIM": _spread(figures["ssim"], 4),
+        "SSIM of bicubic by f": _number(bicubic["ssim"], 4),
+        "L1, pixels in [-1, 1]": _spread(figures["mean_absolute_error"], 5),
+        distance + (" (the paper's PSIM)" if distance == "LPIPS-VGG" else ""): _spread(perceptual, 4),
+        f"{distance} of bicubic by f": _number(bicubic["perceptual"], 4),
+        f"{distance} of unrelated images": _number(perceptual["unrelated"], 4),
+        frechet["name"]: _number(frechet["distance"], 3),
+        f"{frechet['name']}, half against other half": _number(frechet["halves_reconstructed"], 3),
+        f"{frechet['name']}, original halves (floor)": _number(frechet["halves_original"], 3),
+        "latent numbers per pixel": _number(figures["rate"]["numbers_per_pixel"], 4),
+    }
+    rates = {
+        "kl_bits_per_pixel": "KL from N(0, 1), bits per pixel",
+        "kl_bits_per_pixel_fitted": "KL from fitted Gaussians, bits per pixel",
+        "code_bits_per_pixel": "log2|Z| a code, bits per pixel",
+        "code_entropy_bits_per_pixel": "entropy of the codes, bits per pixel",
+        "stored_bits_per_pixel": "stored bits per pixel",
+    }
+    rows |= {name: _number(figures["rate"][key], 4) for key, name in rates.items() if key in figures["rate"]}
+    if "codes" in figures:
+        rows["codes used"] = f"{figures['codes']['share_used']:.1%} in {figures['codes']['num_chosen']} choices"
+        rows["perplexity of the codes"] = _number(figures["codes"]["perplexity"], 1)
+    if figures["exact_images"]:
+        rows["images that come back exactly"] = str(figures["exact_images"])
+    return rows
+
+
+def comparison_table(results: Sequence[Result]) -> str:
+    """Figures of several models in columns."""
+    columns = [figure_rows(result.figures) for result in results]
+    names = list(dict.fromkeys(name for rows in columns for name in rows))
+    lines = [["", *unique_labels(results)]]
+    lines += [[name, *(rows.get(name, "-") for rows in columns)] for name in names]
+    widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
+    return "\n".join(
+        "  ".join([line[0].ljust(widths[0]), *(cell.rjust(w) for cell, w in zip(line[1:], widths[1:], strict=True))])
+        for line in lines
+    )
+
+
+def result_text(document: dict[str, Any]) -> str:
+    """A result document for people: figures, protocol, what was left out."""
+    result = Result("", document["model"], document["protocol"], document["figures"])
+    model, bad = document["model"], document["bad_images"]
+    lines = [f"{model['path']}: {model['label']}, {model['parameters']:,} parameters, {model['weights']} weights, "]
+    lines[0] += f"content {model['content_sha256'][:12]}"
+    lines += [comparison_table([result])]
+    if "not_measured" in document["figures"]["frechet"]:
+        lines += [f"{document['figures']['frechet']['name']}: {document['figures']['frechet']['not_measured']}"]
+    if bad["count"]:
+        lines += [f"left out: {bad['count']} images", *(f"  {key}: {why}" for key, why in bad["names"].items())]
+    return "\n".join([*lines, "", "protocol", protocol_lines(document["protocol"])])
+
+
+def protocol_lines(protocol: dict[str, Any]) -> str:
+    """The protocol for people, a field a line."""
+    fields = dict(_fields(protocol))
+    width = max(map(len, fields))
+    return "\n".join(f"  {name:<{width}}  {value}" for name, value in fields.items())
+
+
+def _fields(protocol: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Names, with dots for what lies inside, and values."""
+    for name, value in protocol.items():
+        if isinstance(value, dict):
+            yield from _fields(value, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", value
+
+
+def _spread(summary: dict[str, Any], digits: int, absent: str = "-") -> str:
+    if summary["mean"] is None:
+        return absent
+    return f"{summary['mean']:.{digits}f} +- {summary['std']:.{digits}f}"
+
+
+def _number(value: float | None, digits: int, absent: str = "-") -> str:
+    return absent if value is None else f"{value:.{digits}f}"

@@ -1,0 +1,242 @@
+"""Image shards to latent shards: what `ldm-scale encode` does on one rank.
+
+Shard i belongs to rank i modulo the number of ranks, whatever the others do: no process group, so any launcher will do,
+and ranks may start and end at different times.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from tqdm import tqdm
+
+from ldm_scale import __version__
+from ldm_scale.config.fit import neighbours
+from ldm_scale.data.decode import to_pixels
+from ldm_scale.data.latent_rendering import Rendered, pack_sample, read_pieces
+from ldm_scale.data.latent_shards import CacheFolder, Source, sha256_of
+from ldm_scale.data.latents import LATENTS, LatentCache, LatentTransform
+from ldm_scale.engine.env import Launch, cpu_threads
+from ldm_scale.engine.preemption import StopRequest
+from ldm_scale.errors import ConfigError, DataError
+from ldm_scale.interchange.artifact import Artifact
+from ldm_scale.interchange.load import LoadedAutoencoder, read_source
+from ldm_scale.telemetry.log import get_logger, shows_progress
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+class _Stopped(Exception):
+    """A signal asked for the end; the shard under way is given up."""
+
+
+@dataclass
+class _Tally:
+    images: int = 0
+    unusable: int = 0
+    encoded: int = 0
+    kept: int = 0
+    seconds: float = 0.0
+
+
+def encode(arguments: argparse.Namespace, launch: Launch) -> dict[str, Any]:
+    """What was encoded and what the cache holds now, as plain values.
+
+    Raises: ConfigError for arguments that cannot be, CheckpointError for the artifact, DataError for the shards.
+    """
+    log = get_logger(launch.rank)
+    artifact = read_source(arguments.artifact)
+    artifact = artifact if isinstance(artifact, Artifact) else artifact.autoencoder
+    cache = describe_cache(artifact, arguments)
+    folder = CacheFolder(arguments.out, arguments.manifest, cache)
+    chosen = choose_shards(folder, arguments.split, arguments.max_shards)
+    mine = chosen[launch.rank :: launch.world_size]
+    pending = [source for source in mine if folder.find(source) is None]
+    tally = _Tally(kept=len(mine) - len(pending))
+    device = _device(arguments.device, launch)
+    log.info(
+        f"encode: {len(pending)} of {len(mine)} shards of this rank to do ({launch.world_size} ranks), {device.type}, "
+        f"{cache.transform.precision}, moments {cache.moments_shape} in {cache.transform.dtype} x "
+        f"{len(cache.variants)} variants; output in {folder.out}"
+    )
+    started = time.monotonic()
+    stopped = ""
+    if pending:
+        autoencoder = LoadedAutoencoder(artifact).to(device, DTYPES[cache.transform.precision])
+        with StopRequest() as stop:
+            encoder = _Encoder(folder, autoencoder, device, stop, tally)
+            try:
+                encoder.encode_shards(pending, arguments.batch, arguments.workers)
+            except _Stopped:
+                stopped = stop.signal_name
+    tally.seconds = time.monotonic() - started
+    manifest = folder.publish()
+    report = _report(folder, manifest, tally, stopped)
+    if stopped:
+        log.warning(f"stopped by {stopped}: the same command goes on from here")
+    return report
+
+
+def describe_cache(artifact: Artifact, arguments: argparse.Namespace) -> LatentCache:
+    """The provenance that the arguments ask for.
+
+    Raises: ConfigError if they contradict each other or the artifact.
+    """
+    config = artifact.config
+    resolution = artifact.provenance["resolution"] if arguments.resolution is None else arguments.resolution
+    if resolution % config.downsampling_factor:
+        raise ConfigError(
+            f"--resolution {resolution}: must be a multiple of the artifact's f={config.downsampling_factor}; give "
+            f"{neighbours(resolution, config.downsampling_factor)}"
+        )
+    scale = arguments.crop_scale_min
+    if (arguments.crops > 0) != (scale < 1.0):
+        raise ConfigError(
+            f"--crops {arguments.crops} with --crop-scale-min {scale:g}: random crops need both, a number above 0 and "
+            "a scale below 1; give both or neither"
+        )
+    transform = LatentTransform(
+        resolution, arguments.crops, scale, arguments.flips, arguments.precision, arguments.dtype
+    )
+    return LatentCache(
+        artifact.content_hash,
+        config.kind,
+        config.downsampling_factor,
+        config.latent_channels,
+        transform,
+        f"ldm-scale {__version__}",
+    )
+
+
+def choose_shards(folder: CacheFolder, splits: list[str], max_shards: int | None) -> list[Source]:
+    """The first `max_shards` (None: all) shards of the splits ([]: of all splits), the same on every rank.
+
+    Raises: DataError if there is no such split.
+    """
+    unknown = [split for split in splits if split not in folder.sources]
+    if unknown:
+        raise DataError(
+            f"--split {unknown[0]}: {folder.source_manifest} has no such split; it has: {', '.join(folder.sources)}"
+        )
+    return [source for split in splits or folder.sources for source in folder.sources[split]][:max_shards]
+
+
+class _Encoder:
+    """Runs shards through the autoencoder."""
+
+    def __init__(
+        self,
+        folder: CacheFolder,
+        autoencoder: LoadedAutoencoder,
+        device: torch.device,
+        stop: StopRequest,
+        tally: _Tally,
+    ) -> None:
+        self._folder, self._autoencoder, self._device = folder, autoencoder, device
+        self._stop, self._tally = stop, tally
+
+    def encode_shards(self, sources: list[Source], batch: int, num_workers: int) -> None:
+        """Nothing; the latent shards of these sources are written.
+
+        Raises: _Stopped when a signal asked for it; DataError if a source is not what its manifest says.
+        """
+        pieces = [
+            (source.split, range(first, min(first + batch, source.first + source.num_samples)))
+            for source in sources
+            for first in range(source.first, source.first + source.num_samples, batch)
+        ]
+        groups = read_pieces(self._folder.datasets, self._folder.cache, pieces, num_workers)
+        total = sum(source.num_samples for source in sources)
+        with tqdm(total=total, desc="encode", unit="images", mininterval=1.0, disable=not shows_progress()) as bar:
+            for source in sources:
+                _check_sum(source)
+                self._folder.write(source, self._samples(source, groups, bar))
+                self._tally.encoded += 1
+
+    def _samples(self, source: Source, groups: Iterator[list[Rendered]], bar: Any) -> Iterator[dict[str, Any]]:
+        """The samples of the latent shard."""
+        left = source.num_samples
+        while left:
+            if self._stop.requested:
+                raise _Stopped
+            rendered = next(groups)
+            moments = self._moments(np.concatenate([sample.images for sample in rendered]))
+            at = 0
+            for sample in rendered:
+                yield pack_sample(sample, moments[at : at + len(sample.images)], self._folder.cache)
+                at += len(sample.images)
+                self._tally.unusable += not len(sample.images)
+            left -= len(rendered)
+            self._tally.images += len(rendered)
+            bar.update(len(rendered))
+
+    @torch.no_grad()
+    def _moments(self, images: NDArray[np.uint8]) -> NDArray[np.float32]:
+        """Mean and, of a KL posterior, log-variance below it. Shapes: (N, H, W, 3) to (N, C, h, w)."""
+        network = self._autoencoder.network
+        dtype = DTYPES[self._folder.cache.transform.precision]
+        if not len(images):
+            return np.empty((0, *self._folder.cache.moments_shape), np.float32)
+        parts = network.encode_moments(to_pixels(images).to(self._device, dtype))
+        moments: NDArray[np.float32] = torch.cat([part for part in parts if part is not None], 1).float().cpu().numpy()
+        return moments
+
+
+def _check_sum(source: Source) -> None:
+    """Returns if the image shard is the one of its manifest: the cache states its checksum."""
+    found = sha256_of(source.path)
+    if found != source.entry["sha256"]:
+        raise DataError(
+            f"{source.path}: its sha256 is {found[:12]}, its manifest says {source.entry['sha256'][:12]}; the shard "
+            "was changed: copy it again or index it anew with `ldm-scale prepare index`"
+        )
+
+
+def _device(wanted: str, launch: Launch) -> torch.device:
+    """This rank's device; on the CPU also its share of threads."""
+    if wanted == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("--device cuda but torch sees no CUDA device; use --device auto or cpu")
+    if wanted != "cpu" and torch.cuda.is_available():
+        if launch.local_rank >= torch.cuda.device_count():
+            raise ConfigError(
+                f"local rank {launch.local_rank} has no GPU of its own ({torch.cuda.device_count()} on this host); "
+                "start at most one rank per GPU"
+            )
+        return torch.device("cuda", launch.local_rank)
+    torch.set_num_threads(cpu_threads(launch.local_world_size))
+    return torch.device("cpu")
+
+
+def _report(folder: CacheFolder, manifest: dict[str, Any], tally: _Tally, stopped: str) -> dict[str, Any]:
+    """What the command prints."""
+    splits = {}
+    for split, entry in manifest["splits"].items():
+        cached = [shard for shard in entry["shards"] if shard.get("kind") == LATENTS]
+        splits[split] = {
+            "num_samples": entry["num_samples"],
+            "shards": len(entry["shards"]),
+            "latent_shards": len(cached),
+            "bytes": sum(shard["bytes"] for shard in cached),
+        }
+    return {
+        "manifest": str(folder.out / "manifest.json"),
+        "artifact_sha256": folder.cache.artifact_sha256,
+        "transform_sha256": folder.cache.transform.sha256,
+        "moments_shape": list(folder.cache.moments_shape),
+        "variants": list(folder.cache.variants),
+        "splits": splits,
+        "complete": all(split["shards"] == split["latent_shards"] for split in splits.values()),
+        "encoded_shards": tally.encoded,
+        "kept_shards": tally.kept,
+        "images": tally.images,
+        "unusable": tally.unusable,
+        "images_per_s": round(tally.images / max(tally.seconds, 1e-9), 2),
+        "stopped_by": stopped,
+    }

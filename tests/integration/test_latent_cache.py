@@ -1,0 +1,380 @@
+"""Training on a latent cache is training on its images; what is not that cache is refused before it starts."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import io
+import itertools
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+from scipy import stats
+
+from ldm_scale.__main__ import main
+from ldm_scale.config.fit import batch_plan
+from ldm_scale.config.schema import Config
+from ldm_scale.data import Loader, build_loader
+from ldm_scale.data.sources.tars import index_tars
+from ldm_scale.diffusion.loss import diffusion_loss
+from ldm_scale.diffusion.prediction import training_target
+from ldm_scale.engine import env
+from ldm_scale.engine.collectives import mean_over_ranks
+from ldm_scale.training import diffusion_product
+from ldm_scale.training.diffusion_step import DiffusionTask
+from tests.helpers.commands import stage1, stage2
+from tests.helpers.latents import Members, array, encode, npy, other_artifact, rewrite
+from tests.helpers.ranks import run_ranks
+from tests.helpers.runs import set_random_outputs, tiny_artifact, tiny_config
+from tests.helpers.shards import make_dataset, make_sample, write_tar
+
+STEPS = 6
+CROPS = ["--crops", "4", "--crop-scale-min", "0.6"]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """24 samples in three shards, two of which cannot be used, and caches of them."""
+    path = tmp_path_factory.mktemp("cache")
+    rng = np.random.default_rng(0)
+    samples = [(f"{n:03d}", make_sample(n, 20, rng)) for n in range(24)]
+    samples[5][1]["png"] = b"junk"
+    samples[17][1]["txt"] = b"\xff"
+    (path / "data").mkdir()
+    tars = [write_tar(path / "data" / f"s{n}.tar", samples[8 * n : 8 * n + 8]) for n in range(3)]
+    index_tars(tars, path / "data" / "manifest.json", "train")
+    tiny_artifact(path / "artifact")
+    encode(path, "--dtype", "float32", out="whole")
+    encode(path, "--dtype", "float32", "--max-shards", "1", out="mixed")
+    encode(path, out="half")
+    encode(path, "--flips", "--dtype", "float32", out="flips")
+    encode(path, *CROPS, "--flips", "--dtype", "float32", out="crops")
+    return path
+
+
+def _config(folder: Path, manifest: str, flip: bool = False, crop: float = 1.0, **sections: Any) -> Config:
+    data = {"horizontal_flip": flip, "crop_scale_min": crop}
+    config = tiny_config("diffusion", folder / manifest / "manifest.json", folder / "run", data=data, **sections)
+    return dataclasses.replace(config, artifact=str(folder / "artifact"))
+
+
+def _start(config: Config) -> DiffusionTask:
+    launch = env.read_launch()
+    environment = env.start(launch, config.train)
+    task = DiffusionTask(config, batch_plan(config, launch.world_size), environment)
+    set_random_outputs(task.network, seed=3)
+    return task
+
+
+def _loader(task: DiffusionTask) -> Loader:
+    return build_loader(
+        task.config.data,
+        seed=task.config.train.seed,
+        global_batch=task.plan.global_batch,
+        micro_batch=task.plan.micro_batch,
+        rank=task.environment.rank,
+        world_size=task.environment.world_size,
+        accept_latents=True,
+    )
+
+
+def _run(config: Config) -> dict[str, Any]:
+    """Losses of free-running training, what was seen, and validation at its end."""
+    task = _start(config)
+    loader = _loader(task)
+    stream = iter(loader)
+    losses, keys, captions, kinds = [], [], [], []
+    for step in range(STEPS):
+        batches = list(itertools.islice(stream, task.plan.accumulation_steps))
+        keys += [key for batch in batches for key in batch.keys]
+        captions += [caption for batch in batches for caption in batch.captions]
+        kinds += [0 if b.cached is None else int(b.cached.sum()) for b in batches]
+        losses.append(float(mean_over_ranks(task.accumulate(batches, step * 8)["loss"])))
+        task.update(step * 8)
+    with task.evaluating():
+        figures = diffusion_product.validate(task)
+    seen = {"keys": keys, "captions": captions, "cached": kinds, "bad": loader.bad_samples.names}
+    return {"losses": losses, "validation": figures, **seen}
+
+
+@pytest.fixture(scope="module")
+def on_the_fly(folder: Path) -> dict[str, Any]:
+    return run_ranks(_run, 1, _config(folder, "data"))[0]  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize(("manifest", "tolerance"), [("whole", 1e-5), ("mixed", 1e-5), ("half", 1e-3)])
+def test_cached_mixed_and_on_the_fly_training_agree_step_by_step(
+    folder: Path, on_the_fly: dict[str, Any], manifest: str, tolerance: float
+) -> None:
+    (cached,) = run_ranks(_run, 1, _config(folder, manifest))
+    assert cached["losses"] == pytest.approx(on_the_fly["losses"], rel=tolerance)
+    assert cached["validation"] == pytest.approx(on_the_fly["validation"], rel=tolerance)
+    assert (cached["keys"], cached["captions"]) == (on_the_fly["keys"], on_the_fly["captions"])
+    assert cached["bad"] == on_the_fly["bad"] == {"s0/005": "image does not decode", "s2/017": "caption is not UTF-8"}
+    assert on_the_fly["cached"] == [0] * STEPS
+    assert sum(cached["cached"]) == (8 * STEPS if manifest != "mixed" else sum(k[:2] == "s0" for k in cached["keys"]))
+    assert len({round(loss, 4) for loss in cached["losses"]}) == STEPS
+
+
+def test_a_mixture_on_two_ranks_with_accumulation_is_the_same_training(
+    folder: Path, on_the_fly: dict[str, Any]
+) -> None:
+    for result in run_ranks(_run, 2, _config(folder, "mixed", train={"micro_batch": 2})):
+        assert result["losses"] == pytest.approx(on_the_fly["losses"], rel=1e-5)
+
+
+def test_flips_fall_as_they_do_for_images(folder: Path, on_the_fly: dict[str, Any]) -> None:
+    (images,) = run_ranks(_run, 1, _config(folder, "data", flip=True))
+    (cached,) = run_ranks(_run, 1, _config(folder, "flips", flip=True))
+    assert cached["losses"] == pytest.approx(images["losses"], rel=1e-5)
+    assert images["losses"] != pytest.approx(on_the_fly["losses"], rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [
+        {"kind": "vq", "codebook_size": 16},
+        {"kind": "identity", "channel_multipliers": (1,), "latent_channels": 3},
+    ],
+)
+def test_latents_that_are_points_are_cached_as_points(tmp_path: Path, kind: dict[str, Any]) -> None:
+    make_dataset(tmp_path / "data", num_samples=16, samples_per_shard=8, resolution=20)
+    other_artifact(tmp_path / "artifact", **kind)
+    encode(tmp_path, "--dtype", "float32", "--max-shards", "1")
+    images, mixed = (
+        run_ranks(_run, 1, _config(tmp_path, manifest, autoencoder=kind))[0] for manifest in ("data", "cache")
+    )
+    assert 0 < sum(mixed["cached"]) < 8 * STEPS
+    assert mixed["losses"] == pytest.approx(images["losses"], rel=1e-5)
+    assert mixed["validation"] == pytest.approx(images["validation"], rel=1e-5)
+
+
+def _validation_latents(config: Config) -> tuple[torch.Tensor, torch.Tensor]:
+    """Latents that validation takes, and the modes of the same images' posteriors."""
+    task = _start(config)
+    images = dataclasses.replace(config.data, manifest=config.data.manifest.replace("whole", "data"))
+    loader = build_loader(
+        images, seed=0, global_batch=8, micro_batch=8, rank=0, world_size=1, augment=False, num_epochs=1
+    )
+    x = torch.cat([batch.images for batch in loader])
+    return diffusion_product._validation_set(task)[0], task.autoencoder.encode(x)
+
+
+@pytest.mark.parametrize("manifest", ["data", "whole"])
+def test_validation_takes_modes(folder: Path, manifest: str) -> None:
+    ((latents, modes),) = run_ranks(_validation_latents, 1, _config(folder, manifest))
+    torch.testing.assert_close(latents, modes, atol=1e-5, rtol=1e-5)
+
+
+def _losses_of_images(config: Config) -> list[float]:
+    """The loss of each image over many steps, without training."""
+    task = _start(config)
+    losses: list[float] = []
+    for batch in itertools.islice(_loader(task), 48):
+        numbers = batch.image_numbers.tolist()
+        z = task.encode(batch)
+        t, noise, _ = task._draw(numbers)
+        with torch.no_grad():
+            prediction = task.network(task.schedule.add_noise(z, noise, t), t, task.tokens(batch.captions))
+        losses += diffusion_loss(prediction, training_target("eps", z, noise), "l2").tolist()
+    return losses
+
+
+def test_random_crops_of_the_cache_give_the_losses_of_random_crops(folder: Path) -> None:
+    """Other crops of the same images under the same noise: equal in distribution, not one by one."""
+    (images,) = run_ranks(_losses_of_images, 1, _config(folder, "data", flip=True, crop=0.6))
+    (cached,) = run_ranks(_losses_of_images, 1, _config(folder, "crops", flip=True, crop=0.6))
+    assert images != cached
+    differences = np.array(cached) - np.array(images)
+    assert np.abs(differences.mean()) < 4 * differences.std() / len(differences) ** 0.5
+    assert stats.ks_2samp(images, cached).pvalue > 0.05
+
+
+def _seen_variants(config: Config) -> list[torch.Tensor]:
+    loader = build_loader(
+        config.data, seed=0, global_batch=8, micro_batch=8, rank=0, world_size=1, accept_latents=True, num_epochs=32
+    )
+    return [moments for batch in loader if batch.moments is not None for moments in batch.moments]
+
+
+def test_the_variant_is_a_function_of_seed_and_position_and_all_come(folder: Path) -> None:
+    config = _config(folder, "crops", flip=True, crop=0.6)
+    first = _seen_variants(config)
+    workers = dataclasses.replace(config, data=dataclasses.replace(config.data, num_workers=2))
+    assert all(torch.equal(a, b) for a, b in zip(first, _seen_variants(workers), strict=True))
+    assert len({moments.numpy().tobytes() for moments in first}) == 22 * 4
+
+
+def _main_and_errors(arguments: list[str]) -> tuple[int, str]:
+    with contextlib.redirect_stderr(io.StringIO()) as errors:
+        return main(["train", *arguments]), errors.getvalue()
+
+
+@pytest.mark.slow
+def test_a_run_that_was_started_on_images_goes_on_with_their_cache(folder: Path, tmp_path: Path) -> None:
+    common = ["data.crop_scale_min=1", "train.log_every_images=8", "train.checkpoint_every_images=0"]
+    common += ["optimizer.decay=constant", "train.validate_every_images=0"]
+
+    def train(name: str, images: int, *more: str) -> str:
+        arguments = stage2(folder, tmp_path / name, *common, f"train.total_images={images}", *more)
+        ((status, errors),) = run_ranks(_main_and_errors, 1, arguments)
+        assert status == 0, errors
+        return errors
+
+    train("images", 40)
+    train("both", 16)
+    (tmp_path / "both" / "result.json").unlink()
+    errors = train("both", 40, f"data.manifest={folder / 'whole' / 'manifest.json'}")
+    assert "continuing at 16 images" in errors
+    files = [tmp_path / name / "metrics.jsonl" for name in ("images", "both")]
+    rows = [[row["loss"] for row in map(json.loads, path.read_text().splitlines()) if "loss" in row] for path in files]
+    assert len(rows[0]) == 5
+    assert rows[1] == pytest.approx(rows[0], rel=1e-5)
+
+
+@pytest.fixture
+def small(tmp_path: Path) -> Path:
+    make_dataset(tmp_path / "data", num_samples=16, samples_per_shard=8, resolution=20)
+    tiny_artifact(tmp_path / "artifact")
+    return tmp_path
+
+
+def refusal(capfd: pytest.CaptureFixture[str], arguments: list[str], status: int) -> str:
+    """The line that the command prints when it refuses its arguments."""
+    capfd.readouterr()
+    assert main(["train", *arguments]) == status
+    output, errors = capfd.readouterr()
+    assert output == ""
+    assert errors.count("\n") == 1, errors
+    assert errors.startswith("error: ")
+    assert not dist.is_initialized()
+    return errors
+
+
+def _cached(folder: Path, *more: str) -> list[str]:
+    manifest = f"data.manifest={folder / 'cache' / 'manifest.json'}"
+    return stage2(folder, folder / "run", manifest, "data.crop_scale_min=1", *more)
+
+
+def test_stage_1_refuses_latents(small: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    encode(small, "--max-shards", "1")
+    line = refusal(capfd, stage1(small, small / "run", f"data.manifest={small / 'cache' / 'manifest.json'}"), 2)
+    assert "holds 1 latent shards in its split 'train' where pictures are needed" in line
+
+
+def test_a_cache_of_another_artifact(small: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    encode(small)
+    old = json.loads((small / "cache" / "manifest.json").read_text())["latents"]["artifact_sha256"]
+    (small / "artifact").rename(small / "old")
+    other_artifact(small / "artifact")
+    line = refusal(capfd, _cached(small), 2)
+    new = json.loads((small / "artifact" / "config.json").read_text())["content_sha256"]
+    assert f"holds latents of the autoencoder {old[:12]}, artifact={small / 'artifact'} is {new[:12]}" in line
+
+
+@pytest.mark.parametrize(
+    ("changes", "override", "message"),
+    [
+        ({"latent_channels": 4}, "autoencoder.latent_channels=4", "latents with c=3, the config's autoencoder has c=4"),
+        (
+            {"channel_multipliers": (1, 2, 2)},
+            "autoencoder.channel_multipliers=[1,2,2]",
+            "latents with f=2, the config's autoencoder has f=4",
+        ),
+    ],
+)
+def test_a_cache_of_another_f_or_c(
+    small: Path, capfd: pytest.CaptureFixture[str], changes: dict[str, Any], override: str, message: str
+) -> None:
+    encode(small)
+    (small / "artifact").rename(small / "old")
+    other_artifact(small / "artifact", **changes)
+    assert message in refusal(capfd, _cached(small, override), 2)
+
+
+@pytest.mark.parametrize(
+    ("options", "override", "message"),
+    [
+        (["--resolution", "8"], "data.resolution=16", "images of 8 pixels, the config says data.resolution=16"),
+        ([], "data.horizontal_flip=true", "encoded without mirror images, the config says data.horizontal_flip=true"),
+        (["--flips"], "data.horizontal_flip=false", "encoded with mirror images, the config says data.horizontal_fl"),
+        ([], "data.crop_scale_min=0.9", "a scale of 1 (1 = none), the config says data.crop_scale_min=0.9"),
+        (CROPS, "data.crop_scale_min=1", "a scale of 0.6 (1 = none), the config says data.crop_scale_min=1"),
+        (CROPS, "data.crop_scale_min=0.7", "a scale of 0.6 (1 = none), the config says data.crop_scale_min=0.7"),
+    ],
+)
+def test_a_cache_of_another_resolution_or_augmentation(
+    small: Path, capfd: pytest.CaptureFixture[str], options: list[str], override: str, message: str
+) -> None:
+    encode(small, *options)
+    line = refusal(capfd, _cached(small, override), 2)
+    assert f"data.manifest={small / 'cache' / 'manifest.json'}" in line
+    assert message in line
+
+
+def test_a_cache_cut_short_or_without_a_shard(small: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    encode(small)
+    shard = small / "cache" / "train-000001.tar"
+    content = shard.read_bytes()
+    shard.write_bytes(content[:-1024])
+    line = refusal(capfd, _cached(small), 3)
+    assert f"{shard}: {len(content) - 1024} bytes, but its manifest says {len(content)}" in line
+    assert "`ldm-scale encode`" in line
+    shard.unlink()
+    assert f"{shard}: shard named in the manifest cannot be opened" in refusal(capfd, _cached(small), 3)
+
+
+def _narrow(samples: dict[str, Members]) -> None:
+    for members in samples.values():
+        members["latents.center.npy"] = npy(array(members["latents.center.npy"])[:3])
+
+
+def _nan(samples: dict[str, Members]) -> None:
+    for members in samples.values():
+        members["latents.center.npy"] = npy(array(members["latents.center.npy"]) * np.float16(np.nan))
+
+
+def _no_moments(samples: dict[str, Members]) -> None:
+    for members in samples.values():
+        del members["latents.center.npy"]
+
+
+def _other_type(samples: dict[str, Members]) -> None:
+    for members in samples.values():
+        members["latents.center.npy"] = npy(array(members["latents.center.npy"]).astype(np.float64))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (_narrow, "its latents.center.npy has shape (3, 8, 8) of float16, its manifest says (6, 8, 8) of float16"),
+        (_other_type, "its latents.center.npy has shape (6, 8, 8) of float64, its manifest says (6, 8, 8) of float16"),
+        (_nan, "its latents.center.npy holds NaN or infinity"),
+        (_no_moments, "no member latents.center.npy"),
+    ],
+)
+def test_moments_that_are_not_what_the_manifest_says(
+    small: Path, capfd: pytest.CaptureFixture[str], change: Callable[[dict[str, Members]], None], message: str
+) -> None:
+    encode(small)
+    rewrite(small / "cache" / "manifest.json", change, shard=1)
+    line = refusal(capfd, _cached(small), 3)
+    assert f"train-000001/train00008: {message}" in line
+
+
+def test_a_provenance_that_was_edited(small: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    encode(small)
+    path = small / "cache" / "manifest.json"
+    content = json.loads(path.read_text())
+    content["latents"]["transform"]["horizontal_flip"] = True
+    path.write_text(json.dumps(content))
+    assert f"{path}: its transform hashes to" in refusal(capfd, _cached(small, "data.horizontal_flip=true"), 3)
+    del content["latents"]
+    path.write_text(json.dumps(content))
+    assert f"{path}: malformed provenance of latents" in refusal(capfd, _cached(small), 3)

@@ -1,0 +1,53 @@
+"""Blocks reuse memory where no gradient is asked for: the same values, and inputs stay as they were."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from ldm_kernels import group_norm_silu
+from ldm_scale.models.blocks import ResidualBlock
+
+
+def block(out_channels: int, time_dim: int | None = None) -> ResidualBlock:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        network = ResidualBlock(8, out_channels, norm_groups=4, eps=1e-6, time_dim=time_dim)
+        assert network.norm2.channel_bias is not None
+        torch.nn.init.normal_(network.norm2.channel_bias)
+    return network
+
+
+def features() -> Tensor:
+    x = torch.randn(2, 8, 6, 6, generator=torch.Generator().manual_seed(1))
+    return x.contiguous(memory_format=torch.channels_last)
+
+
+@pytest.mark.parametrize("out_channels", [8, 12])
+@pytest.mark.parametrize("time_dim", [None, 5])
+def test_a_residual_block_is_the_same_without_gradients(out_channels: int, time_dim: int | None) -> None:
+    network, x = block(out_channels, time_dim), features()
+    time = None if time_dim is None else torch.ones(2, time_dim)
+    expected, before = network(x, time), x.clone()
+    with torch.no_grad():
+        found = network(x, time)
+        again = network(x, time)
+    assert torch.equal(found, expected.detach())
+    assert torch.equal(again, found), "nothing that a call needs was overwritten by the one before"
+    assert torch.equal(x, before)
+    assert found.is_contiguous(memory_format=torch.channels_last)
+
+
+def test_mixed_types_are_added_in_the_wider_one() -> None:
+    network, x = block(8), features()
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        assert network(x).dtype == torch.float32
+
+
+def test_a_group_norm_leaves_its_input_alone() -> None:
+    x = features()
+    before = x.clone()
+    with torch.no_grad():
+        group_norm_silu(x, 4, torch.ones(8), torch.zeros(8), channel_bias=torch.ones(8))
+    assert torch.equal(x, before)
