@@ -240,15 +240,15 @@ def _norm(
 
 def _measure(norm: GroupNorm, x: Tensor, moments: _Moments) -> None:
     """Adds the groups of x (with the bias that the norm adds) to `moments`. Shapes: x (1, C, h, w)."""
-    pixels = x.shape[2] * x.shape[3]
-    variance, mean = torch.var_mean(x[0].float(), dim=(1, 2), correction=0)
-    variance, mean = variance.double(), mean.double()
-    if norm.channel_bias is not None:
-        mean = mean + norm.channel_bias.double()
-    means = mean.view(norm.num_groups, -1)
-    group_mean = means.mean(dim=1)
-    squares = pixels * (variance.view_as(means) + (means - group_mean[:, None]).square()).sum(dim=1)
-    moments.add(pixels * means.shape[1], group_mean, squares)
+    channels, height, width = x.shape[1:]
+    x = x.float() if norm.channel_bias is None else x.float() + norm.channel_bias[:, None, None].float()
+    x = x.contiguous(memory_format=torch.channels_last)
+    # Five times faster on a CPU than var_mean, and just what the norm would take.
+    pixels = height * width
+    _, mean, rstd = torch.native_group_norm(x, None, None, 1, channels, pixels, norm.num_groups, norm.eps)
+    variance = (rstd[0].double() ** -2 - norm.eps).clamp(min=0.0)
+    count = pixels * channels // norm.num_groups
+    moments.add(count, mean[0].double(), variance * count)
 
 
 def _own_part(x: Tensor, row: _Span, column: _Span) -> Tensor:
