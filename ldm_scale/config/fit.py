@@ -57,6 +57,20 @@ def check_artifact_fits(config: Config, f: int, latent_channels: int) -> None:
     check_latent_resolution(config, f, f"the artifact {config.artifact}")
 
 
+def check_posterior(config: Config, kind: str, measured: str) -> None:
+    """Nothing, if a KL artifact's statistics were measured on what stage 2 takes: samples of the posterior, or modes.
+
+    Raises: ConfigError that names both sides.
+    """
+    wanted = "sample" if config.latents.sample_posterior else "mode"
+    if kind == "kl" and measured != wanted:
+        raise ConfigError(
+            f"latents.sample_posterior={str(config.latents.sample_posterior).lower()}, but the statistics of artifact="
+            f"{config.artifact} were measured on the posterior's {measured}s, so that latents would not have a "
+            f"deviation of 1; set latents.sample_posterior={str(measured == 'sample').lower()}"
+        )
+
+
 def check_latent_resolution(config: Config, f: int, owner: str) -> None:
     """Nothing, if every level of the UNet halves latents of whole numbers; `owner` says whose f it is.
 

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import math
 import os
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -299,6 +300,10 @@ def import_deepspeed(environment: Environment) -> Any:
     device = environment.device
     os.environ.setdefault("DS_ACCELERATOR", "cuda" if device.type == "cuda" else "cpu")
     os.environ.setdefault("LOCAL_RANK", str(environment.launch.local_rank))  # DeepSpeed insists on the variable
+    # DeepSpeed's stage 3 calls what torch deprecates, at every bucket of every step.
+    warnings.filterwarnings(
+        "ignore", message=".*(reduce_scatter_tensor|all_gather_into_tensor)", category=FutureWarning
+    )
     import deepspeed
     from deepspeed.utils import logger
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from ldm_scale.config.fit import batch_plan, check_artifact_fits
+from ldm_scale.config.fit import batch_plan, check_artifact_fits, check_posterior
 from ldm_scale.config.schema import Config
 from ldm_scale.data import LatentCache, check_moments, open_manifest, require_images
 from ldm_scale.engine import env
@@ -65,6 +65,7 @@ def _check_artifact(config: Config) -> str:
 
     artifact = read_artifact(Path(config.artifact))
     check_artifact_fits(config, artifact.config.downsampling_factor, artifact.config.latent_channels)
+    check_posterior(config, artifact.config.kind, artifact.statistics.posterior)
     return artifact.content_hash
 
 

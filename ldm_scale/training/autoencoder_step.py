@@ -31,6 +31,7 @@ from ldm_scale.models.build import build_autoencoder, build_seeded
 from ldm_scale.models.discriminator import PatchDiscriminator
 from ldm_scale.models.fused import set_kernels
 from ldm_scale.models.perceptual import build_perceptual
+from ldm_scale.telemetry.log import get_logger
 from ldm_scale.training import autoencoder_product
 from ldm_scale.training.adversary import Adversary
 from ldm_scale.training.codebook import CodebookKeeper
@@ -97,6 +98,11 @@ class AutoencoderTask(Task):
             )
             self.adversary = Adversary(self._shard(network, config.zero.discriminator_stage), self._loss)
             self.trained["discriminator"] = self.adversary.trained
+            if not self.adversary.felt(config.train.total_images - 1):
+                get_logger().warning(
+                    f"autoencoder_loss.discriminator_start_images={self._loss.discriminator_start_images} is not below "
+                    f"train.total_images={config.train.total_images}: this run never feels its discriminator"
+                )
 
     def _shard(self, network: torch.nn.Module, stage: int) -> ShardedModel:
         return ShardedModel(

@@ -80,16 +80,20 @@ class CodebookKeeper:
         self._trained.write_rows(CODEBOOK, rows, self._sums / self._counts[:, None])
 
     def _revive(self, vectors: Tensor, numbers: Tensor, images: int, global_batch: int) -> int:
-        """Number of codes that were put on latents of this step, because none of `dead_code_images` chose them."""
-        rows = torch.nonzero(self.unused_images >= self._loss.dead_code_images).flatten()
+        """Number of codes that were put on latents of this step, because none of `dead_code_images` chose them.
+
+        No two on the same place: equal codes would tie for ever, and all but one would stay dead. A step has so many
+        places; codes beyond them wait for the next.
+        """
+        places = vectors.shape[1]
+        rows = torch.nonzero(self.unused_images >= self._loss.dead_code_images).flatten()[: global_batch * places]
         if not len(rows):
             return 0
-        stream = seeding.stream(self._seed, "revived codes", images)
-        chosen = torch.from_numpy(stream.integers(global_batch, size=len(rows))).to(rows.device) + images
-        places = torch.from_numpy(stream.integers(vectors.shape[1], size=len(rows))).to(rows.device)
+        order = seeding.stream(self._seed, "revived codes", images).permutation(global_batch * places)[: len(rows)]
+        chosen = torch.from_numpy(order).to(rows.device)
         # The rank that has the chosen image gives its latent, the others zeros.
-        here = chosen[:, None] == numbers.to(rows.device)[None, :]
-        latents = vectors[here.int().argmax(dim=1), places] * here.any(dim=1, keepdim=True)
+        here = (chosen // places + images)[:, None] == numbers.to(rows.device)[None, :]
+        latents = vectors[here.int().argmax(dim=1), chosen % places] * here.any(dim=1, keepdim=True)
         latents = sum_over_ranks(latents)
         self._trained.write_rows(CODEBOOK, rows, latents)
         self.unused_images[rows] = 0.0

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ldm_scale.conditioning.latent_diffusion import LatentDiffusion
 from ldm_scale.conditioning.text import tokenize
-from ldm_scale.config.fit import check_artifact_fits
+from ldm_scale.config.fit import check_artifact_fits, check_posterior
 from ldm_scale.config.schema import BatchPlan, Config
 from ldm_scale.data import Batch
 from ldm_scale.diffusion.loss import diffusion_loss
@@ -40,6 +40,7 @@ class DiffusionTask(Task):
         super().__init__(config, plan, environment)
         artifact = read_artifact(Path(config.artifact))
         check_artifact_fits(config, artifact.config.downsampling_factor, artifact.config.latent_channels)
+        check_posterior(config, artifact.config.kind, artifact.statistics.posterior)
         self.autoencoder_hash = artifact.content_hash
         self.autoencoder = load_autoencoder(config.artifact).to(environment.device, environment.dtype)
         # The autoencoder's one head is as wide as its features, which our attention does not serve.

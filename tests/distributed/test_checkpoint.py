@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from ldm_scale.config.convert import config_to_dict
@@ -32,7 +32,7 @@ from ldm_scale.engine.zero import MOMENTS
 from ldm_scale.errors import CheckpointError
 from ldm_scale.models.build import build_seeded
 from ldm_scale.operations.train import train
-from ldm_scale.training import trainer
+from ldm_scale.training import adversary, trainer
 from tests.helpers.ranks import run_ranks
 from tests.helpers.runs import tiny_artifact, tiny_config
 from tests.helpers.sharded import (
@@ -121,7 +121,9 @@ def test_any_ranks_and_stage_read_what_any_other_wrote(
         assert torch.allclose(report["prediction"], written["prediction"], rtol=0, atol=1e-6)
 
 
-def _train_run(config: Config) -> bool:
+def _train_run(config: Config, health_half_life_images: int | None = None) -> bool:
+    if health_half_life_images is not None:
+        adversary.HEALTH_HALF_LIFE_IMAGES = health_half_life_images  # in this rank's own process
     return train(config, env.read_launch())
 
 
@@ -130,7 +132,8 @@ GAN = {
     "discriminator_start_images": 12,
     "discriminator_pretrain_images": 8,
     "adversarial_ramp_images": 16,
-    "discriminator_hold_accuracy": 0.98,
+    "discriminator_hold_accuracy": 0.51,
+    "discriminator_lr": 0.02,
     "lecam_weight": 0.1,
     "r1_weight": 0.1,
     "learned_variance": True,
@@ -158,7 +161,7 @@ def test_a_resumed_run_equals_an_unbroken_one_bit_for_bit(
     manifest = make_dataset(tmp_path / "data", num_samples=20, resolution=20)
     tiny_artifact(tmp_path / "artifact")
     run, unbroken = tmp_path / "run", tmp_path / "unbroken"
-    cadence = {"total_images": 32, "checkpoint_every_images": 16}
+    cadence = {"total_images": 64, "checkpoint_every_images": 32}
     config = tiny_config(
         stage,
         manifest,
@@ -169,12 +172,16 @@ def test_a_resumed_run_equals_an_unbroken_one_bit_for_bit(
         optimizer={"warmup_images": 8, "decay": "cosine"},
         sampling={"prompts": ("a",)},
     )
-    assert run_ranks(_train_run, ranks, config) == [True] * ranks
+    assert run_ranks(_train_run, ranks, config, 8) == [True] * ranks
     run.rename(unbroken)
-    shutil.copytree(unbroken / "checkpoints" / "images-0000000016", run / "checkpoints" / "images-0000000016")
-    assert run_ranks(_train_run, ranks, config) == [True] * ranks
+    middle = unbroken / "checkpoints" / "images-0000000032"
+    if sections.get("autoencoder_loss") == GAN:
+        with safe_open(middle / "rank-00000.safetensors", "pt") as file:
+            assert file.get_tensor("discriminator/buffer/health")[4] == 1, "it is not held: the test shows less"
+    shutil.copytree(middle, run / "checkpoints" / middle.name)
+    assert run_ranks(_train_run, ranks, config, 8) == [True] * ranks
 
-    first, second = (folder / "checkpoints" / "images-0000000032" for folder in (unbroken, run))
+    first, second = (folder / "checkpoints" / "images-0000000064" for folder in (unbroken, run))
     before, after = read_manifest(first), read_manifest(second)
     assert after["state"] | {"training_s": 0} == before["state"] | {"training_s": 0}
     assert after["models"] == before["models"], "other tensors, pieces or optimizer steps"

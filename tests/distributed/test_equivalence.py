@@ -6,6 +6,7 @@ free-running losses drift apart; there one step is compared, from a common check
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 from collections.abc import Callable
 from pathlib import Path
@@ -201,7 +202,31 @@ def test_autoencoder_step_does_not_depend_on_ranks_stage_or_checkpointing(
     _assert_same_step(actual, expected)
 
 
-VQ = {"kind": "vq", "codebook_size": 100}
+PENALTIES = LOSS | {"r1_weight": 0.5, "lecam_weight": 0.3, "adversarial_loss": "non_saturating"}
+
+
+@pytest.fixture(scope="module")
+def penalized_step(folder: Path) -> tuple[Path, dict[str, Any]]:
+    """Checkpoints of a run with every regulariser of the discriminator, and one plain process's step after them."""
+    root = folder / "penalties"
+    config = _config(folder, "autoencoder", 0, autoencoder_loss=PENALTIES, train={"micro_batch": 2})
+    run_ranks(_train_and_save, 1, config, (MOMENTS[-1],), root)
+    return root, run_ranks(_one_step, 1, config, MOMENTS[-1], root)[0]
+
+
+@pytest.mark.parametrize(("ranks", "micro_batch", "discriminator_stage"), [(1, 8, 1), (2, 4, 1), (2, 2, 1), (4, 1, 0)])
+def test_a_sharded_discriminators_step_does_not_depend_on_ranks(
+    folder: Path, penalized_step: tuple[Path, dict[str, Any]], ranks: int, micro_batch: int, discriminator_stage: int
+) -> None:
+    root, expected = penalized_step
+    assert expected["metrics"]["discriminator/lecam"] > 0
+    config = _config(folder, "autoencoder", 2, autoencoder_loss=PENALTIES, train={"micro_batch": micro_batch})
+    zero = dataclasses.replace(config.zero, discriminator_stage=discriminator_stage)
+    config = dataclasses.replace(config, zero=zero)
+    _assert_same_step(run_ranks(_one_step, ranks, config, MOMENTS[-1], root)[0], expected)
+
+
+VQ = {"kind": "vq", "codebook_size": 400}
 VQ_LOSSES = {
     "gradient": {"dead_code_images": 40},
     "ema": {"codebook_update": "ema", "codebook_decay": 0.9, "dead_code_images": 40},

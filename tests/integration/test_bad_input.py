@@ -41,6 +41,10 @@ def refusal(capfd: pytest.CaptureFixture[str], arguments: list[str], status: int
     [
         ("autoencoder.channel_multipliers=[1,2,2]", ["has f=2", "config's autoencoder has f=4", "(3 levels)"]),
         ("autoencoder.latent_channels=4", ["latents of 3 channels", "autoencoder.latent_channels=4"]),
+        (
+            "latents.sample_posterior=false",
+            ["latents.sample_posterior=false", "were measured on the posterior's samples"],
+        ),
     ],
 )
 def test_an_artifact_that_does_not_fit_the_unet(

@@ -92,6 +92,19 @@ def test_codes_that_nothing_chose_are_put_on_latents(update: Any) -> None:
     assert torch.equal(same, values), "another choice for the same seed and images"
 
 
+def test_revived_codes_lie_on_places_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    # 40 dead codes and 16 latents in a step: no two codes on one latent, the rest wait.
+    monkeypatch.setattr(_Model, "parameter_shapes", {CODEBOOK: (40, CHANNELS)})
+    values = torch.randn(40, CHANNELS, generator=torch.Generator().manual_seed(2))
+    keeper = CodebookKeeper(_Trained(values), values.clone(), AutoencoderLossConfig(dead_code_images=4), seed=3)  # type: ignore[arg-type]
+    report, z, _ = _step(keeper, 0, [0])
+    assert report["codebook/revived"] == 16
+    latents = z.permute(0, 2, 3, 1).reshape(-1, CHANNELS)
+    matches = (values[:, None] == latents[None]).all(dim=2)
+    assert matches.sum(dim=0).tolist() == [1] * 16, "a latent got no code, or more than one"
+    assert _step(keeper, 4, [0])[0]["codebook/revived"] == 16
+
+
 def test_figures(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(codebook, "ALIVE_IMAGES", 8)
     keeper, _ = _keeper()
