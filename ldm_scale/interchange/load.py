@@ -40,6 +40,7 @@ from ldm_scale.interchange.artifact import (
     read_diffusion_artifact,
 )
 from ldm_scale.models.autoencoder import Autoencoder, LatentStatistics
+from ldm_scale.models.blocks import place_biases
 from ldm_scale.models.tiling import decode_raw_tiled, encode_moments_tiled
 from ldm_scale.telemetry.log import get_logger
 
@@ -55,6 +56,7 @@ class LoadedAutoencoder:
         self.network.load_state_dict(artifact.state, assign=True)
         # As its activations are: otherwise every convolution turns its weights anew, each time.
         self.network.to(memory_format=torch.channels_last)
+        place_biases(self.network, torch.device("cpu"))
         self.network.statistics = artifact.statistics
         self.network.eval().requires_grad_(False)
         self.content_hash = artifact.content_hash
@@ -78,6 +80,7 @@ class LoadedAutoencoder:
         if dtype == torch.float16 and self.config.kind != "identity":
             self._require_half_precision()
         self.network.to(device=device, dtype=dtype)
+        place_biases(self.network, torch.device(device))
         return self
 
     @torch.no_grad()

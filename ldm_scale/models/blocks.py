@@ -38,8 +38,22 @@ class ResidualBlock(nn.Module):
         """Shapes: x (B, in, H, W), time (B, time_dim) already through its SiLU; returns (B, out, H, W)."""
         shift = self.time_projection(time) if self.time_projection is not None else None
         h = self.conv1(self.norm1(x))
-        h = self.conv2(self.dropout(self.norm2(h, sample_shift=shift, owns_x=True)))
+        h = self.conv2(self.dropout(self.norm2(h, sample_shift=shift)))
         return add_to(h, x if self.skip is None else self.skip(x))
+
+
+def place_biases(network: nn.Module, device: torch.device) -> None:
+    """Nothing; biases between a block's first convolution and its norm lie where this kind of device adds them faster.
+
+    For networks that only compute: names in the state dict change with the place.
+    """
+    for module in network.modules():
+        if not isinstance(module, ResidualBlock):
+            continue
+        if device.type == "cpu" and module.norm2.channel_bias is not None:
+            module.norm2.give_bias(module.conv1)
+        elif device.type != "cpu" and module.conv1.bias is not None:
+            module.norm2.take_bias(module.conv1)
 
 
 def add_to(own: Tensor, x: Tensor) -> Tensor:
@@ -61,11 +75,18 @@ class Downsample(nn.Module):
     def __init__(self, channels: int, asymmetric: bool) -> None:
         super().__init__()
         self.asymmetric = asymmetric
-        self.conv = nn.Conv2d(channels, channels, 3, stride=2, padding=0 if asymmetric else 1)
+        self.conv = nn.Conv2d(channels, channels, 3, stride=2, padding=2 if asymmetric else 1)
 
     def forward(self, x: Tensor) -> Tensor:
         """Shapes: (B, C, H, W) to (B, C, H/2, W/2)."""
-        return self.conv(F.pad(x, (0, 1, 0, 1)) if self.asymmetric else x)  # type: ignore[no-any-return]
+        y = self.conv(x)
+        if not self.asymmetric:
+            return y  # type: ignore[no-any-return]
+        # Padded by 2 on all sides, the first row and column are what the asymmetric padding has not; all others are
+        # the same. That spares a padded copy of x, of which backward would keep another.
+        # Cropped by negative padding: the gradient of a slice would leave channels_last.
+        height, width = x.shape[2] // 2, x.shape[3] // 2
+        return F.pad(y, (-1, width + 1 - y.shape[3], -1, height + 1 - y.shape[2]))
 
 
 class Upsample(nn.Module):

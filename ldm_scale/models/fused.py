@@ -45,14 +45,13 @@ class GroupNorm(nn.Module):
         self.channel_bias = cast(nn.Parameter, convolution.bias)
         convolution.register_parameter("bias", None)
 
-    def forward(self, x: Tensor, sample_shift: Tensor | None = None, owns_x: bool = False) -> Tensor:
-        """act(GN(x + sample_shift)); `owns_x`: nobody else needs x, which may be overwritten if no gradient needs it.
+    def give_bias(self, convolution: nn.Conv2d) -> None:
+        """The inverse of `take_bias`: a convolution on a CPU adds its bias for nothing."""
+        convolution.register_parameter("bias", self.channel_bias)
+        self.register_parameter("channel_bias", None)
 
-        Shapes: x (B, C, H, W), sample_shift (B, C); returns (B, C, H, W).
-        """
-        channel_bias = self.channel_bias
-        if owns_x and channel_bias is not None and sample_shift is None and _overwrites(x, channel_bias):
-            x, channel_bias = x.add_(channel_bias[:, None, None]), None
+    def forward(self, x: Tensor, sample_shift: Tensor | None = None) -> Tensor:
+        """act(GN(x + sample_shift)). Shapes: x (B, C, H, W), sample_shift (B, C); returns (B, C, H, W)."""
         return group_norm_silu(
             x,
             self.num_groups,
@@ -60,15 +59,10 @@ class GroupNorm(nn.Module):
             self.bias,
             self.eps,
             self.activation,
-            channel_bias=channel_bias,
+            channel_bias=self.channel_bias,
             sample_shift=sample_shift,
             backend=self.backend,
         )
-
-
-def _overwrites(x: Tensor, bias: Tensor) -> bool:
-    """Whether adding the bias in place is the same and faster: on a CPU, where no kernel adds it on the way."""
-    return not torch.is_grad_enabled() and x.device.type == "cpu" and x.dtype == bias.dtype
 
 
 class Attention(nn.Module):

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from ldm_kernels import group_norm_silu
-from ldm_scale.models.blocks import ResidualBlock
+from ldm_scale.models.blocks import ResidualBlock, place_biases
 
 
 def block(out_channels: int, time_dim: int | None = None) -> ResidualBlock:
@@ -37,6 +37,20 @@ def test_a_residual_block_is_the_same_without_gradients(out_channels: int, time_
     assert torch.equal(again, found), "nothing that a call needs was overwritten by the one before"
     assert torch.equal(x, before)
     assert found.is_contiguous(memory_format=torch.channels_last)
+
+
+def test_a_bias_is_the_same_in_either_place() -> None:
+    network, x = block(12), features()
+    names = set(network.state_dict())
+    with torch.no_grad():
+        expected = network(x)
+        place_biases(network, torch.device("cpu"))
+        assert network.norm2.channel_bias is None
+        torch.testing.assert_close(network(x), expected)
+        place_biases(network, torch.device("cpu"))
+        place_biases(network, torch.device("cuda"))
+        assert set(network.state_dict()) == names
+        assert torch.equal(network(x), expected)
 
 
 def test_mixed_types_are_added_in_the_wider_one() -> None:

@@ -145,7 +145,7 @@ def test_a_fixed_norm_with_the_whole_images_moments_is_the_norm() -> None:
     moments = tiling._Moments()
     with torch.no_grad():
         tiling._measure(norm, x, moments)  # type: ignore[arg-type]
-        found = tiling._norm(norm, moments, None, lambda part: part, x, owns_x=True)  # type: ignore[arg-type]
+        found = tiling._norm(norm, moments, None, lambda part: part, x)  # type: ignore[arg-type]
         torch.testing.assert_close(found, norm(x.clone()), rtol=1e-4, atol=1e-5)
 
 
