@@ -46,7 +46,7 @@ def _parser() -> argparse.ArgumentParser:
         "provenance, to train stage 2 on. Shards that are not encoded yet stand in the new manifest as image shards. "
         "Started again it keeps what is done; under torchrun, deepspeed or srun the ranks share the shards.",
     )
-    parser.add_argument("artifact", type=Path, metavar="ARTIFACT", help="an autoencoder artifact")
+    parser.add_argument("artifact", type=Path, metavar="ARTIFACT", help="an autoencoder artifact, or a finished run")
     parser.add_argument("manifest", type=Path, metavar="MANIFEST", help="manifest.json of the image shards")
     parser.add_argument("--out", type=Path, required=True, help="folder of the cache, new or to be continued")
     parser.add_argument("--split", action="append", default=[], help="a split to encode; may be repeated (all)")
@@ -68,6 +68,11 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _after(note: str) -> str:
+    """The note as the end of a line."""
+    return f" {note}" if note else ""
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """0 when this rank's shards are encoded, or it was stopped on request; rank 0 alone prints.
 
@@ -87,12 +92,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     if options.json:
         print(json.dumps(report))
         return 0
+    whose = f"rank {report['rank']} of {report['world_size']} alone: " if report["world_size"] > 1 else ""
     print(
-        f"{report['images']} images in {report['encoded_shards']} shards encoded ({report['images_per_s']} images/s), "
-        f"{report['kept_shards']} shards kept, {report['unusable']} images unusable"
+        f"{whose}{report['images']} images in {report['encoded_shards']} shards encoded "
+        f"({report['images_per_s']} images/s), {report['kept_shards']} shards kept, "
+        f"{report['unusable']} images unusable"
     )
     for split, counts in report["splits"].items():
-        print(f"  {split}: {counts['latent_shards']} of {counts['shards']} shards hold latents")
+        print(f"  {split}: {counts['latent_shards']} of {counts['shards']} shards hold latents{_after(report['note'])}")
     print(f"manifest: {report['manifest']}")
     return 0
 

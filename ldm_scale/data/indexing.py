@@ -27,9 +27,14 @@ _META_MEMBER = re.compile(r"__[^/]*__($|/)")  # webdataset skips these
 _BASE_AND_EXTENSION = re.compile(r"^((?:.*/|)[^.]+)[.]([^/]*)$")  # webdataset's rule: the first dot of the file name
 
 
+def partial_name(path: Path) -> Path:
+    """Where this process writes a file before it renames it to `path`; says whose it is: host and process."""
+    return path.with_name(f".{path.name}.partial-{socket.gethostname()}-{os.getpid()}")
+
+
 def write_json(path: Path, content: Any) -> None:
     """Nothing; the file appears complete or not at all, with the same bytes for the same content."""
-    partial = path.with_name(f".{path.name}.partial-{socket.gethostname()}-{os.getpid()}")
+    partial = partial_name(path)
     partial.write_text(json.dumps(content, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
     os.replace(partial, path)
 

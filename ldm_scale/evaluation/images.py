@@ -20,6 +20,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from ldm_scale.data import require_images
 from ldm_scale.data.decode import DecodeSettings, decode_image, to_pixels
 from ldm_scale.data.order import global_order
 from ldm_scale.data.policy import BadRecord, BadSample, BadSampleLog
@@ -49,7 +50,8 @@ class ImageSet:
 def open_images(path: Path, split: str | None = None) -> ImageSet:
     """The images of a manifest's split (None: heldout), or of a folder and its sub-folders.
 
-    Raises: DataError if there are none; ConfigError if a split is named for a folder without a manifest.
+    Raises: DataError if there are none; ConfigError if the split holds latents, or is named for a folder without a
+    manifest.
     """
     if path.is_file() or (path / "manifest.json").is_file():
         try:
@@ -57,6 +59,7 @@ def open_images(path: Path, split: str | None = None) -> ImageSet:
         except DataError as error:
             # The data layer speaks of configuration keys.
             raise DataError(str(error).replace("data.split, data.validation_split", "--split")) from None
+        require_images(dataset)
         return ImageSet(
             str(dataset.manifest_path), dataset.split, dataset.digest, dataset.num_samples, _shard_reader(dataset)
         )

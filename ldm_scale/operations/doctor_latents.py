@@ -18,14 +18,15 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+from ldm_scale.data.latent_shards import sha256_of
 from ldm_scale.data.latents import CENTER, PREFIX, LatentCache, read_moments, read_record
 from ldm_scale.data.policy import BadSample
-from ldm_scale.data.shards import IMAGE_EXTENSIONS, open_manifest, read_manifest
+from ldm_scale.data.shards import IMAGE_EXTENSIONS, open_manifest, read_json, read_manifest
 from ldm_scale.errors import DataError
-from ldm_scale.interchange.load import load_autoencoder
+from ldm_scale.interchange.load import LoadedAutoencoder, load_autoencoder
 from ldm_scale.models.autoencoder import LOGVAR_RANGE
 from ldm_scale.operations.doctor_report import Report
-from ldm_scale.operations.latent_comparison import Pair, Shown, compare
+from ldm_scale.operations.latent_comparison import MAX_SHOWN, Pair, Shown, compare, keys_that_differ
 from ldm_scale.telemetry.log import shows_progress
 
 
@@ -34,8 +35,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("manifest", type=Path, metavar="MANIFEST", help="manifest.json of the latent cache")
     parser.add_argument("--artifact", type=Path, required=True, help="the autoencoder artifact that it belongs to")
     parser.add_argument("--source", type=Path, help="manifest of the images (default: the one it was encoded from)")
-    parser.add_argument("--samples", type=int, default=64, help="samples of each split to decode and compare (64)")
+    parser.add_argument("--samples", type=_whole, default=64, help="samples of each split to decode and compare (64)")
     parser.add_argument("--min-psnr", type=float, metavar="DB", help="also refuse decoded samples below this")
+
+
+def _whole(text: str) -> int:
+    """An argument that is a whole number above 0."""
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"{text} must be at least 1")
+    return number
 
 
 def run(arguments: argparse.Namespace) -> Report:
@@ -67,7 +76,9 @@ def run(arguments: argparse.Namespace) -> Report:
     shown = Shown(report)
     for split, dataset in cached.items():
         pair = Pair(dataset, open_manifest(source_path, split), cache)
-        if not _same_source(pair, manifest, read_manifest(source_path), split, report):
+        same = _same_source(pair, manifest, read_manifest(source_path), split, report)
+        _check_sums(pair, manifest["splits"][split]["shards"], autoencoder if same else None, report)
+        if not same:
             continue
         usable = _scan(pair, shown, report)
         compare(pair, autoencoder, _spread(usable, arguments.samples), arguments.min_psnr, shown, report)
@@ -108,6 +119,55 @@ def _same_source(pair: Pair, manifest: dict[str, Any], source: dict[str, Any], s
         return False
     report.ok(f"{split}: {len(latent)} of {len(pair.cached.shards)} shards hold latents, made from these image shards")
     return True
+
+
+def _check_sums(
+    pair: Pair, entries: list[dict[str, Any]], autoencoder: LoadedAutoencoder | None, report: Report
+) -> None:
+    """Notes latent shards whose bytes are not those that were written, and the samples that it concerns.
+
+    Without an autoencoder (the source is not at hand) no sample is named.
+    """
+    split, first, checked, changed = pair.cached.split, 0, 0, 0
+    latent = list(zip(pair.cached.shards, entries, strict=True))
+    bar = tqdm(latent, desc=f"checksums {split}", unit="shards", mininterval=1.0, disable=not shows_progress())
+    for shard, entry in bar:
+        numbers = range(first, first + shard.num_samples)
+        first += shard.num_samples
+        if not shard.holds_latents:
+            continue
+        found = sha256_of(shard.path)
+        stated = {"manifest": entry.get("sha256"), "index": _stated_in(shard.index_path)}
+        wrong = [f"its {name} says {str(sum_)[:12]}" for name, sum_ in stated.items() if sum_ != found]
+        checked += 1
+        if not wrong:
+            continue
+        changed += 1
+        which = "" if autoencoder is None else f": {_concerned(pair, autoencoder, numbers)}"
+        report.error(
+            f"its sha256 is {found[:12]}, {' and '.join(wrong)}; it was changed after it was encoded{which}",
+            str(shard.path),
+            "copy it again, or remove it and its index and run the same `ldm-scale encode` again",
+        )
+    if not changed:
+        report.ok(f"{split}: {checked} latent shards have the sha256 that their manifest and index state")
+
+
+def _stated_in(sidecar: Path) -> str | None:
+    """The checksum of its tar that a sidecar states, None if it states none."""
+    try:
+        return str(read_json(sidecar, "shard index")["latents"]["file"]["sha256"])
+    except (KeyError, TypeError):
+        return None
+
+
+def _concerned(pair: Pair, autoencoder: LoadedAutoencoder, numbers: range) -> str:
+    """Which samples of a changed shard have other moments than their sources give now, for a message."""
+    keys = keys_that_differ(pair, autoencoder, numbers)
+    if not keys:
+        return "all moments are what their sources give now, within rounding"
+    more = f" and {len(keys) - MAX_SHOWN} more" if len(keys) > MAX_SHOWN else ""
+    return f"not the moments that their sources give now: {', '.join(keys[:MAX_SHOWN])}{more}"
 
 
 def _scan(pair: Pair, shown: Shown, report: Report) -> list[int]:

@@ -10,6 +10,7 @@ import argparse
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -23,10 +24,11 @@ from ldm_scale.data.decode import to_pixels
 from ldm_scale.data.latent_rendering import Rendered, pack_sample, read_pieces
 from ldm_scale.data.latent_shards import CacheFolder, Source, sha256_of
 from ldm_scale.data.latents import LATENTS, LatentCache, LatentTransform
+from ldm_scale.engine.checkpoint import MANIFEST, latest_checkpoint, read_manifest
 from ldm_scale.engine.env import Launch, cpu_threads
 from ldm_scale.engine.preemption import StopRequest
-from ldm_scale.errors import ConfigError, DataError
-from ldm_scale.interchange.artifact import Artifact
+from ldm_scale.errors import CheckpointError, ConfigError, DataError
+from ldm_scale.interchange.artifact import AUTOENCODER_FORMAT, DESCRIPTION, Artifact, artifact_format
 from ldm_scale.interchange.load import LoadedAutoencoder, read_source
 from ldm_scale.telemetry.log import get_logger, shows_progress
 
@@ -52,6 +54,7 @@ def encode(arguments: argparse.Namespace, launch: Launch) -> dict[str, Any]:
     Raises: ConfigError for arguments that cannot be, CheckpointError for the artifact, DataError for the shards.
     """
     log = get_logger(launch.rank)
+    _require_finished(arguments.artifact)
     artifact = read_source(arguments.artifact)
     artifact = artifact if isinstance(artifact, Artifact) else artifact.autoencoder
     cache = describe_cache(artifact, arguments)
@@ -66,6 +69,7 @@ def encode(arguments: argparse.Namespace, launch: Launch) -> dict[str, Any]:
         f"{cache.transform.precision}, moments {cache.moments_shape} in {cache.transform.dtype} x "
         f"{len(cache.variants)} variants; output in {folder.out}"
     )
+    folder.remove_abandoned()
     started = time.monotonic()
     stopped = ""
     if pending:
@@ -78,10 +82,29 @@ def encode(arguments: argparse.Namespace, launch: Launch) -> dict[str, Any]:
                 stopped = stop.signal_name
     tally.seconds = time.monotonic() - started
     manifest = folder.publish()
-    report = _report(folder, manifest, tally, stopped)
+    report = _report(folder, manifest, tally, stopped, launch)
     if stopped:
         log.warning(f"stopped by {stopped}: the same command goes on from here")
     return report
+
+
+def _require_finished(path: Path) -> None:
+    """Nothing, unless the folder is a stage-1 checkpoint, or a run that has nothing better.
+
+    Its statistics are measured when stage 1 ends and are part of the hash: no artifact would ever have the cache's.
+    Raises: CheckpointError then.
+    """
+    if artifact_format(path) or (path / DESCRIPTION).is_file():
+        return
+    if artifact_format(path / "artifact") == AUTOENCODER_FORMAT:
+        return
+    checkpoint = path if (path / MANIFEST).is_file() else latest_checkpoint(path / "checkpoints")
+    if checkpoint is not None and read_manifest(checkpoint)["config"].get("stage") == "autoencoder":
+        found = "a stage-1 checkpoint" if checkpoint == path else "a stage-1 run that is not finished"
+        raise CheckpointError(
+            f"{path} is {found}, whose hash no artifact will have, so that no stage 2 could use the cache: finish the "
+            "run first, then give the run folder or its artifact"
+        )
 
 
 def describe_cache(artifact: Artifact, arguments: argparse.Namespace) -> LatentCache:
@@ -214,8 +237,10 @@ def _device(wanted: str, launch: Launch) -> torch.device:
     return torch.device("cpu")
 
 
-def _report(folder: CacheFolder, manifest: dict[str, Any], tally: _Tally, stopped: str) -> dict[str, Any]:
-    """What the command prints."""
+def _report(
+    folder: CacheFolder, manifest: dict[str, Any], tally: _Tally, stopped: str, launch: Launch
+) -> dict[str, Any]:
+    """What the command prints; its counts are of this rank's shards alone, its splits of the whole cache."""
     splits = {}
     for split, entry in manifest["splits"].items():
         cached = [shard for shard in entry["shards"] if shard.get("kind") == LATENTS]
@@ -225,6 +250,7 @@ def _report(folder: CacheFolder, manifest: dict[str, Any], tally: _Tally, stoppe
             "latent_shards": len(cached),
             "bytes": sum(shard["bytes"] for shard in cached),
         }
+    complete = all(split["shards"] == split["latent_shards"] for split in splits.values())
     return {
         "manifest": str(folder.out / "manifest.json"),
         "artifact_sha256": folder.cache.artifact_sha256,
@@ -232,7 +258,11 @@ def _report(folder: CacheFolder, manifest: dict[str, Any], tally: _Tally, stoppe
         "moments_shape": list(folder.cache.moments_shape),
         "variants": list(folder.cache.variants),
         "splits": splits,
-        "complete": all(split["shards"] == split["latent_shards"] for split in splits.values()),
+        "complete": complete,
+        "note": "" if complete or launch.world_size == 1 else "so far; other ranks may still be encoding",
+        "rank": launch.rank,
+        "world_size": launch.world_size,
+        "counts_of": "this rank" if launch.world_size > 1 else "all",
         "encoded_shards": tally.encoded,
         "kept_shards": tally.kept,
         "images": tally.images,

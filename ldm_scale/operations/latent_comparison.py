@@ -8,7 +8,7 @@ that explains the stored moments is named.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from itertools import permutations
 from typing import Any
@@ -23,6 +23,7 @@ from ldm_scale.data.latent_rendering import variant_box
 from ldm_scale.data.latents import LatentCache, read_moments, read_record
 from ldm_scale.data.policy import BadSample
 from ldm_scale.data.shards import Dataset
+from ldm_scale.errors import DataError
 from ldm_scale.evaluation.reconstruction import psnr
 from ldm_scale.interchange.load import LoadedAutoencoder
 from ldm_scale.operations.doctor_report import Report
@@ -150,6 +151,37 @@ def compare(
             shown.error("decoding", f"decodes to {stored_db[-1]:.1f} dB, below --min-psnr {min_psnr:g}", where)
     if stored_db:
         _summarise(pair, stored_db, now_db, permuted_db, shown.counts.total() == before, report)
+
+
+@torch.no_grad()
+def keys_that_differ(pair: Pair, autoencoder: LoadedAutoencoder, numbers: Iterable[int]) -> list[str]:
+    """Keys of the samples of which any stored moment is not what the artifact gives for the source now.
+
+    Each number is looked at by itself, unlike in `compare`: one altered number is lost in a mean.
+    """
+    network = autoencoder.to("cuda" if torch.cuda.is_available() else "cpu").network
+    device = next((parameter.device for parameter in network.parameters()), torch.device("cpu"))
+    tolerance = 2 * TOLERANCE[pair.cache.transform.precision]
+    bar = tqdm(numbers, desc="encode anew", unit="images", mininterval=1.0, disable=not shows_progress(), leave=False)
+    return [pair.cached.key(number) for number in bar if _differs(pair, network, device, number, tolerance)]
+
+
+def _differs(pair: Pair, network: Any, device: torch.device, number: int, tolerance: float) -> bool:
+    """Whether a moment of a sample is off by more than the tolerance, relative to their root mean square."""
+    try:
+        raw = pair.cached.read(number)
+        if "unusable" in read_record(raw):
+            return False
+        for variant in pair.cache.variants:
+            stored = torch.from_numpy(read_moments(raw, variant, pair.cache).astype(np.float32))[None]
+            now = _encode(network, pair.picture(number, variant)[0].to(device)).cpu()
+            parts = 2 if pair.cache.kind == "kl" else 1
+            for a, b in zip(stored.chunk(parts, dim=1), now.chunk(parts, dim=1), strict=True):
+                if (a - b).abs().max() > tolerance * b.square().mean().sqrt():
+                    return True
+    except (DataError, BadSample):
+        return True
+    return False
 
 
 _PERMUTATIONS = [order for order in permutations(range(3)) if order != (0, 1, 2)]

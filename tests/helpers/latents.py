@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import hashlib
 import io
 import json
 import tarfile
@@ -55,7 +56,7 @@ def read_tar(path: Path) -> dict[str, Members]:
 
 
 def rewrite(manifest: Path, change: Callable[[dict[str, Members]], None], shard: int = 0, split: str = "train") -> None:
-    """Nothing; a latent shard's samples are changed, and its index and its manifest fit it again."""
+    """Nothing; a latent shard's samples are changed, and its index, its checksums and its manifest fit it again."""
     content = json.loads(manifest.read_text())
     entry = content["splits"][split]["shards"][shard]
     path, sidecar = manifest.parent / entry["file"], manifest.parent / entry["index"]
@@ -63,6 +64,7 @@ def rewrite(manifest: Path, change: Callable[[dict[str, Members]], None], shard:
     change(samples)
     write_tar(path, list(samples.items()))
     provenance = json.loads(sidecar.read_text())["latents"]
+    provenance["file"] = {"bytes": path.stat().st_size, "sha256": hashlib.sha256(path.read_bytes()).hexdigest()}
     entry |= index_shard(path, sidecar, manifest.parent, index_tar(path), latents=provenance)
     manifest.write_text(json.dumps(content))
 

@@ -8,9 +8,12 @@ import pytest
 import torch
 from PIL import Image
 
+from ldm_scale.data import open_manifest, require_images
 from ldm_scale.data.sources.tars import index_tars
 from ldm_scale.errors import ConfigError, DataError
 from ldm_scale.evaluation.images import ImageStream, eight_bits, open_images
+from tests.helpers.latents import encode
+from tests.helpers.runs import tiny_artifact
 from tests.helpers.shards import make_dataset, png, write_tar
 
 
@@ -67,6 +70,19 @@ def test_a_manifest_is_read_by_its_split(tmp_path: Path) -> None:
     assert open_images(tmp_path / "manifest.json", "train").split == "train"
     stream = ImageStream(images, 32, batch_size=2)
     assert [tuple(batch.shape) for batch in stream] == [(2, 3, 32, 32), (2, 3, 32, 32), (1, 3, 32, 32)]
+
+
+def test_latents_are_refused_as_the_loader_refuses_them(tmp_path: Path) -> None:
+    make_dataset(tmp_path / "data", num_samples=4, resolution=20, splits=("train", "heldout"))
+    tiny_artifact(tmp_path / "artifact")
+    encode(tmp_path, "--split", "heldout")
+    cache = tmp_path / "cache" / "manifest.json"
+    with pytest.raises(ConfigError) as expected:
+        require_images(open_manifest(cache, "heldout"))
+    with pytest.raises(ConfigError, match="where pictures are needed") as found:
+        open_images(cache)
+    assert str(found.value) == str(expected.value)
+    assert open_images(cache, "train").num_images == 4  # its images stand there still
 
 
 def test_bad_samples_of_shards_are_not_replaced(tmp_path: Path) -> None:

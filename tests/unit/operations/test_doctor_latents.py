@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -16,7 +17,7 @@ from ldm_scale.data.decode import to_pixels
 from ldm_scale.data.sources.tars import index_tars
 from ldm_scale.interchange.artifact import read_artifact
 from ldm_scale.operations import encode as encode_operation
-from tests.helpers.latents import Members, array, encode, npy, other_artifact, rewrite
+from tests.helpers.latents import Members, array, encode, npy, other_artifact, read_tar, rewrite
 from tests.helpers.runs import tiny_artifact
 from tests.helpers.shards import make_dataset, make_sample, write_tar
 
@@ -129,6 +130,79 @@ def test_shifted_pairing_names_whose_latents_they_are(folder: Path, capsys: pyte
             for error in errors
         ), errors
     assert not any("train-000001/" in error.partition(":")[0] for error in errors)
+
+
+def _alter(shard: Path, key: str, element: int) -> None:
+    """One byte of a stored moment, on its place: nothing but the checksum tells."""
+    place = json.loads(shard.with_suffix(".index.json").read_text())["samples"]
+    offset, size = next(row["files"][MOMENTS] for row in place if row["key"] == key)
+    data = bytearray(shard.read_bytes())
+    header = size - 6 * 8 * 8 * 2
+    data[offset + header + 2 * element + 1] ^= 0x80  # the sign of a float16
+    shard.write_bytes(data)
+
+
+def test_altered_moments_are_found_by_the_checksum_and_the_keys_are_named(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    encode(folder)
+    shard = folder / "cache" / "train-000001.tar"
+    stored = array(read_tar(shard)["train00008"][MOMENTS])
+    _alter(shard, "train00008", int(np.abs(stored[:3]).argmax()))
+    status, errors, _ = examine(folder, capsys, "--samples", "1")  # that one is of the other shard
+    assert status == 1
+    (error,) = errors
+    sums = [hashlib.sha256(shard.read_bytes()).hexdigest()[:12]]
+    sums.append(json.loads((folder / "cache" / "manifest.json").read_text())["splits"]["train"]["shards"][1]["sha256"])
+    assert error.startswith(f"{shard}: its sha256 is {sums[0]}, its manifest says {sums[1][:12]} and its index says")
+    assert error.endswith("not the moments that their sources give now: train-000001/train00008")
+
+
+def test_a_shard_altered_throughout_has_its_list_capped(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    make_dataset(tmp_path / "data", num_samples=14, samples_per_shard=14, resolution=20)
+    tiny_artifact(tmp_path / "artifact")
+    encode(tmp_path)
+    for number in range(14):
+        _alter(tmp_path / "cache" / "train-000000.tar", f"train{number:05d}", 0)
+        _alter(tmp_path / "cache" / "train-000000.tar", f"train{number:05d}", 5 * 64)
+    status, errors, _ = examine(tmp_path, capsys, "--samples", "1")
+    assert status == 1
+    (error,) = [error for error in errors if "its sha256 is" in error]
+    assert error.count("train-000000/train") == 10
+    assert error.endswith("train-000000/train00009 and 4 more")
+
+
+def test_other_images_leave_the_checksum_s_finding_without_keys(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    encode(folder)
+    _alter(folder / "cache" / "train-000000.tar", "train00002", 0)
+    make_dataset(folder / "other", num_samples=12, samples_per_shard=6, resolution=20, seed=1)
+    status, errors, _ = examine(folder, capsys, "--source", str(folder / "other" / "manifest.json"))
+    assert status == 1
+    (error,) = [error for error in errors if "its sha256 is" in error]
+    assert error.endswith("it was changed after it was encoded")
+
+
+def test_bytes_that_are_no_moments_are_found_too(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    encode(folder)
+    shard = folder / "cache" / "train-000000.tar"
+    data = bytearray(shard.read_bytes())
+    data[-1] ^= 1  # padding
+    shard.write_bytes(data)
+    status, errors, _ = examine(folder, capsys)
+    assert status == 1
+    (error,) = errors
+    assert error.endswith("all moments are what their sources give now, within rounding")
+
+
+@pytest.mark.parametrize("number", ["-1", "0"])
+def test_no_samples_are_refused_in_one_line(folder: Path, capsys: pytest.CaptureFixture[str], number: str) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        main(["doctor", "latents", str(folder), "--artifact", str(folder / "artifact"), "--samples", number])
+    assert stopped.value.code == 2
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert line == f"ldm-scale doctor latents: error: argument --samples: {number} must be at least 1"
 
 
 def _swap_captions(samples: dict[str, Members]) -> None:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import io
 import json
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -20,16 +22,22 @@ import torch
 from PIL import Image
 
 from ldm_scale.__main__ import main
+from ldm_scale.config.schema import Config, DataConfig
 from ldm_scale.data import latent_shards
 from ldm_scale.data.shards import open_manifest
 from ldm_scale.data.sources.tars import index_tars
 from ldm_scale.encode import main as encode_main
+from ldm_scale.engine import env
+from ldm_scale.engine.env import Launch
+from ldm_scale.interchange.artifact import read_artifact
 from ldm_scale.interchange.load import load_autoencoder
+from ldm_scale.models.autoencoder import OUTPUT_LOGVAR
 from ldm_scale.operations import encode as encode_operation
 from tests.helpers.latents import array, encode, other_artifact, read_tar
 from tests.helpers.ranks import run_ranks
 from tests.helpers.runs import tiny_artifact
 from tests.helpers.shards import make_dataset, make_sample, png, write_tar
+from tests.unit.interchange.test_load import write_checkpoint
 
 ROOT = Path(__file__).parents[3]
 
@@ -130,6 +138,36 @@ def test_ranks_share_the_shards_and_the_last_one_sees_all(folder: Path) -> None:
     assert contents(folder / "cache") == contents(folder / "alone")
 
 
+def _report_of(arguments: list[str]) -> tuple[str, dict[str, Any]]:
+    """What a rank prints, in words and then as JSON."""
+    texts = []
+    for options in ([], ["--json"]):
+        with contextlib.redirect_stdout(io.StringIO()) as printed:
+            assert encode_main([*arguments, *options]) == 0
+        texts.append(printed.getvalue())
+    return texts[0], json.loads(texts[1] or "{}")
+
+
+def test_a_rank_of_several_says_that_its_counts_are_its_own(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = [str(folder / "artifact"), str(folder / "data"), "--out", str(folder / "cache"), "--workers", "0"]
+    arguments += ["--device", "cpu"]
+    launch = Launch(rank=0, world_size=3, local_rank=0, local_world_size=3)
+    monkeypatch.setattr(env, "read_launch", lambda: launch)
+    text, report = _report_of(arguments)
+    assert text.startswith("rank 0 of 3 alone: 16 images in 2 shards encoded")
+    assert "1 of 3 shards hold latents so far; other ranks may still be encoding" in text
+    assert (report["rank"], report["world_size"], report["counts_of"]) == (0, 3, "this rank")
+    assert (report["complete"], report["note"]) == (False, "so far; other ranks may still be encoding")
+    monkeypatch.undo()
+    text, report = _report_of(arguments)
+    assert text.startswith("24 images in 4 shards encoded")
+    assert "so far" not in text
+    assert (report["rank"], report["world_size"], report["counts_of"]) == (0, 1, "all")
+    assert (report["complete"], report["note"]) == (True, "")
+
+
 def test_who_publishes_looks_once_more(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     encode(folder, out="whole")
     encode(folder, "--max-shards", "5")
@@ -205,11 +243,52 @@ def test_a_kill_in_the_middle_leaves_nothing_that_counts_as_whole(folder: Path, 
 def test_two_runs_do_not_write_into_one_tar(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
 
     (folder / "cache").mkdir()
-    with (folder / "cache" / ".train-000000.tar.partial").open("ab") as held:
+    partial = folder / "cache" / ".train-000000.tar.partial-elsewhere-1"
+    with partial.open("ab") as held:
         fcntl.flock(held, fcntl.LOCK_EX)
         assert refusal(folder, capsys) == (3, True)
         assert "another process is writing this shard" in LAST[-1]
-        assert (folder / "cache" / ".train-000000.tar.partial").exists()
+        assert contents(folder / "cache") == {partial.name: b""}
+
+
+def test_partial_files_of_the_dead_are_removed_and_no_others(folder: Path) -> None:
+    cache, host, day = folder / "cache", socket.gethostname(), 86400
+    cache.mkdir()
+    with subprocess.Popen([sys.executable, "-c", ""]) as process:
+        pass
+    dead, living, now = process.pid, os.getppid(), time.time()
+    ages = {
+        # Of shards that the next run does not touch.
+        f".heldout-000002.tar.partial-{host}-{dead}": 0,
+        f".heldout-000002.index.json.partial-{host}-{dead}": 0,
+        f".heldout-000001.tar.partial-other-host-{living}": day + 60,
+        f".heldout-000001.tar.partial-{host}-{living}": 0,
+        f".heldout-000001.tar.partial-other-host-{dead}": day - 60,
+        f".heldout-000000.tar.partial-other-host-{dead}": day + 60,  # held, by a clock that is wrong
+        f".mine.partial-{host}-{dead}": 0,  # not a name of ours
+    }
+    for name, age in ages.items():
+        (cache / name).write_bytes(b"x")
+        os.utime(cache / name, (now - age, now - age))
+    with (cache / f".heldout-000000.tar.partial-other-host-{dead}").open("rb") as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        encode(folder, "--max-shards", "1")
+    assert {name for name in contents(cache) if name in ages} == set(list(ages)[3:])
+
+
+def test_a_killed_run_s_partial_files_go_whatever_is_encoded_next(folder: Path) -> None:
+    arguments = [str(folder / "artifact"), str(folder / "data"), "--out", str(folder / "cache"), "--device", "cpu"]
+    process = subprocess.Popen([sys.executable, "-c", SLOW, *arguments], cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    process.stdout.readline()
+    (partial,) = contents(folder / "cache")
+    assert partial == f".train-000000.tar.partial-{socket.gethostname()}-{process.pid}"
+    encode(folder, "--split", "heldout", "--max-shards", "1")
+    assert partial in contents(folder / "cache")  # it lives
+    process.kill()
+    process.communicate(timeout=60)
+    encode(folder, "--split", "heldout", "--max-shards", "1")
+    assert not [name for name in contents(folder / "cache") if "partial" in name]
 
 
 LAST: list[str] = []
@@ -264,6 +343,24 @@ def test_another_transform_artifact_or_source_asks_for_another_folder(
     make_dataset(folder / "data", 20, 8, 20, seed=1, splits=("train", "heldout"))
     assert refusal(folder, capsys) == (3, True)
     assert "train-000000.tar: encoded from another train-000000.tar (sha256" in LAST[-1]
+
+
+def test_a_stage_1_checkpoint_or_unfinished_run_is_refused(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    made = read_artifact(folder / "artifact")
+    config = Config(stage="autoencoder", autoencoder=made.config, data=DataConfig(resolution=16))
+    run = folder / "run"
+    checkpoint = run / "checkpoints" / "images-0000000064"
+    write_checkpoint(checkpoint, config, "autoencoder", {"weight": made.state | {OUTPUT_LOGVAR: torch.zeros(1)}})
+    (folder / "artifact").rename(folder / "made")
+    for place, what in ((checkpoint, "a stage-1 checkpoint"), (run, "a stage-1 run that is not finished")):
+        (folder / "artifact").unlink(missing_ok=True)
+        (folder / "artifact").symlink_to(place)
+        assert refusal(folder, capsys) == (4, True)
+        assert f"{folder / 'artifact'} is {what}, whose hash no artifact will have" in LAST[-1]
+        assert "finish the run first" in LAST[-1]
+        assert not (folder / "cache").exists()
+    (folder / "made").rename(run / "artifact")
+    assert encode(folder, "--max-shards", "1")["artifact_sha256"] == made.content_hash
 
 
 def test_damage_is_named(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
