@@ -49,16 +49,20 @@ class Trained:
     ema: ShardedEma | None = None
     buffers: dict[str, Tensor] = field(default_factory=dict)  # equal on all ranks: running averages, usage counts
 
-    def write_rows(self, name: str, rows: Tensor, values: Tensor) -> None:
-        """Nothing; those rows of a parameter get new values, in the average too, and Adam forgets what led to the old.
+    def write_rows(self, name: str, rows: Tensor, values: Tensor, restart: bool) -> None:
+        """Nothing; those rows of a parameter get new values.
 
+        With `restart` they begin anew: the average takes the values too, and Adam forgets what led to the old ones.
         Shapes: the parameter (K, D), rows (n,) int64, values (n, D), equal on all ranks. Collective: all ranks.
         """
         for index, fragment in enumerate(self.model.fragments):
-            if fragment.name == name:
-                places, new = fragment.elements_of_rows(rows, values)
-                for tensor in (fragment.master, *([self.ema.values[index]] if self.ema is not None else [])):
-                    tensor[places] = new
+            if fragment.name != name:
+                continue
+            places, new = fragment.elements_of_rows(rows, values)
+            fragment.master[places] = new
+            if restart:
+                if self.ema is not None:
+                    self.ema.values[index][places] = new
                 for moment in self.model.moments(fragment).values():
                     moment[places] = 0.0
         self.model.publish_rows(name, rows, values)

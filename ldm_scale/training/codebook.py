@@ -77,7 +77,7 @@ class CodebookKeeper:
         self._counts.masked_fill_(faded, MIN_AVERAGE_COUNT)
         self._sums.copy_(torch.where(faded[:, None], codes * MIN_AVERAGE_COUNT, self._sums))
         rows = torch.arange(len(counts), device=counts.device)
-        self._trained.write_rows(CODEBOOK, rows, self._sums / self._counts[:, None])
+        self._trained.write_rows(CODEBOOK, rows, self._sums / self._counts[:, None], restart=False)
 
     def _revive(self, vectors: Tensor, numbers: Tensor, images: int, global_batch: int) -> int:
         """Number of codes that were put on latents of this step, because none of `dead_code_images` chose them.
@@ -95,7 +95,7 @@ class CodebookKeeper:
         here = (chosen // places + images)[:, None] == numbers.to(rows.device)[None, :]
         latents = vectors[here.int().argmax(dim=1), chosen % places] * here.any(dim=1, keepdim=True)
         latents = sum_over_ranks(latents)
-        self._trained.write_rows(CODEBOOK, rows, latents)
+        self._trained.write_rows(CODEBOOK, rows, latents, restart=True)
         self.unused_images[rows] = 0.0
         if self._averages:
             self._counts[rows] = 1.0

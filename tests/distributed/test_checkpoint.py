@@ -197,33 +197,36 @@ def test_a_resumed_run_equals_an_unbroken_one_bit_for_bit(
         assert results[0]["hash"] == results[1]["hash"]
 
 
-def _write_rows(stage: int) -> dict[str, Any]:
+def _write_rows(stage: int, restart: bool) -> dict[str, Any]:
     trained = _start(build_seeded(lambda: Network(9), 11), stage)
     item = trained["net"]
     _train(item, range(2))
-    before = {"weight": masters(item.model), **{key: moments(item.model, key) for key in MOMENTS}}
+    before = _content(item)
     rows = torch.tensor([1, 8, 4])
     values = torch.arange(15.0).view(3, 5) / 10
-    item.write_rows("first.weight", rows, values)
+    item.write_rows("first.weight", rows, values, restart)
     content = _content(item)
     after = item.model.module.first(torch.eye(5)) - item.model.module.first(torch.zeros(1, 5))
     return {"before": before, "content": content, "computing": after.T.detach().clone(), "values": values, "rows": rows}
 
 
-@pytest.mark.parametrize(("ranks", "stage"), [(1, 0), (2, 0), (2, 1), (2, 2), (2, 3), (3, 2)])
-def test_rows_are_written_into_masters_average_and_the_weights_that_compute(ranks: int, stage: int) -> None:
-    for report in run_ranks(_write_rows, ranks, stage):
+@pytest.mark.parametrize(
+    ("ranks", "stage", "restart"),
+    [(1, 0, True), (2, 0, False), (2, 1, True), (2, 2, False), (2, 3, True), (2, 3, False), (3, 2, True)],
+)
+def test_rows_are_written_into_masters_and_the_weights_that_compute(ranks: int, stage: int, restart: bool) -> None:
+    for report in run_ranks(_write_rows, ranks, stage, restart):
         rows, values, name = report["rows"], report["values"], "first.weight"
         expected = report["before"]["weight"][name].clone()
         expected[rows] = values
         assert torch.equal(report["content"]["weight"][name], expected)
-        assert torch.equal(report["content"]["ema"][name][rows], values)
         torch.testing.assert_close(report["computing"], expected, rtol=0, atol=1e-6)
-        for key in MOMENTS:
-            moment = report["before"][key][name].clone()
-            assert moment[rows].any(), "the moments were zero before: the test shows nothing"
-            moment[rows] = 0
-            assert torch.equal(report["content"][key][name], moment)
+        for kind, value in (("ema", values), *((key, torch.zeros(())) for key in MOMENTS)):
+            remembered = report["before"][kind][name].clone()
+            assert remembered[rows].any(), "zero before: the test shows nothing"
+            if restart:
+                remembered[rows] = value
+            assert torch.equal(report["content"][kind][name], remembered), kind
         others = {n: t for n, t in report["before"]["weight"].items() if n != name}
         assert max_difference({n: report["content"]["weight"][n] for n in others}, others) == 0
 

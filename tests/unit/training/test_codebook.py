@@ -26,8 +26,9 @@ class _Trained:
     def __init__(self, values: Tensor) -> None:
         self.model, self.buffers, self.values = _Model(), {}, values
 
-    def write_rows(self, name: str, rows: Tensor, values: Tensor) -> None:
-        assert name == CODEBOOK
+    def write_rows(self, name: str, rows: Tensor, values: Tensor, restart: bool) -> None:
+        # Codes that move as averages keep their own average over time; revived ones begin anew.
+        assert (name, restart) == (CODEBOOK, len(rows) < len(self.values))
         self.values[rows] = values
 
 
