@@ -57,13 +57,13 @@ def check_artifact_fits(config: Config, f: int, latent_channels: int) -> None:
     check_latent_resolution(config, f, f"the artifact {config.artifact}")
 
 
-def check_posterior(config: Config, kind: str, measured: str) -> None:
+def check_posterior(config: Config, kind: str, measured: str, num_images: int) -> None:
     """Nothing, if a KL artifact's statistics were measured on what stage 2 takes: samples of the posterior, or modes.
 
     Raises: ConfigError that names both sides.
     """
     wanted = "sample" if config.latents.sample_posterior else "mode"
-    if kind == "kl" and measured != wanted:
+    if kind == "kl" and num_images > 0 and measured != wanted:
         raise ConfigError(
             f"latents.sample_posterior={str(config.latents.sample_posterior).lower()}, but the statistics of artifact="
             f"{config.artifact} were measured on the posterior's {measured}s, so that latents would not have a "

@@ -65,7 +65,7 @@ def _check_artifact(config: Config) -> str:
 
     artifact = read_artifact(Path(config.artifact))
     check_artifact_fits(config, artifact.config.downsampling_factor, artifact.config.latent_channels)
-    check_posterior(config, artifact.config.kind, artifact.statistics.posterior)
+    check_posterior(config, artifact.config.kind, artifact.statistics.posterior, artifact.statistics.num_images)
     return artifact.content_hash
 
 

@@ -21,7 +21,7 @@ from ldm_scale.interchange.artifact import write_artifact
 from ldm_scale.models.autoencoder import LatentStatistics
 from ldm_scale.models.half_precision import HalfPrecisionProbe, probe_half_precision
 from ldm_scale.models.half_precision import merge as merge_probes
-from ldm_scale.training.statistics import Moments, latent_statistics, merge
+from ldm_scale.training.statistics import Moments, latent_statistics, merge, require_difference
 
 if TYPE_CHECKING:
     from ldm_scale.training.autoencoder_step import AutoencoderTask
@@ -73,6 +73,7 @@ def measure_statistics(task: AutoencoderTask) -> LatentStatistics:
         return LatentStatistics(posterior="mode")
     latents = task.config.latents
     parts: list[Moments] = []
+    places: list[Moments] = []
     images = 0
     with _evaluated_weights(task), torch.no_grad():
         for batch in _batches(task, task.config.data.split, latents.statistics_images):
@@ -82,10 +83,13 @@ def measure_statistics(task: AutoencoderTask) -> LatentStatistics:
                 noise = task.posterior_noise(batch.image_numbers.tolist(), "statistics")
                 z_raw = z_raw + (0.5 * logvar.float()).exp() * noise
             parts.append(Moments.of(z_raw))
+            places.append(Moments.of(mean.float().flatten(1)[:, :, None, None]))
             images += len(batch.images)
     posterior: Literal["sample", "mode"] = "sample" if latents.sample_posterior else "mode"
     moments = merge(part for rank_parts in gather_objects(parts) for part in rank_parts)
-    return latent_statistics(moments, sum(gather_objects(images)), latents.statistics, posterior)
+    num_images = sum(gather_objects(images))
+    require_difference(merge(gather_objects(merge(places))), moments, num_images)
+    return latent_statistics(moments, num_images, latents.statistics, posterior)
 
 
 def probe(task: AutoencoderTask) -> HalfPrecisionProbe:

@@ -40,7 +40,7 @@ class DiffusionTask(Task):
         super().__init__(config, plan, environment)
         artifact = read_artifact(Path(config.artifact))
         check_artifact_fits(config, artifact.config.downsampling_factor, artifact.config.latent_channels)
-        check_posterior(config, artifact.config.kind, artifact.statistics.posterior)
+        check_posterior(config, artifact.config.kind, artifact.statistics.posterior, artifact.statistics.num_images)
         self.autoencoder_hash = artifact.content_hash
         self.autoencoder = load_autoencoder(config.artifact).to(environment.device, environment.dtype)
         # The autoencoder's one head is as wide as its features, which our attention does not serve.

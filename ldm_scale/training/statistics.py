@@ -21,6 +21,8 @@ from ldm_scale.models.autoencoder import LatentStatistics
 
 # Of the mean: latents that vary less are constant but for rounding.
 MIN_RELATIVE_STD = 1e-6
+# Of the latents' deviation: images that differ less are one image, or the posterior has collapsed to its noise.
+MIN_RELATIVE_DIFFERENCE = 1e-3
 
 
 @dataclass(frozen=True, eq=False)
@@ -71,6 +73,22 @@ class Moments:
 def merge(parts: Iterable[Moments]) -> Moments:
     """The moments of all parts together, in their order."""
     return reduce(Moments.merged, parts)
+
+
+def require_difference(between: Moments, moments: Moments, num_images: int) -> None:
+    """Nothing, if the posterior's means differ from image to image; one image alone says nothing about that.
+
+    The deviation of the latents themselves does not tell: one picture's latents vary over its places, and the noise
+    of the posterior varies by itself. Shapes: `between` has an entry for each place of a latent (c x h x w).
+    Raises: NumericsError otherwise.
+    """
+    difference, std = float(between.std.square().mean().sqrt()), float(moments.over_channels().std[0])
+    if num_images > 1 and not difference > MIN_RELATIVE_DIFFERENCE * std:
+        raise NumericsError(
+            f"latent statistics: the latents of {num_images} images differ by {difference:g} from image to image, and "
+            f"their deviation is {std:g}: either all images are the same, or the posterior has collapsed to noise; "
+            "look at the data with `ldm-scale doctor data`, or train with a smaller autoencoder_loss.kl_weight"
+        )
 
 
 def latent_statistics(

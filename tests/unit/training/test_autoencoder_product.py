@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,12 +14,15 @@ import torch
 from ldm_scale.config.fit import batch_plan
 from ldm_scale.config.schema import Config
 from ldm_scale.data import build_loader
+from ldm_scale.data.sources.tars import index_tars
 from ldm_scale.engine import env
+from ldm_scale.engine.checkpoint import latest_checkpoint
+from ldm_scale.operations.train import train
 from ldm_scale.training.autoencoder_product import measure_statistics
 from ldm_scale.training.autoencoder_step import AutoencoderTask
 from tests.helpers.ranks import run_ranks
 from tests.helpers.runs import tiny_config
-from tests.helpers.shards import make_dataset
+from tests.helpers.shards import make_dataset, make_sample, write_tar
 
 NUM_IMAGES = 21  # neither batches nor ranks divide it
 
@@ -97,3 +101,18 @@ def test_pictures_are_images_above_their_reconstructions(on_one_rank: dict[str, 
     assert pictures.shape == (16, 3, 16, 16)
     assert pictures.abs().max() <= 1
     assert not torch.equal(pictures[:8], pictures[8:])
+
+
+def _train(config: Config) -> None:
+    train(config, env.read_launch())
+
+
+def test_equal_pictures_end_without_an_artifact_and_keep_the_checkpoint(tmp_path: Path) -> None:
+    picture = make_sample(0, 20, np.random.default_rng(0))
+    tar = write_tar(tmp_path / "train-000000.tar", [(f"{n:03d}", picture) for n in range(8)])
+    index_tars([tar], tmp_path / "manifest.json", "train")
+    config = tiny_config("autoencoder", tmp_path / "manifest.json", tmp_path / "run", train={"total_images": 8})
+    with pytest.raises(AssertionError, match=r"NumericsError: latent statistics: the latents of 8 images differ by"):
+        run_ranks(_train, 1, config)
+    assert latest_checkpoint(tmp_path / "run" / "checkpoints") is not None
+    assert not (tmp_path / "run" / "artifact").exists()

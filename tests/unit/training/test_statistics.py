@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from ldm_scale.errors import NumericsError
-from ldm_scale.training.statistics import Moments, latent_statistics, merge
+from ldm_scale.training.statistics import Moments, latent_statistics, merge, require_difference
 
 
 @pytest.mark.parametrize("offset", [0.0, 1e6, -1e9])
@@ -66,3 +66,19 @@ def test_not_finite_latents_are_refused() -> None:
     z[0, 0, 0, 0] = float("nan")
     with pytest.raises(NumericsError, match="not finite"):
         latent_statistics(Moments.of(z), 4, "scalar", "sample")
+
+
+def _places(mean: torch.Tensor) -> Moments:
+    return Moments.of(mean.flatten(1)[:, :, None, None])
+
+
+def test_images_that_differ_by_noise_alone_are_refused() -> None:
+    one = torch.randn(1, 3, 4, 4)
+    same, noise = one.expand(16, -1, -1, -1), torch.randn(16, 3, 4, 4)
+    with pytest.raises(NumericsError, match="the latents of 16 images differ by 0 from image to image"):
+        require_difference(_places(same), Moments.of(same + noise), 16)
+    collapsed = 1e-4 * noise
+    with pytest.raises(NumericsError, match="collapsed to noise"):
+        require_difference(_places(collapsed), Moments.of(collapsed + torch.randn(16, 3, 4, 4)), 16)
+    require_difference(_places(noise), Moments.of(noise), 16)
+    require_difference(_places(one), Moments.of(one), 1)
