@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
-import json
 import os
 import random
 import shutil
@@ -13,12 +11,12 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from ldm_scale.config.convert import config_to_dict
 from ldm_scale.config.schema import Config, EmaConfig
-from ldm_scale.engine import checkpoint, collectives, env
+from ldm_scale.engine import checkpoint, collectives
 from ldm_scale.engine.checkpoint import (
     Trained,
     latest_checkpoint,
@@ -31,10 +29,7 @@ from ldm_scale.engine.ema import ShardedEma
 from ldm_scale.engine.zero import MOMENTS
 from ldm_scale.errors import CheckpointError
 from ldm_scale.models.build import build_seeded
-from ldm_scale.operations.train import train
-from ldm_scale.training import adversary, trainer
 from tests.helpers.ranks import run_ranks
-from tests.helpers.runs import tiny_artifact, tiny_config
 from tests.helpers.sharded import (
     BATCH,
     Network,
@@ -47,7 +42,6 @@ from tests.helpers.sharded import (
     train_step,
     whole,
 )
-from tests.helpers.shards import make_dataset
 
 EMA = EmaConfig(half_life_images=10.0, warmup_ratio=0.0)
 STATE = {"cur_images": 16, "note": "as it was given"}
@@ -119,82 +113,6 @@ def test_any_ranks_and_stage_read_what_any_other_wrote(
             assert max_difference(report["content"][kind], tensors) == 0, kind
             assert max(float(tensor.abs().max()) for tensor in tensors.values()) > 0, f"{kind} is all zero"
         assert torch.allclose(report["prediction"], written["prediction"], rtol=0, atol=1e-6)
-
-
-def _train_run(config: Config, health_half_life_images: int | None = None) -> bool:
-    if health_half_life_images is not None:
-        adversary.HEALTH_HALF_LIFE_IMAGES = health_half_life_images  # in this rank's own process
-    return train(config, env.read_launch())
-
-
-# Everything of stage 1 that remembers: the discriminator's health, its hold, codes as averages, how long unused.
-GAN = {
-    "discriminator_start_images": 12,
-    "discriminator_pretrain_images": 8,
-    "adversarial_ramp_images": 16,
-    "discriminator_hold_accuracy": 0.51,
-    "discriminator_lr": 0.02,
-    "lecam_weight": 0.1,
-    "r1_weight": 0.1,
-    "learned_variance": True,
-}
-EMA_CODES = {"codebook_update": "ema", "dead_code_images": 16}
-
-
-@pytest.mark.parametrize(
-    ("stage", "ranks", "zero_stage", "sections"),
-    [
-        ("autoencoder", 2, 2, {"autoencoder_loss": GAN}),
-        (
-            "autoencoder",
-            1,
-            3,
-            {"autoencoder": {"kind": "vq", "codebook_size": 64}, "autoencoder_loss": GAN | EMA_CODES},
-        ),
-        ("autoencoder", 1, 1, {"autoencoder_loss": GAN | {"discriminator_norm": "batch"}}),
-        ("diffusion", 2, 3, {}),
-    ],
-)
-def test_a_resumed_run_equals_an_unbroken_one_bit_for_bit(
-    tmp_path: Path, stage: str, ranks: int, zero_stage: int, sections: dict[str, dict[str, Any]]
-) -> None:
-    manifest = make_dataset(tmp_path / "data", num_samples=20, resolution=20)
-    tiny_artifact(tmp_path / "artifact")
-    run, unbroken = tmp_path / "run", tmp_path / "unbroken"
-    cadence = {"total_images": 64, "checkpoint_every_images": 32}
-    config = tiny_config(
-        stage,
-        manifest,
-        run,
-        zero={"stage": zero_stage},
-        train=cadence,
-        **sections,
-        optimizer={"warmup_images": 8, "decay": "cosine"},
-        sampling={"prompts": ("a",)},
-    )
-    assert run_ranks(_train_run, ranks, config, 8) == [True] * ranks
-    run.rename(unbroken)
-    middle = unbroken / "checkpoints" / "images-0000000032"
-    if sections.get("autoencoder_loss") == GAN:
-        with safe_open(middle / "rank-00000.safetensors", "pt") as file:
-            assert file.get_tensor("discriminator/buffer/health")[4] == 1, "it is not held: the test shows less"
-    shutil.copytree(middle, run / "checkpoints" / middle.name)
-    assert run_ranks(_train_run, ranks, config, 8) == [True] * ranks
-
-    first, second = (folder / "checkpoints" / "images-0000000064" for folder in (unbroken, run))
-    before, after = read_manifest(first), read_manifest(second)
-    assert after["state"] | {"training_s": 0} == before["state"] | {"training_s": 0}
-    assert after["models"] == before["models"], "other tensors, pieces or optimizer steps"
-    assert {name: r["crc32"] for name, r in after["files"].items()} == {
-        name: r["crc32"] for name, r in before["files"].items()
-    }
-    results = [json.loads((folder / "result.json").read_text()) for folder in (unbroken, run)]
-    assert results[0].pop("training_s") > 0
-    assert results[1].pop("training_s") > 0
-    if stage == "diffusion":  # the path is that of the folder that was renamed
-        assert results[0] == results[1]
-    else:
-        assert results[0]["hash"] == results[1]["hash"]
 
 
 def _write_rows(stage: int, restart: bool) -> dict[str, Any]:
@@ -454,24 +372,3 @@ def test_a_folder_that_cannot_be_made_fails_on_all_ranks(tmp_path: Path) -> None
     for message in run_ranks(_save_into, 2, tmp_path / "file" / "checkpoints"):
         assert "rank 0: " in message
         assert "Not a directory" in message
-
-
-def _train_with_one_failing_save(config: Config) -> bool:
-    def once_failing(*args: Any) -> Path:
-        setattr(trainer, "save_checkpoint", save_checkpoint)  # noqa: B010
-        raise CheckpointError("checkpoint not written")
-
-    setattr(trainer, "save_checkpoint", once_failing)  # noqa: B010
-    return _train_run(config)
-
-
-def test_training_goes_on_after_a_save_that_failed(tmp_path: Path) -> None:
-    manifest = make_dataset(tmp_path / "data", num_samples=16, resolution=20)
-    tiny_artifact(tmp_path / "artifact")
-    config = tiny_config("diffusion", manifest, tmp_path / "run", train={"total_images": 24})
-    config = dataclasses.replace(config, train=dataclasses.replace(config.train, checkpoint_every_images=8))
-    assert run_ranks(_train_with_one_failing_save, 1, config) == [True]
-    assert sorted(path.name for path in (tmp_path / "run" / "checkpoints").iterdir()) == [
-        "images-0000000016",
-        "images-0000000024",
-    ]

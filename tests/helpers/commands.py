@@ -1,8 +1,13 @@
-"""Overrides that shrink the demo experiments to the sizes of `runs.py`, for tests of the command line."""
+"""Overrides that shrink the demo experiments to the sizes of `runs.py`, and refusals, for tests of the command line."""
 
 from __future__ import annotations
 
 from pathlib import Path
+
+import pytest
+import torch.distributed as dist
+
+from ldm_scale.__main__ import main
 
 TOTAL_IMAGES = 640
 
@@ -55,3 +60,15 @@ def stage2(folder: Path, run_dir: Path, *more: str) -> list[str]:
         "sampling.prompts=[a]",
         *more,
     )
+
+
+def refusal(capfd: pytest.CaptureFixture[str], arguments: list[str], status: int) -> str:
+    """The line that the command prints when it refuses its arguments."""
+    capfd.readouterr()
+    assert main(["train", *arguments]) == status
+    output, errors = capfd.readouterr()
+    assert output == ""
+    assert errors.count("\n") == 1, errors
+    assert errors.startswith("error: ")
+    assert not dist.is_initialized()
+    return errors

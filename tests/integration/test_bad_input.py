@@ -7,11 +7,10 @@ import io
 from pathlib import Path
 
 import pytest
-import torch.distributed as dist
 
 from ldm_scale.__main__ import main
 from ldm_scale.data.sources.tars import index_tars
-from tests.helpers.commands import stage1, stage2
+from tests.helpers.commands import refusal, stage1, stage2
 from tests.helpers.ranks import run_ranks
 from tests.helpers.runs import tiny_artifact
 from tests.helpers.shards import make_dataset, write_tar
@@ -22,18 +21,6 @@ def folder(tmp_path: Path) -> Path:
     make_dataset(tmp_path / "data", num_samples=16, samples_per_shard=16, resolution=20)
     tiny_artifact(tmp_path / "artifact")
     return tmp_path
-
-
-def refusal(capfd: pytest.CaptureFixture[str], arguments: list[str], status: int) -> str:
-    """The line that the command prints when it refuses its arguments."""
-    capfd.readouterr()
-    assert main(["train", *arguments]) == status
-    output, errors = capfd.readouterr()
-    assert output == ""
-    assert errors.count("\n") == 1, errors
-    assert errors.startswith("error: ")
-    assert not dist.is_initialized()
-    return errors
 
 
 @pytest.mark.parametrize(

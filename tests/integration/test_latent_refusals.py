@@ -9,10 +9,8 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch.distributed as dist
 
-from ldm_scale.__main__ import main
-from tests.helpers.commands import stage1, stage2
+from tests.helpers.commands import refusal, stage1, stage2
 from tests.helpers.latents import Members, array, encode, npy, other_artifact, rewrite
 from tests.helpers.runs import tiny_artifact
 from tests.helpers.shards import make_dataset
@@ -25,18 +23,6 @@ def small(tmp_path: Path) -> Path:
     make_dataset(tmp_path / "data", num_samples=16, samples_per_shard=8, resolution=20)
     tiny_artifact(tmp_path / "artifact")
     return tmp_path
-
-
-def refusal(capfd: pytest.CaptureFixture[str], arguments: list[str], status: int) -> str:
-    """The line that the command prints when it refuses its arguments."""
-    capfd.readouterr()
-    assert main(["train", *arguments]) == status
-    output, errors = capfd.readouterr()
-    assert output == ""
-    assert errors.count("\n") == 1, errors
-    assert errors.startswith("error: ")
-    assert not dist.is_initialized()
-    return errors
 
 
 def _cached(folder: Path, *more: str) -> list[str]:

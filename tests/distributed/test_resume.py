@@ -1,0 +1,119 @@
+"""Runs and their checkpoints: resumed bit for bit in the middle of anything, not ended by a save that fails."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+from safetensors import safe_open
+
+from ldm_scale.config.schema import Config
+from ldm_scale.engine import env
+from ldm_scale.engine.checkpoint import read_manifest, save_checkpoint
+from ldm_scale.errors import CheckpointError
+from ldm_scale.operations.train import train
+from ldm_scale.training import adversary, trainer
+from tests.helpers.ranks import run_ranks
+from tests.helpers.runs import tiny_artifact, tiny_config
+from tests.helpers.shards import make_dataset
+
+
+def _train_run(config: Config, health_half_life_images: int | None = None) -> bool:
+    if health_half_life_images is not None:
+        adversary.HEALTH_HALF_LIFE_IMAGES = health_half_life_images  # in this rank's own process
+    return train(config, env.read_launch())
+
+
+# Everything of stage 1 that remembers: the discriminator's health, its hold, codes as averages, how long unused.
+GAN = {
+    "discriminator_start_images": 12,
+    "discriminator_pretrain_images": 8,
+    "adversarial_ramp_images": 16,
+    "discriminator_hold_accuracy": 0.51,
+    "discriminator_lr": 0.02,
+    "lecam_weight": 0.1,
+    "r1_weight": 0.1,
+    "learned_variance": True,
+}
+EMA_CODES = {"codebook_update": "ema", "dead_code_images": 16}
+
+
+@pytest.mark.parametrize(
+    ("stage", "ranks", "zero_stage", "sections"),
+    [
+        ("autoencoder", 2, 2, {"autoencoder_loss": GAN}),
+        (
+            "autoencoder",
+            1,
+            3,
+            {"autoencoder": {"kind": "vq", "codebook_size": 64}, "autoencoder_loss": GAN | EMA_CODES},
+        ),
+        ("autoencoder", 1, 1, {"autoencoder_loss": GAN | {"discriminator_norm": "batch"}}),
+        ("diffusion", 2, 3, {}),
+    ],
+)
+def test_a_resumed_run_equals_an_unbroken_one_bit_for_bit(
+    tmp_path: Path, stage: str, ranks: int, zero_stage: int, sections: dict[str, dict[str, Any]]
+) -> None:
+    manifest = make_dataset(tmp_path / "data", num_samples=20, resolution=20)
+    tiny_artifact(tmp_path / "artifact")
+    run, unbroken = tmp_path / "run", tmp_path / "unbroken"
+    cadence = {"total_images": 64, "checkpoint_every_images": 32}
+    config = tiny_config(
+        stage,
+        manifest,
+        run,
+        zero={"stage": zero_stage},
+        train=cadence,
+        **sections,
+        optimizer={"warmup_images": 8, "decay": "cosine"},
+        sampling={"prompts": ("a",)},
+    )
+    assert run_ranks(_train_run, ranks, config, 8) == [True] * ranks
+    run.rename(unbroken)
+    middle = unbroken / "checkpoints" / "images-0000000032"
+    if sections.get("autoencoder_loss") == GAN:
+        with safe_open(middle / "rank-00000.safetensors", "pt") as file:
+            assert file.get_tensor("discriminator/buffer/health")[4] == 1, "it is not held: the test shows less"
+    shutil.copytree(middle, run / "checkpoints" / middle.name)
+    assert run_ranks(_train_run, ranks, config, 8) == [True] * ranks
+
+    first, second = (folder / "checkpoints" / "images-0000000064" for folder in (unbroken, run))
+    before, after = read_manifest(first), read_manifest(second)
+    assert after["state"] | {"training_s": 0} == before["state"] | {"training_s": 0}
+    assert after["models"] == before["models"], "other tensors, pieces or optimizer steps"
+    assert {name: r["crc32"] for name, r in after["files"].items()} == {
+        name: r["crc32"] for name, r in before["files"].items()
+    }
+    results = [json.loads((folder / "result.json").read_text()) for folder in (unbroken, run)]
+    assert results[0].pop("training_s") > 0
+    assert results[1].pop("training_s") > 0
+    if stage == "diffusion":  # the path is that of the folder that was renamed
+        assert results[0] == results[1]
+    else:
+        assert results[0]["hash"] == results[1]["hash"]
+
+
+def _train_with_one_failing_save(config: Config) -> bool:
+    def once_failing(*args: Any) -> Path:
+        setattr(trainer, "save_checkpoint", save_checkpoint)  # noqa: B010
+        raise CheckpointError("checkpoint not written")
+
+    setattr(trainer, "save_checkpoint", once_failing)  # noqa: B010
+    return _train_run(config)
+
+
+def test_training_goes_on_after_a_save_that_failed(tmp_path: Path) -> None:
+    manifest = make_dataset(tmp_path / "data", num_samples=16, resolution=20)
+    tiny_artifact(tmp_path / "artifact")
+    config = tiny_config("diffusion", manifest, tmp_path / "run", train={"total_images": 24})
+    config = dataclasses.replace(config, train=dataclasses.replace(config.train, checkpoint_every_images=8))
+    assert run_ranks(_train_with_one_failing_save, 1, config) == [True]
+    assert sorted(path.name for path in (tmp_path / "run" / "checkpoints").iterdir()) == [
+        "images-0000000016",
+        "images-0000000024",
+    ]
