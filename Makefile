@@ -25,7 +25,7 @@ PIP_INSTALL := $(BIN)/python -m pip --disable-pip-version-check install --progre
 # pip's own report reduced to what takes time: large downloads, source builds and the copying at the end.
 PIP_PROGRESS := sed -un 's/^ *\(Downloading\|Using cached\) \([^ ]*\) \(([0-9.]* MB)\)/      \2 \3/p; s/^ *Building [^ ]* for \([^ ]*\) .*started/      building \1/p; s/^Installing collected packages.*/      copying files/p'
 
-.PHONY: help env lint types test aot demo bench gpu-proof clean
+.PHONY: help env lint types test aot demo bench gpu-proof gpu-demo clean
 
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 18
@@ -75,11 +75,18 @@ ifeq ($(origin PYTHON),command line)
 GPU_PYTHON := $(PYTHON)
 else
 GPU_PYTHON := $(BIN)/python
-gpu-proof: $(STAMP)
+gpu-proof gpu-demo: $(STAMP)
 endif
-OUT ?= runs/gpu_proof
+gpu-proof: OUT ?= runs/gpu_proof
 gpu-proof: ## on a machine with a GPU, in 8 minutes: kernel tests, benchmarks, the UNet step (OUT=folder PYTHON=python3)
 	PYTHONPATH=kernels:.$${PYTHONPATH:+:$$PYTHONPATH} $(GPU_PYTHON) -m benchmarks.gpu_proof --out $(OUT)
+
+# Shards are rendered beforehand; without them the command that does it is printed. The same call goes on where the last
+# one stopped.
+gpu-demo: OUT ?= runs/gpu_demo
+gpu-demo: MINUTES ?= 8
+gpu-demo: ## on a machine with a GPU, in two calls of 8 minutes: both stages at 128 px, pictures, weights (OUT= MINUTES= PYTHON=)
+	PYTHONPATH=kernels:.$${PYTHONPATH:+:$$PYTHONPATH} $(GPU_PYTHON) -m benchmarks.gpu_demo --out $(OUT) --minutes $(MINUTES)
 
 clean: ## remove caches and build outputs; the environment, data/ and runs/ stay
 	rm -rf build dist ./*.egg-info .mypy_cache .ruff_cache .pytest_cache

@@ -24,7 +24,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
@@ -38,7 +38,7 @@ from tqdm import tqdm
 from ldm_scale.config.compose import load_config
 from ldm_scale.config.schema import UNetConfig
 from ldm_scale.engine.env import cpu_threads
-from ldm_scale.interchange.diffusers import empty_unet
+from ldm_scale.interchange.diffusers_unet import empty_unet
 from ldm_scale.interchange.name_maps import NameMap, translate, unet_names
 from ldm_scale.interchange.verify import load_both, relative_difference
 from ldm_scale.models.build import build_seeded, build_unet
@@ -77,17 +77,22 @@ class Batch:
 def cases() -> dict[str, Case]:
     """The UNets that are measured, by name."""
     demo = load_config(["experiment=demo_text"])
+    text = demo.conditioning.text
+    assert text is not None, "demo_text is conditioned on captions"
     mid = UNetConfig(base_channels=128, channel_multipliers=(1, 2, 4), attention_levels=(0, 1, 2), head_dim=64)
+    # The paper's class-conditional LDM-8 at a quarter of its width.
+    ldm8 = replace(load_config(["model=classes_ldm8"]).unet, base_channels=64)
     return {
         "demo": Case(
             demo.unet,
             demo.train.global_batch,
             demo.autoencoder.latent_channels,
             demo.data.resolution // demo.autoencoder.downsampling_factor,
-            demo.conditioning.max_tokens,
-            demo.conditioning.width,
+            text.max_tokens,
+            text.width,
         ),
         "mid": Case(mid, batch=4, latent_channels=4, latent_side=32, context_tokens=77, context_width=768),
+        "ldm8": Case(ldm8, batch=4, latent_channels=4, latent_side=32, context_tokens=1, context_width=512),
     }
 
 

@@ -60,6 +60,16 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--crop-scale-min", type=_share, default=1.0, help="their smallest side, as data.crop_scale_min (1 = none)"
     )
+    parser.add_argument(
+        "--text-encoder", metavar="MODEL", help="also store captions' contexts by the text tower of this OpenCLIP model"
+    )
+    parser.add_argument("--text-weights", metavar="W", help="its weights: OpenCLIP's name of them, or a file")
+    parser.add_argument(
+        "--text-layer",
+        choices=("last", "penultimate"),
+        default="penultimate",
+        help="whose output they are, as conditioning.frozen_text.layer (penultimate)",
+    )
     parser.add_argument("--max-shards", type=_whole, help="encode the first so many shards only")
     parser.add_argument("--batch", type=_whole, default=16, help="images encoded at once (16)")
     parser.add_argument("--workers", type=_count, default=1, help="processes that decode pictures, 0 = none (1)")

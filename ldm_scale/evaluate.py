@@ -1,4 +1,4 @@
-"""`ldm-scale evaluate autoencoder | compare | rate-distortion`: figures of trained models, with their protocol."""
+"""`ldm-scale evaluate autoencoder | diffusion | compare | rate-distortion`: figures with their protocol."""
 
 from __future__ import annotations
 
@@ -34,6 +34,16 @@ def _parser() -> argparse.ArgumentParser:
     output = argparse.ArgumentParser(add_help=False)
     output.add_argument("--json", action="store_true", help="print one JSON object instead of a table")
     _add_autoencoder(actions.add_parser("autoencoder", parents=[output], help="reconstructions of held-out images"))
+    _add_diffusion(
+        actions.add_parser(
+            "diffusion",
+            parents=[output],
+            help="samples for what held-out images are conditioned on",
+            description="Samples one image for the captions, classes, boxes, maps, small or masked images of each of a "
+            "split's first images, made as in training, and measures: distance from the real images, and for each kind "
+            "of conditioning whether the samples are what was asked for.",
+        )
+    )
     compare = actions.add_parser("compare", parents=[output], help="several results side by side")
     compare.add_argument("results", nargs="+", type=Path, metavar="RESULT", help="a result.json or its folder")
     compare.set_defaults(run=_compare)
@@ -51,20 +61,45 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _add_autoencoder(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("source", type=Path, metavar="PATH", help="a run, a checkpoint, an artifact or an export")
-    parser.add_argument("--data", type=Path, required=True, help="a manifest.json, or a folder of images")
-    parser.add_argument("--split", help="of the manifest; default: heldout")
+    _add_common(parser, "a manifest.json, or a folder of images", "reconstructions.png")
     parser.add_argument("--resolution", type=int, help="pixels along each side; default: the model's in training")
-    parser.add_argument("--num-images", type=int, help="images to measure, the same for every model; default: all")
-    parser.add_argument("--batch", type=int, default=16, help="images at once; changes no figure")
-    parser.add_argument("--weights", choices=("raw", "ema"), help="of a checkpoint; default: ema where it has them")
     parser.add_argument("--perceptual", choices=("efficientnet_lite0", "lpips_vgg"), default="efficientnet_lite0")
     parser.add_argument("--perceptual-weights", type=Path, metavar="FILE", help="torchvision's VGG16, for lpips_vgg")
+    parser.set_defaults(run=_autoencoder)
+
+
+def _add_diffusion(parser: argparse.ArgumentParser) -> None:
+    _add_common(parser, "a manifest.json", "samples.png")
+    parser.add_argument("--seed", type=int, default=0, help="of the first sample, and of masks and small images")
+    parser.add_argument(
+        "--sampler",
+        choices=("ddim", "ddpm", "plms", "dpmpp_2m", "dpmpp_2m_sde", "euler", "heun"),
+        help="default, here and below: the model's",
+    )
+    parser.add_argument("--steps", type=int)
+    parser.add_argument("--eta", type=float, help="stochasticity of DDIM, 0 to 1")
+    parser.add_argument("--guidance", type=float, help="classifier-free guidance scale, 1 = none")
+    parser.add_argument("--guidance-rescale", type=float, help="0 to 1")
+    parser.add_argument("--guidance-interval", type=float, nargs=2, metavar=("LO", "HI"), help="noise levels")
+    parser.set_defaults(run=_diffusion)
+
+
+def _add_common(parser: argparse.ArgumentParser, data: str, picture: str) -> None:
+    parser.add_argument("source", type=Path, metavar="PATH", help="a run, a checkpoint, an artifact or an export")
+    parser.add_argument("--data", type=Path, required=True, help=data)
+    parser.add_argument("--split", help="of the manifest; default: heldout")
+    parser.add_argument("--num-images", type=int, help="images to measure, the same for every model; default: all")
+    parser.add_argument("--batch", type=int, default=16, help="images at once; changes no figure")
+    parser.add_argument(
+        "--weights",
+        metavar="raw|ema|ema=STD",
+        help="of a checkpoint; ema=0.07 is the power-function average of that width, reconstructed if it was not kept; "
+        "default: its first average, or raw",
+    )
     parser.add_argument("--features", choices=("efficientnet_lite0", "inception_v3"), default="efficientnet_lite0")
     parser.add_argument("--features-weights", type=Path, metavar="FILE", help="FID's Inception, for inception_v3")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
-    parser.add_argument("--out", type=Path, metavar="DIR", help="folder for result.json and reconstructions.png")
-    parser.set_defaults(run=_autoencoder)
+    parser.add_argument("--out", type=Path, metavar="DIR", help=f"folder for result.json and {picture}")
 
 
 # Imported in each: torch and the networks take seconds, which --help and a wrong command line need not wait for.
@@ -73,6 +108,14 @@ def _autoencoder(arguments: argparse.Namespace) -> tuple[dict[str, Any], str]:
     from ldm_scale.operations.evaluate import evaluate_autoencoder
 
     document = evaluate_autoencoder(arguments)
+    return document, result_text(document)
+
+
+def _diffusion(arguments: argparse.Namespace) -> tuple[dict[str, Any], str]:
+    from ldm_scale.evaluation.results import result_text
+    from ldm_scale.operations.evaluate_diffusion import evaluate_diffusion
+
+    document = evaluate_diffusion(arguments)
     return document, result_text(document)
 
 
@@ -93,9 +136,9 @@ def _compare(arguments: argparse.Namespace) -> tuple[dict[str, Any], str]:
 
 def _rate_distortion(arguments: argparse.Namespace) -> tuple[dict[str, Any], str]:
     from ldm_scale.evaluation.rate_distortion import plot_rate_distortion, rate_distortion_table
-    from ldm_scale.evaluation.results import read_result
+    from ldm_scale.evaluation.results import FORMAT, read_result
 
-    results = [read_result(path) for path in arguments.results]
+    results = [read_result(path, (FORMAT,)) for path in arguments.results]
     rows = plot_rate_distortion(results, arguments.out)
     document = {"plot": str(arguments.out), "protocol": results[0].protocol, "models": rows}
     return document, f"{rate_distortion_table(rows)}\nwrote {arguments.out}"

@@ -49,7 +49,12 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--to", choices=("diffusers", "safetensors"), required=True)
     parser.add_argument("--out", type=Path, required=True, help="new folder, or an earlier export to replace")
-    parser.add_argument("--weights", choices=("raw", "ema"), help="of a checkpoint; default: ema where it has them")
+    parser.add_argument(
+        "--weights",
+        metavar="raw|ema|ema=STD",
+        help="of a checkpoint; ema=0.07 is the power-function average of that width, reconstructed if it was not kept; "
+        "default: its first average, or raw",
+    )
     parser.add_argument("--random-init", action="store_true", help="export the untrained model of an experiment")
     parser.add_argument("--seed", type=int, help="of --random-init; default: the experiment's train.seed")
     parser.add_argument("--json", action="store_true", help="print one JSON object about the result")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 from collections.abc import Sequence
 
@@ -10,6 +11,17 @@ from ldm_scale.config.compose import load_config
 from ldm_scale.config.schema import Config
 from ldm_scale.config.validate import validate_architecture
 from ldm_scale.planning.flops import NetworkSize, RunSize, measure_run
+
+# What the sections of `conditioning` are called in the table.
+_PARTS = {
+    "text": "text encoder",
+    "frozen_text": "frozen text encoder",
+    "classes": "class embedding",
+    "layout": "layout encoder",
+    "semantic_map": "map projection",
+    "low_resolution": "small image",
+    "inpainting": "image and mask",
+}
 
 
 def main(argv: Sequence[str]) -> int:
@@ -45,12 +57,15 @@ def plan_dict(config: Config, size: RunSize) -> dict[str, object]:
     }
     for name, network in (
         ("unet", size.unet),
-        ("conditioner", size.conditioner),
+        ("conditioner", size.tau_theta),
+        ("classifier", size.classifier),
         ("discriminator", size.discriminator),
     ):
         if network is not None:
             plan[f"{name}_parameters"] = network.parameters
             plan[f"{name}_forward_flops"] = network.forward_flops
+    if size.unet is not None:
+        plan["conditioner_parts"] = {name: dataclasses.asdict(part) for name, part in size.conditioner.items()}
     return plan
 
 
@@ -60,8 +75,9 @@ def plan_table(config: Config, size: RunSize) -> str:
         ("autoencoder encode", size.encoder),
         ("autoencoder decode", size.decoder),
         ("discriminator", size.discriminator),
-        ("text encoder", size.conditioner),
+        *((_PARTS[name], part) for name, part in size.conditioner.items()),
         ("UNet", size.unet),
+        ("classifier", size.classifier),
     ]
     channels, height, width = size.latent_shape
     resolution = config.data.resolution
@@ -71,9 +87,15 @@ def plan_table(config: Config, size: RunSize) -> str:
         f"{'network':<20}{'parameters':>16}{'forward GFLOP per image':>26}",
     ]
     lines += [_row(name, network) for name, network in networks if network is not None]
-    trained = "autoencoder" if size.unet is None else "UNet + text encoder"
-    lines.append(f"trained: {size.trained.parameters:,} parameters ({trained}); 1 multiply-add = 2 FLOP")
+    lines.append(f"trained: {size.trained.parameters:,} parameters ({_trained(size)}); 1 multiply-add = 2 FLOP")
     return "\n".join(lines)
+
+
+def _trained(size: RunSize) -> str:
+    """What the headline counts, in words."""
+    if size.unet is None:
+        return "autoencoder" if size.classifier is None else "classifier"
+    return " + ".join(["UNet", *(_PARTS[name] for name, part in size.conditioner.items() if part.parameters)])
 
 
 def _row(name: str, network: NetworkSize) -> str:

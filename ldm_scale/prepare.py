@@ -1,4 +1,4 @@
-"""`ldm-scale prepare`: from OpenMoji, a folder of images or existing tars to webdataset shards and a manifest."""
+"""`ldm-scale prepare`: from OpenMoji, COCO, a folder of images or existing tars to webdataset shards and a manifest."""
 
 from __future__ import annotations
 
@@ -7,10 +7,16 @@ import json
 import time
 from pathlib import Path
 
+from ldm_scale.data.annotations import MAX_MAP_LABELS
 from ldm_scale.data.sources import Prepared
+from ldm_scale.data.sources.coco import CocoRequest, prepare_coco
 from ldm_scale.data.sources.image_folder import prepare_image_folder
 from ldm_scale.data.sources.openmoji import SHIPPED_SUBSETS, WITHOUT_SKIN_TONES, prepare_openmoji
+from ldm_scale.data.sources.openmoji_scenes import DEFAULT_SUBSET, prepare_openmoji_scenes
+from ldm_scale.data.sources.scenes import BACKGROUNDS
+from ldm_scale.data.sources.squares import read_names
 from ldm_scale.data.sources.tars import index_tars
+from ldm_scale.errors import DataError
 
 
 def _positive(text: str) -> int:
@@ -36,13 +42,17 @@ def _parser() -> argparse.ArgumentParser:
     )
     sources = parser.add_subparsers(dest="source", required=True)
 
-    rendered = argparse.ArgumentParser(add_help=False)
-    rendered.add_argument("--resolution", type=_positive, required=True, help="pixels along each side")
-    rendered.add_argument("--out", type=Path, required=True, help="folder to make; reused if it answers this request")
+    written = argparse.ArgumentParser(add_help=False)
+    written.add_argument("--resolution", type=_positive, required=True, help="pixels along each side")
+    written.add_argument("--out", type=Path, required=True, help="folder to make; reused if it answers this request")
+    written.add_argument("--samples-per-shard", type=_positive, default=256, help="default 256")
+    rendered = argparse.ArgumentParser(add_help=False, parents=[written])
     rendered.add_argument(
         "--heldout-percent", type=_percent, help="share of the held-out split (5; of a listed subset 0)"
     )
-    rendered.add_argument("--samples-per-shard", type=_positive, default=256, help="default 256")
+    lists = argparse.ArgumentParser(add_help=False)
+    lists.add_argument("--object-classes", type=Path, metavar="FILE", help="classes of the boxes, one name per line")
+    lists.add_argument("--map-labels", type=Path, metavar="FILE", help="labels of the maps, one name per line, from 0")
     output = argparse.ArgumentParser(add_help=False)
     output.add_argument("--json", action="store_true", help="print one JSON object instead of words")
 
@@ -50,22 +60,90 @@ def _parser() -> argparse.ArgumentParser:
     shipped = ", ".join((*SHIPPED_SUBSETS, WITHOUT_SKIN_TONES))
     openmoji.add_argument("--subset", help=f"file with one key (1F34E) per line, or one of {shipped}")
 
-    folder = sources.add_parser("image-folder", parents=[rendered, output], help="images below a folder")
-    folder.add_argument(
-        "folder", type=Path, metavar="DIR", help="sub-folders are classes, NAME.txt is NAME.png's caption"
+    scenes = sources.add_parser(
+        "openmoji-scenes", parents=[rendered, output], help="emoji on backgrounds, with captions, boxes and maps"
+    )
+    scenes.add_argument("--num-samples", type=_positive, required=True, help="scenes; more leave the first as they are")
+    scenes.add_argument("--seed", type=int, default=0, help="another one draws other scenes (0)")
+    scenes.add_argument("--max-objects", type=_positive, default=3, help="emoji in a scene, from 1 up (3)")
+    scenes.add_argument(
+        "--backgrounds",
+        choices=tuple(BACKGROUNDS),
+        default="all",
+        help="all, or plain: colours and gradients without stripes, checks and dots, which small models can learn",
+    )
+    scenes.add_argument(
+        "--subset", default=DEFAULT_SUBSET, help=f"emoji that are its classes, as for openmoji ({DEFAULT_SUBSET})"
     )
 
-    index = sources.add_parser("index", parents=[output], help="existing webdataset tars, left as they are")
+    _add_coco(sources.add_parser("coco", parents=[written, output], help="images with COCO's annotations"))
+
+    folder = sources.add_parser("image-folder", parents=[rendered, lists, output], help="images below a folder")
+    folder.add_argument(
+        "folder",
+        type=Path,
+        metavar="DIR",
+        help="sub-folders are classes; beside NAME.png, NAME.txt is its caption, NAME.json has its boxes, NAME.seg.png "
+        "is its map",
+    )
+
+    index = sources.add_parser("index", parents=[lists, output], help="existing webdataset tars, left as they are")
     index.add_argument("shards", type=Path, nargs="+", metavar="SHARDS", help="uncompressed tars")
     index.add_argument("--out", type=Path, required=True, metavar="MANIFEST", help="manifest to write or to add to")
     index.add_argument("--split", default="train", help="name of the split that the shards make (train)")
     return parser
 
 
+def _add_coco(parser: argparse.ArgumentParser) -> None:
+    """Nothing; the parser knows the options of COCO."""
+    parser.add_argument("--images", type=Path, required=True, metavar="DIR", help="folder of the pictures")
+    parser.add_argument(
+        "--instances", type=Path, required=True, metavar="FILE", help="such as instances_train2017.json"
+    )
+    parser.add_argument("--captions", type=Path, metavar="FILE", help="such as captions_train2017.json")
+    parser.add_argument("--split", required=True, help="name of the split to make, such as train or heldout")
+    parser.add_argument("--min-objects", type=int, default=0, help="leave images with fewer out (0)")
+    maps = parser.add_mutually_exclusive_group()
+    maps.add_argument("--stuff", type=Path, metavar="DIR", help="COCO-Stuff's label maps, NAME.png for NAME.jpg")
+    maps.add_argument("--instance-maps", action="store_true", help="label maps drawn from the instances' outlines")
+    parser.add_argument("--map-labels", type=Path, metavar="FILE", help="labels of --stuff, one name per line, from 0")
+
+
+def _names(path: Path | None, option: str, at_most: int | None = None) -> tuple[str, ...]:
+    """The names in a file; none if there is no file."""
+    return () if path is None else tuple(read_names(path, option, at_most))
+
+
+def _prepare_coco(arguments: argparse.Namespace) -> Prepared:
+    """A split of COCO.
+
+    Raises: DataError if label maps come without names, or the reverse.
+    """
+    if (arguments.stuff is None) != (arguments.map_labels is None):
+        raise DataError("--stuff and --map-labels go together: the names say what the values of the maps mean")
+    request = CocoRequest(
+        images=arguments.images,
+        instances=arguments.instances,
+        captions=arguments.captions,
+        stuff=arguments.stuff,
+        map_labels=_names(arguments.map_labels, "--map-labels", MAX_MAP_LABELS),
+        instance_maps=arguments.instance_maps,
+        resolution=arguments.resolution,
+        min_objects=arguments.min_objects,
+        samples_per_shard=arguments.samples_per_shard,
+    )
+    return prepare_coco(arguments.out, arguments.split, request)
+
+
 def _prepare(arguments: argparse.Namespace) -> Prepared:
     """What the arguments ask for."""
+    if arguments.source == "coco":
+        return _prepare_coco(arguments)
+    if arguments.source in ("index", "image-folder"):
+        object_classes = _names(arguments.object_classes, "--object-classes")
+        map_labels = _names(arguments.map_labels, "--map-labels", MAX_MAP_LABELS)
     if arguments.source == "index":
-        return index_tars(arguments.shards, arguments.out, arguments.split)
+        return index_tars(arguments.shards, arguments.out, arguments.split, object_classes, map_labels)
     percent: float | None = arguments.heldout_percent
     if arguments.source == "image-folder":
         return prepare_image_folder(
@@ -74,6 +152,20 @@ def _prepare(arguments: argparse.Namespace) -> Prepared:
             arguments.resolution,
             5.0 if percent is None else percent,
             arguments.samples_per_shard,
+            object_classes,
+            map_labels,
+        )
+    if arguments.source == "openmoji-scenes":
+        return prepare_openmoji_scenes(
+            arguments.out,
+            arguments.resolution,
+            arguments.num_samples,
+            arguments.seed,
+            arguments.subset,
+            arguments.max_objects,
+            5.0 if percent is None else percent,
+            arguments.samples_per_shard,
+            arguments.backgrounds,
         )
     if percent is None:
         percent = 5.0 if arguments.subset in (None, WITHOUT_SKIN_TONES) else 0.0

@@ -1,102 +1,115 @@
-"""Captions: OpenCLIP's byte-pair tokens through CLIP's text transformer, trained jointly with the UNet.
+"""Captions through a transformer that is trained jointly with the UNet.
 
-The architecture is that of CLIP's text tower (causal, pre-LN, final LN; arXiv:2103.00020, section 2.4), so that an
-export is a `CLIPTextModel`. The context is the final LN's output for all tokens, as in SD-1.
+`encoder: clip` is CLIP's text tower, so that an export is a `CLIPTextModel`; `encoder: bert` the paper's bidirectional
+encoder (arXiv:2112.10752, appendix E.2.1), exported as diffusers' `LDMBertModel`. The context is the final norm's
+output for all tokens; the null is the empty caption, as in SD-1.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from functools import cache
-from typing import Any
+from collections.abc import Sequence
+from typing import ClassVar, Literal
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
+from ldm_scale.conditioning.base import Condition, Conditions, Tools
+from ldm_scale.conditioning.tokenizers import Tokenizer, build_tokenizer
+from ldm_scale.conditioning.transformer import TokenTransformer
 from ldm_scale.config.schema import TextConditioningConfig
+from ldm_scale.errors import ConfigError
+from ldm_scale.telemetry.log import say_once
+
+_MAX_CACHED = 100_000  # captions; bounds the memory of long runs over web captions
 
 
-def _quick_gelu(x: Tensor) -> Tensor:
-    """x * sigmoid(1.702 x), the approximation that OpenAI's CLIP was trained with."""
-    return x * torch.sigmoid(1.702 * x)
+class TextCondition(Condition):
+    """tau_theta for captions. `truncated` counts the captions that `prepare` had to cut so far."""
 
-
-END_TOKEN = 49407
-ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"gelu": F.gelu, "quick_gelu": _quick_gelu}
-
-
-class CausalSelfAttention(nn.Module):
-    """Multi-head attention of each token to itself and those before it."""
-
-    def __init__(self, width: int, num_heads: int) -> None:
-        super().__init__()
-        self.num_heads = num_heads
-        self.to_qkv = nn.Linear(width, 3 * width)
-        self.to_out = nn.Linear(width, width)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Shapes: (B, M, width) to (B, M, width)."""
-        b, m, c = x.shape
-        q, k, v = self.to_qkv(x).view(b, m, 3, self.num_heads, -1).permute(2, 0, 3, 1, 4).unbind(0)
-        y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
-        return self.to_out(y.transpose(1, 2).reshape(b, m, c))  # type: ignore[no-any-return]
-
-
-class TextBlock(nn.Module):
-    """Causal self-attention and a two-layer network, each pre-normalised and added to its input."""
+    role: ClassVar[Literal["context", "spatial"]] = "context"
 
     def __init__(self, config: TextConditioningConfig) -> None:
-        super().__init__()
-        self.activation = ACTIVATIONS[config.activation]
-        self.norm1 = nn.LayerNorm(config.width)
-        self.attention = CausalSelfAttention(config.width, config.num_heads)
-        self.norm2 = nn.LayerNorm(config.width)
-        self.mlp_in = nn.Linear(config.width, 4 * config.width)
-        self.mlp_out = nn.Linear(4 * config.width, config.width)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Shapes: (B, M, width) to (B, M, width)."""
-        x = x + self.attention(self.norm1(x))
-        return x + self.mlp_out(self.activation(self.mlp_in(self.norm2(x))))  # type: ignore[no-any-return]
-
-
-class TextEncoder(nn.Module):
-    """tau_theta for captions: token numbers to the context of the UNet's cross-attention."""
-
-    def __init__(self, config: TextConditioningConfig) -> None:
-        super().__init__()
+        super().__init__(config.width, config.drop_probability)
         self.config = config
-        self.token_embedding = nn.Embedding(config.vocab_size, config.width)
-        self.position_embedding = nn.Parameter(torch.empty(config.max_tokens, config.width))
-        self.blocks = nn.ModuleList(TextBlock(config) for _ in range(config.depth))
-        self.norm_out = nn.LayerNorm(config.width)
-        nn.init.normal_(self.token_embedding.weight, std=0.02)
-        nn.init.normal_(self.position_embedding, std=0.01)
+        self.encoder = build_text_encoder(config)
+        self.truncated = 0
+        self._tokenizer: Tokenizer | None = None  # loaded on first use: counting parameters needs no vocabulary
+        self._rows: dict[str, tuple[Tensor, bool]] = {}  # caption -> tokens, was cut
 
-    def forward(self, tokens: Tensor) -> Tensor:
-        """Context of tokens. Shapes: (B, max_tokens) int64 to (B, max_tokens, width)."""
-        x = self.token_embedding(tokens) + self.position_embedding[: tokens.shape[1]]
-        for block in self.blocks:
-            x = block(x)
-        return self.norm_out(x)  # type: ignore[no-any-return]
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """What numbers the captions.
+
+        Raises: ConfigError if its vocabulary cannot be used.
+        """
+        if self._tokenizer is None:
+            self._tokenizer = build_tokenizer(self.config)
+        return self._tokenizer
+
+    def tokens(self, captions: Sequence[str]) -> Tensor:
+        """Tokens of captions, each tokenised once. Shapes: returns (len(captions), max_tokens) int64, on the CPU."""
+        new = [caption for caption in dict.fromkeys(captions) if caption not in self._rows]
+        if new:
+            if len(self._rows) > _MAX_CACHED:
+                self._rows.clear()
+                new = list(dict.fromkeys(captions))
+            rows, was_cut = self.tokenizer(new, self.config.max_tokens)
+            self._rows |= zip(new, zip(rows, was_cut, strict=True), strict=True)
+        cut = [caption for caption in captions if self._rows[caption][1]]
+        if cut:
+            self.truncated += len(cut)
+            warn_of_truncation(cut[0], self.config.max_tokens)
+        return torch.stack([self._rows[caption][0] for caption in captions])
+
+    def prepare(self, y: Conditions, tools: Tools) -> Tensor:
+        """Tokens. Shapes: returns (B, max_tokens) int64."""
+        return self.tokens(require_captions(y)).to(tools.device, non_blocking=True)
+
+    def null(self, like: Tensor) -> Tensor:
+        """Tokens of the empty caption."""
+        return self.tokens([""]).to(like.device).expand_as(like)
+
+    def example(self, num_images: int, size: tuple[int, int]) -> Tensor:
+        """See `Condition.example`."""
+        return torch.zeros(num_images, self.config.max_tokens, dtype=torch.int64)
+
+    def forward(self, inputs: Tensor, size: tuple[int, int]) -> Tensor:
+        """Context. Shapes: tokens (B, max_tokens) to (B, max_tokens, width)."""
+        return self.encoder(inputs)  # type: ignore[no-any-return]
 
 
-@cache
-def _tokenizer(max_tokens: int) -> Any:
-    """OpenCLIP's tokenizer; imported on first use because open_clip takes seconds to load."""
-    from open_clip.tokenizer import SimpleTokenizer
+def build_text_encoder(config: TextConditioningConfig) -> TokenTransformer:
+    """The transformer of a `text` section on the current default device."""
+    is_clip = config.encoder == "clip"
+    return TokenTransformer(
+        config.vocab_size,
+        config.max_tokens,
+        config.width,
+        config.depth,
+        config.num_heads,
+        config.head_dim,
+        activation=config.activation,
+        causal=is_clip,
+        qkv_bias=is_clip,
+    )
 
-    return SimpleTokenizer(context_length=max_tokens)
 
+def require_captions(y: Conditions) -> Sequence[str]:
+    """The captions of y.
 
-def tokenize(captions: Sequence[str], max_tokens: int) -> Tensor:
-    """Start token, byte pairs, then end tokens; longer captions are cut and keep their end token.
-
-    OpenCLIP fills with 0, which is also the token of "!"; filling with the end token, as SD-1 does, lets transformers'
-    CLIPTokenizer give the same tokens for every caption.
-    Shapes: returns (len(captions), max_tokens) int64.
+    Raises: ConfigError without any.
     """
-    tokens: Tensor = _tokenizer(max_tokens)(list(captions))
-    ended = (tokens == END_TOKEN).cumsum(dim=1) > 0
-    return tokens.masked_fill(ended, END_TOKEN)
+    if y.captions is None:
+        raise ConfigError(
+            "no captions: the model is conditioned on text; give one per image (the empty one stands for none)"
+        )
+    return y.captions
+
+
+def warn_of_truncation(caption: str, max_tokens: int) -> None:
+    """Nothing; says once a process that captions are cut, with an example."""
+    say_once(
+        "truncated captions",
+        f"caption longer than the text encoder's {max_tokens} tokens, its end is not read: {caption[:60]!r}... "
+        "(said once; all of them are counted)",
+    )

@@ -129,9 +129,18 @@ def _set(tree: dict[str, Any], key: str, value: Any) -> None:
     """Put a value at a dotted key; a dictionary is merged into its section."""
     *parents, leaf = key.split(".")
     for parent in parents:
-        tree = tree.setdefault(parent, {})
+        tree = _section(tree, parent)
     if isinstance(value, dict):
+        section = _section(tree, leaf)
         for name, item in value.items():
-            _set(tree.setdefault(leaf, {}), str(name), item)
+            _set(section, str(name), item)
     else:
         tree[leaf] = value
+
+
+def _section(tree: dict[str, Any], name: str) -> dict[str, Any]:
+    """A section of the tree, put there if it is absent or null (as a kind of conditioning that is not chosen)."""
+    if tree.get(name) is None:
+        tree[name] = {}
+    section: dict[str, Any] = tree[name]
+    return section

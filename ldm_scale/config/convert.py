@@ -59,9 +59,10 @@ def key_type(key: str) -> Any | None:
     """The type that the schema gives to a dotted key, or None where there is no such key."""
     current: Any = Config
     for name in key.split("."):
-        if not dataclasses.is_dataclass(current):
+        current = _section_type(current)
+        if current is None:
             return None
-        current = field_types(current).get(name)  # type: ignore[arg-type]
+        current = field_types(current).get(name)
     return current
 
 
@@ -77,18 +78,26 @@ def unknown_key_error(key: str, value: object, section: type | None = None) -> C
     near = [k for k in known if k.rpartition(".")[2] == leaf] or difflib.get_close_matches(key, known, n=2, cutoff=0.75)
     if near:
         return ConfigError(f"{key}={value!r}: there is no such key; did you mean {' or '.join(near[:3])}?")
-    owner = section or key_type(parent)
-    if not dataclasses.is_dataclass(owner):
+    owner = section or _section_type(key_type(parent))
+    if owner is None:
         owner, place = Config, "the top level"
-    return ConfigError(f"{key}={value!r}: there is no such key; {place} has {', '.join(field_types(owner))}")  # type: ignore[arg-type]
+    return ConfigError(f"{key}={value!r}: there is no such key; {place} has {', '.join(field_types(owner))}")
 
 
 def _all_keys(section: type, prefix: str) -> Iterator[str]:
     for name, hint in field_types(section).items():
         key = _join(prefix, name)
         yield key
-        if dataclasses.is_dataclass(hint):
-            yield from _all_keys(hint, key)  # type: ignore[arg-type]
+        inner = _section_type(hint)
+        if inner is not None:
+            yield from _all_keys(inner, key)
+
+
+def _section_type(hint: Any) -> type | None:
+    """The dataclass behind a hint, which may be absent (`Section | None`); None if the hint is no section."""
+    if get_origin(hint) in (Union, types.UnionType):
+        hint = next((member for member in get_args(hint) if dataclasses.is_dataclass(member)), None)
+    return hint if isinstance(hint, type) and dataclasses.is_dataclass(hint) else None
 
 
 def _join(prefix: str, name: str) -> str:
@@ -165,6 +174,6 @@ def _convert_scalar(value: object, hint: type, key: str) -> object:
 
 
 def _example(key: str) -> str:
-    section = key_type(key)
+    section = _section_type(key_type(key))
     assert section is not None, key
     return f"{key}.{next(iter(field_types(section)))}=..."

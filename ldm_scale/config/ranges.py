@@ -12,6 +12,9 @@ from typing import Any
 from ldm_scale.config.schema import Config
 from ldm_scale.errors import ConfigError
 
+# Of a power-function profile. The uniform average over the whole run has 1 / sqrt(12) = 0.2887.
+MAX_POWER_STD = 0.28
+
 
 def check_ranges(config: Config) -> None:
     """Nothing, if every number of the configuration lies within its bounds.
@@ -71,9 +74,24 @@ _RANGES: tuple[_Range, ...] = (
             "unet.head_dim",
             "unet.num_heads",
             "unet.norm_groups",
-            "conditioning.width",
-            "conditioning.depth",
-            "conditioning.num_heads",
+            "conditioning.text.width",
+            "conditioning.text.depth",
+            "conditioning.text.num_heads",
+            "conditioning.text.head_dim",
+            "conditioning.text.vocab_size",
+            "conditioning.frozen_text.max_tokens",
+            "conditioning.frozen_text.width",
+            "conditioning.classes.num_classes",
+            "conditioning.classes.width",
+            "conditioning.layout.num_classes",
+            "conditioning.layout.max_objects",
+            "conditioning.layout.width",
+            "conditioning.layout.depth",
+            "conditioning.layout.num_heads",
+            "conditioning.layout.head_dim",
+            "conditioning.semantic_map.channels",
+            "classifier.num_classes",
+            "classifier.pool_head_dim",
             "diffusion.num_timesteps",
             "data.resolution",
             "data.prefetch_batches",
@@ -109,20 +127,56 @@ _RANGES: tuple[_Range, ...] = (
             "optimizer.warmup_images",
             "ema.half_life_images",
             "ema.warmup_ratio",
+            "ema.snapshot_every_images",
             "train.seed",
             "train.validate_every_images",
             "train.sample_every_images",
             "train.checkpoint_every_images",
             "train.checkpoint_every_s",
+            "train.check_ranks_every_images",
             "sampling.guidance_scale",
+            "sampling.guidance_interval",
+            "diffusion.noise_offset",
+            "diffusion.p2_gamma",
         ),
         at_least=0,
     ),
     _Range(("optimizer.lr", "optimizer.eps", "optimizer.gradient_clip", "autoencoder_loss.discriminator_lr"), above=0),
-    _Range(("conditioning.drop_probability", "sampling.eta"), at_least=0, at_most=1),
+    _Range(("ema.power_stds",), above=0, at_most=MAX_POWER_STD),
+    _Range(("sampling.eta",), at_least=0, at_most=1),
+    _Range(("conditioning.semantic_map.num_labels",), at_least=1, at_most=255),  # 255 itself means unknown
+    _Range(("conditioning.low_resolution.factor",), at_least=2),
+    _Range(
+        (
+            "conditioning.text.drop_probability",
+            "conditioning.frozen_text.drop_probability",
+            "conditioning.classes.drop_probability",
+            "conditioning.layout.drop_probability",
+            "conditioning.semantic_map.drop_probability",
+            "conditioning.low_resolution.drop_probability",
+            "conditioning.inpainting.drop_probability",
+        ),
+        at_least=0,
+        at_most=1,
+    ),
     _Range(("optimizer.betas", "unet.dropout", "autoencoder_loss.codebook_decay"), at_least=0, below=1),
     _Range(("autoencoder_loss.discriminator_hold_accuracy",), above=0.5, at_most=1),
     _Range(("diffusion.beta_start", "diffusion.beta_end"), above=0, below=1),
+    _Range(
+        (
+            "diffusion.logit_std",
+            "diffusion.snr_gamma",
+            "diffusion.p2_k",
+            "diffusion.sigma_log_std",
+            "diffusion.sigma_data",
+            "diffusion.sigma_min",
+            "diffusion.sigma_max",
+            "diffusion.rho",
+        ),
+        above=0,
+    ),
+    _Range(("diffusion.logit_mean", "diffusion.sigma_log_mean"), at_least=-20, at_most=20),
+    _Range(("sampling.guidance_rescale",), at_least=0, at_most=1),
     _Range(("data.crop_scale_min",), above=0, at_most=1),
     _Range(("zero.stage",), at_least=0, at_most=3),
     _Range(("zero.discriminator_stage",), at_least=0, at_most=1),
@@ -130,7 +184,8 @@ _RANGES: tuple[_Range, ...] = (
 
 
 def _value(config: Config, key: str) -> Any:
-    return reduce(getattr, key.split("."), config)
+    """The value at a dotted key, None (which passes every rule) where its section is absent."""
+    return reduce(lambda section, name: None if section is None else getattr(section, name), key.split("."), config)
 
 
 def _plain(value: object) -> object:

@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
-Stage = Literal["autoencoder", "diffusion"]
+Stage = Literal["autoencoder", "diffusion", "classifier"]
 
 
 @dataclass(frozen=True)
@@ -81,7 +81,8 @@ class UNetConfig:
     base_channels: int = 320
     channel_multipliers: tuple[int, ...] = (1, 2, 4, 4)
     num_res_blocks: int = 2  # per level on the way down; one more on the way up
-    attention_levels: tuple[int, ...] = (0, 1, 2)  # levels (0 = finest) with spatial transformers; the middle has one
+    attention_levels: tuple[int, ...] = (0, 1, 2)  # levels (0 = finest) with attention; the middle always has it
+    attention: Literal["transformer", "self"] = "transformer"  # self: single layers over the pixels, without context
     transformer_depth: int = 1  # blocks per spatial transformer
     head_dim: int | None = 64  # exactly one of head_dim and num_heads is set
     num_heads: int | None = None
@@ -89,32 +90,154 @@ class UNetConfig:
         True  # projections around the transformer blocks: linear (SD-2) or 1x1 convolutions (SD-1)
     )
     norm_groups: int = 32
+    scale_shift_norm: bool = False  # the timestep scales and shifts after the second norm (arXiv:2105.05233)
+    residual_resampling: bool = False  # residual blocks halve and double the resolution, not single convolutions
     dropout: float = 0.0
 
 
 @dataclass(frozen=True)
 class TextConditioningConfig:
-    """tau_theta for captions: CLIP's text architecture (causal, pre-LN, final LN), trained jointly with the UNet."""
+    """tau_theta for captions, trained jointly with the UNet."""
 
-    vocab_size: int = 49408  # OpenCLIP's byte-pair vocabulary
+    encoder: Literal["clip", "bert"] = "clip"  # clip: causal, as CLIP's text tower; bert: bidirectional, as the paper's
+    tokenizer: Literal["clip", "wordpiece"] = "clip"  # byte pairs of OpenCLIP; WordPiece of BERT
+    vocabulary: str | None = None  # wordpiece: path of BERT's vocab.txt
+    vocab_size: int = 49408  # OpenCLIP's byte-pair vocabulary; bert-base-uncased has 30522
     max_tokens: int = 77
     width: int = 768  # d_tau: the context's last dimension
     depth: int = 12
     num_heads: int = 12
+    head_dim: int | None = None  # bert: width of a head, null = width / num_heads; the paper has 8 heads of 64 at 1280
     activation: Literal["gelu", "quick_gelu"] = "gelu"
     drop_probability: float = 0.1  # captions replaced by the empty caption, for classifier-free guidance
+
+
+@dataclass(frozen=True)
+class FrozenTextConditioningConfig:
+    """tau_theta for captions: the text tower of a trained OpenCLIP model, which stays as it is."""
+
+    model: str = "ViT-H-14"  # OpenCLIP's name of the architecture
+    weights: str = "laion2b_s32b_b79k"  # OpenCLIP's name of the weights (usual cache), or a path
+    layer: Literal["last", "penultimate"] = "penultimate"  # whose output is the context; the final norm follows both
+    max_tokens: int = 77
+    width: int = 1024  # d_tau: the tower's
+    drop_probability: float = 0.1  # as of `text`
+
+
+@dataclass(frozen=True)
+class ClassConditioningConfig:
+    """tau_theta for classes: one learned embedding, a context of one token (arXiv:2112.10752, appendix E.2.1)."""
+
+    num_classes: int = 1000  # of the data; one more row stands for no class
+    width: int = 512  # d_tau
+    drop_probability: float = 0.1
+
+
+@dataclass(frozen=True)
+class LayoutConditioningConfig:
+    """tau_theta for bounding boxes: their tokens through a transformer (arXiv:2112.10752, appendix E.2.1, Table 17)."""
+
+    num_classes: int = 183  # classes of objects; their tokens are the first ones
+    num_tokens: int = 8192  # positions are tokens on the largest square grid below it; the last one says "none"
+    max_objects: int = 30  # three tokens each, and two of the crop
+    width: int = 512  # d_tau
+    depth: int = 16
+    num_heads: int = 8
+    head_dim: int | None = 64  # null = width / num_heads
+    drop_probability: float = 0.1
+
+
+@dataclass(frozen=True)
+class SemanticMapConditioningConfig:
+    """Semantic maps: one-hot, reduced to the latents' size, projected, concatenated (arXiv:2112.10752, 4.3.2)."""
+
+    num_labels: int = 182
+    channels: int = 3  # after the projection
+    drop_probability: float = 0.0
+
+
+@dataclass(frozen=True)
+class LowResolutionConditioningConfig:
+    """Super-resolution: the low-resolution image itself is concatenated (arXiv:2112.10752, section 4.4)."""
+
+    factor: int = 4  # of the enlargement; at f = factor the small image has the latents' size
+    degradation: Literal["bicubic", "bsr"] = "bicubic"  # how training makes it; bsr: random blurs, noise, JPEG
+    drop_probability: float = 0.0
+
+
+@dataclass(frozen=True)
+class InpaintingConditioningConfig:
+    """Inpainting: the latents of the masked image and the mask are concatenated (arXiv:2112.10752, section 4.5)."""
+
+    masks: Literal["thin", "medium", "thick", "mixed"] = "mixed"  # irregular strokes and boxes, as LaMa's
+    drop_probability: float = 0.0
+
+
+@dataclass(frozen=True)
+class ConditioningConfig:
+    """What the model is conditioned on: any of these together; a section that is null is absent."""
+
+    text: TextConditioningConfig | None = None
+    frozen_text: FrozenTextConditioningConfig | None = None
+    classes: ClassConditioningConfig | None = None
+    layout: LayoutConditioningConfig | None = None
+    semantic_map: SemanticMapConditioningConfig | None = None
+    low_resolution: LowResolutionConditioningConfig | None = None
+    inpainting: InpaintingConditioningConfig | None = None
+
+    @property
+    def annotations(self) -> frozenset[str]:
+        """What is read beside picture, caption and class: "layout", "map"; "text": contexts that a cache may hold."""
+        wanted = {"layout": self.layout, "map": self.semantic_map, "text": self.frozen_text}
+        return frozenset(name for name, section in wanted.items() if section is not None)
+
+    @property
+    def needs_pictures(self) -> bool:
+        """Whether something is made of the pictures themselves, which a latent cache does not hold."""
+        return self.low_resolution is not None or self.inpainting is not None
+
+
+@dataclass(frozen=True)
+class ClassifierConfig:
+    """Classifier of noised latents whose gradient guides sampling (arXiv:2105.05233, section 4).
+
+    Its body is the way down and the middle of a UNet of the section `unet`, with attention `self`.
+    """
+
+    num_classes: int = 1000
+    pool_head_dim: int = 64  # width of a head of the attention that pools the last features
 
 
 @dataclass(frozen=True)
 class DiffusionConfig:
     """Forward process and objective (arXiv:2112.10752, eq. 1 to 3 and appendix B)."""
 
-    num_timesteps: int = 1000
-    schedule: Literal["linear"] = "linear"  # the paper's: linear in sqrt(beta)
-    beta_start: float = 0.00085
+    # What the network's output means: the noise, v, the clean latents (each over discrete timesteps), EDM's
+    # preconditioned residual (arXiv:2206.00364) or the velocity of a rectified flow (arXiv:2209.03003).
+    prediction: Literal["eps", "v", "x0", "edm", "flow"] = "eps"
+    num_timesteps: int = 1000  # eps, v, x0: T; flow: the network is told num_timesteps * t
+    schedule: Literal["linear", "cosine"] = "linear"  # eps, v, x0; linear: the paper's, in sqrt(beta)
+    beta_start: float = 0.00085  # linear
     beta_end: float = 0.012
-    prediction: Literal["eps"] = "eps"
+    zero_terminal_snr: bool = False  # v, x0: the last timestep is noise alone (arXiv:2305.08891)
+    time_distribution: Literal["uniform", "logit_normal"] = "uniform"  # of training times; edm: log-normal sigma
+    logit_mean: float = 0.0  # logit_normal: of logit(t / T) (arXiv:2403.03206); positive = noisier
+    logit_std: float = 1.0
+    stratified_times: bool = False  # times of one global batch spread evenly (arXiv:2107.00630, appendix I)
+    noise_offset: float = 0.0  # standard deviation of a constant per image and channel that is added to the noise
     loss: Literal["l2", "l1"] = "l2"
+    # Of images by noise level; all but none give noise without signal the weight 0.
+    weighting: Literal["none", "min_snr", "soft_min_snr", "p2"] = "none"
+    snr_gamma: float = 5.0  # min_snr (arXiv:2303.09556), soft_min_snr (arXiv:2401.11605): where the SNR is capped
+    p2_gamma: float = 1.0  # p2 (arXiv:2204.00227): exponent; 0 = no weighting
+    p2_k: float = 1.0  # p2
+    # edm, in units of the latents' deviation, which is 1. The paper's -1.2 is for data of deviation 0.5: plus ln 2.
+    sigma_log_mean: float = -0.5  # P_mean: of ln(sigma) in training
+    sigma_log_std: float = 1.2  # P_std
+    sigma_data: float = 1.0  # deviation of the latents that the preconditioning assumes
+    sigma_min: float = 0.002  # sampling ends here before its last step, to 0
+    sigma_max: float = 80.0  # sampling begins here
+    rho: float = 7.0  # sampling: steps are shorter near sigma_min the larger it is
 
 
 @dataclass(frozen=True)
@@ -149,10 +272,18 @@ class OptimizerConfig:
 
 @dataclass(frozen=True)
 class EmaConfig:
-    """Exponential moving average of the trained weights, kept sharded like the optimizer's masters."""
+    """Moving averages of the trained weights, kept sharded like the optimizer's masters: 4 bytes a parameter each.
 
-    half_life_images: float = 500_000.0  # images after which a weight's share has halved; 0 switches EMA off
+    The first (the exponential one, or else the first profile) is what validation, pictures and products show.
+    """
+
+    half_life_images: float = 500_000.0  # images after which a weight's share has halved; 0: no exponential average
     warmup_ratio: float = 0.05  # the half-life is at most this share of the images seen so far; 0 = no such bound
+    # Power-function profiles (arXiv:2312.02696) by their widths, relative standard deviations such as [0.05, 0.1]. Each
+    # weighs the whole run, so none can be added later; two or more, snapshot now and then, stand for all others.
+    power_stds: tuple[float, ...] = ()
+    snapshot_every_images: int = 0  # images between snapshots of the profiles, all of them kept; 0 = none
+    snapshot_dtype: Literal["fp32", "fp16"] = "fp16"  # of the files in run_dir/snapshots
 
 
 @dataclass(frozen=True)
@@ -190,13 +321,15 @@ class TrainConfig:
     seed: int = 0
     device: Literal["auto", "cpu", "cuda"] = "auto"
     precision: Literal["auto", "fp32", "bf16"] = "auto"  # auto: bf16 on CUDA, fp32 on CPU
-    activation_checkpointing: bool = False  # stage 1: blocks are computed again in backward, for memory
+    activation_checkpointing: bool = False  # blocks are computed again in backward, for memory
     log_every_images: int = 1_000
     validate_every_images: int = 50_000  # 0 = only at the end, as for the next one
     sample_every_images: int = 50_000  # picture grids in TensorBoard
     checkpoint_every_images: int = 50_000  # 0 = only by the clock and at the end
     checkpoint_every_s: float = 1_800.0  # and at least this often; 0 = off
     keep_checkpoints: int = 2
+    # Images between comparisons of the ranks' weights, averages, buffers and batches; 0 = only before the first step.
+    check_ranks_every_images: int = 50_000
 
 
 @dataclass(frozen=True)
@@ -212,10 +345,14 @@ class BatchPlan:
 class SamplingConfig:
     """Defaults of sampling, in the training loop and of `ldm-scale sample`."""
 
-    sampler: Literal["ddim", "ddpm"] = "ddim"
-    num_steps: int = 50
+    # ddim, ddpm, plms: eps, v and x0. euler, heun: edm and flow. dpmpp_2m (DPM-Solver++), dpmpp_2m_sde: all.
+    sampler: Literal["ddim", "ddpm", "plms", "dpmpp_2m", "dpmpp_2m_sde", "euler", "heun"] = "ddim"
+    num_steps: int = 50  # evaluations of the network; heun: twice as many less one, plms: one more
     eta: float = 0.0  # DDIM's stochasticity (arXiv:2010.02502, eq. 16); 1 = DDPM-like
     guidance_scale: float = 3.0  # 1 = no guidance (arXiv:2207.12598)
+    guidance_rescale: float = 0.0  # phi: share of the guided output's deviation that is set back (arXiv:2305.08891)
+    # Noise levels sigma / alpha, above the first and up to the second, that are guided (arXiv:2404.07724); null = all.
+    guidance_interval: tuple[float, float] | None = None
     prompts: tuple[str, ...] = ()  # fixed captions of the training loop's grid; () = the first ones of the data
 
 
@@ -231,7 +368,8 @@ class Config:
     autoencoder_loss: AutoencoderLossConfig = field(default_factory=AutoencoderLossConfig)
     latents: LatentsConfig = field(default_factory=LatentsConfig)
     unet: UNetConfig = field(default_factory=UNetConfig)
-    conditioning: TextConditioningConfig = field(default_factory=TextConditioningConfig)
+    conditioning: ConditioningConfig = field(default_factory=ConditioningConfig)
+    classifier: ClassifierConfig = field(default_factory=ClassifierConfig)
     diffusion: DiffusionConfig = field(default_factory=DiffusionConfig)
     data: DataConfig = field(default_factory=DataConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)

@@ -8,17 +8,27 @@ or corrected in silence.
 
 from __future__ import annotations
 
-from itertools import pairwise
-
+from ldm_scale.conditioning.tokenizers import build_tokenizer
 from ldm_scale.config.fit import batch_plan, check_latent_resolution, neighbours
+from ldm_scale.config.networks import (
+    check_attention,
+    check_attention_levels,
+    check_classifier,
+    check_context,
+    check_levels,
+    check_spatial,
+    check_unet,
+)
 from ldm_scale.config.ranges import check_ranges
-from ldm_scale.config.schema import AutoencoderConfig, BatchPlan, Config, UNetConfig
+from ldm_scale.config.schema import (
+    AutoencoderConfig,
+    BatchPlan,
+    Config,
+)
+from ldm_scale.diffusion.guidance import check_interval
+from ldm_scale.diffusion.process import build_process
+from ldm_scale.diffusion.sampler import check_sampler
 from ldm_scale.errors import ConfigError
-
-# OpenCLIP's tokenizer numbers its tokens up to 49407; a smaller table would be read past its end.
-TOKENIZER_VOCABULARY = 49408
-# The start and the end token and room for one word.
-MIN_TOKENS = 3
 
 
 def validate(config: Config, *, world_size: int) -> None:
@@ -46,17 +56,23 @@ def validate_architecture(config: Config) -> None:
         _check_latents(config)
         _check_codebook_losses(config)
         _check_adversarial_loss(config)
-    if config.stage == "diffusion":
-        _check_unet(config.unet)
+    else:
+        check_unet(config.unet)
         check_latent_resolution(config, config.autoencoder.downsampling_factor, "the autoencoder")
-        _check_text(config)
+    if config.stage == "classifier":
+        check_classifier(config)
+        build_process(config.diffusion)
+    if config.stage == "diffusion":
+        check_attention(config)
+        check_context(config)
+        check_spatial(config)
         _check_diffusion(config)
 
 
 def _check_autoencoder(config: Config) -> None:
     autoencoder = config.autoencoder
-    _check_levels("autoencoder", autoencoder)
-    _check_attention_levels("autoencoder", autoencoder)
+    check_levels("autoencoder", autoencoder)
+    check_attention_levels("autoencoder", autoencoder)
     _check_kind(autoencoder)
     f, resolution = autoencoder.downsampling_factor, config.data.resolution
     if resolution % f:
@@ -149,88 +165,11 @@ def _check_discriminator_norm(config: Config, plan: BatchPlan, world_size: int) 
         )
 
 
-def _check_levels(section: str, network: AutoencoderConfig | UNetConfig) -> None:
-    """Every GroupNorm of the network has whole groups; the first convolution's channels are a level of their own."""
-    if not network.channel_multipliers:
-        raise ConfigError(f"{section}.channel_multipliers=[]: must have at least one level; give [1,2,4], for example")
-    for multiplier in (1, *network.channel_multipliers):
-        channels = network.base_channels * multiplier
-        if channels % network.norm_groups:
-            raise ConfigError(
-                f"{section}.norm_groups={network.norm_groups} does not divide the {channels} channels of a level "
-                f"({section}.base_channels={network.base_channels} x {multiplier}); set {section}.norm_groups to a "
-                f"divisor, or {section}.base_channels to {neighbours(network.base_channels, network.norm_groups)}"
-            )
-
-
-def _check_attention_levels(section: str, network: AutoencoderConfig | UNetConfig) -> None:
-    """Every level that shall have attention exists, and is named once, in order."""
-    num_levels, found = len(network.channel_multipliers), network.attention_levels
-    for level in found:
-        if not 0 <= level < num_levels:
-            raise ConfigError(
-                f"{section}.attention_levels={list(found)}: level {level} does not exist; the {num_levels} levels are "
-                f"0 (finest) to {num_levels - 1}"
-            )
-    if any(first >= second for first, second in pairwise(found)):
-        raise ConfigError(
-            f"{section}.attention_levels={list(found)}: must rise, without repetition; write {sorted(set(found))}"
-        )
-
-
-def _check_unet(unet: UNetConfig) -> None:
-    _check_levels("unet", unet)
-    if (unet.head_dim is None) == (unet.num_heads is None):
-        raise ConfigError(
-            f"unet.head_dim={_null(unet.head_dim)} and unet.num_heads={_null(unet.num_heads)}: exactly one must be "
-            "set; set the other to null"
-        )
-    _check_attention_levels("unet", unet)
-    num_levels = len(unet.channel_multipliers)
-    # The middle is as wide as the last level and always has attention.
-    for level in sorted({*unet.attention_levels, num_levels - 1}):
-        channels = unet.base_channels * unet.channel_multipliers[level]
-        key, divisor = ("head_dim", unet.head_dim) if unet.head_dim else ("num_heads", unet.num_heads)
-        assert divisor is not None, "one of the two is set"
-        if channels % divisor:
-            raise ConfigError(
-                f"unet.{key}={divisor} does not divide the {channels} channels of level {level} (unet.base_channels="
-                f"{unet.base_channels} x {unet.channel_multipliers[level]}); set unet.{key} to a divisor, such as "
-                f"{_largest_divisor(channels, divisor)}"
-            )
-
-
-def _check_text(config: Config) -> None:
-    text = config.conditioning
-    if text.width % text.num_heads:
-        raise ConfigError(
-            f"conditioning.width={text.width} does not divide by conditioning.num_heads={text.num_heads}; set "
-            f"conditioning.num_heads to a divisor, such as {_largest_divisor(text.width, text.num_heads)}"
-        )
-    if text.max_tokens < MIN_TOKENS:
-        raise ConfigError(
-            f"conditioning.max_tokens={text.max_tokens}: must be at least {MIN_TOKENS} (start, one word, end); "
-            "CLIP has 77"
-        )
-    if text.vocab_size < TOKENIZER_VOCABULARY:
-        raise ConfigError(
-            f"conditioning.vocab_size={text.vocab_size}: the tokenizer numbers {TOKENIZER_VOCABULARY} tokens; set "
-            f"conditioning.vocab_size={TOKENIZER_VOCABULARY}"
-        )
-
-
 def _check_diffusion(config: Config) -> None:
-    diffusion = config.diffusion
-    if diffusion.beta_start >= diffusion.beta_end:
-        raise ConfigError(
-            f"diffusion.beta_start={diffusion.beta_start} must be below diffusion.beta_end={diffusion.beta_end}: the "
-            "noise grows with t; swap them"
-        )
-    if config.sampling.num_steps > diffusion.num_timesteps:
-        raise ConfigError(
-            f"sampling.num_steps={config.sampling.num_steps} exceeds diffusion.num_timesteps="
-            f"{diffusion.num_timesteps}; set sampling.num_steps to at most {diffusion.num_timesteps}"
-        )
+    process = build_process(config.diffusion)
+    check_sampler(config.sampling.sampler, process, config.sampling.eta)
+    process.levels(config.sampling.num_steps)
+    check_interval(config.sampling.guidance_interval)
 
 
 def _check_run(config: Config) -> None:
@@ -239,11 +178,6 @@ def _check_run(config: Config) -> None:
             "autoencoder.kind=identity has nothing to train; write its artifact with `ldm-scale export "
             "experiment=identity_f1 --random-init --to safetensors --out DIR`, and give stage=diffusion artifact=DIR"
         )
-    if config.stage == "diffusion" and config.train.activation_checkpointing:
-        raise ConfigError(
-            "train.activation_checkpointing=true: only stage=autoencoder has it, the UNet not yet; set "
-            "train.activation_checkpointing=false and a smaller train.micro_batch"
-        )
     if not config.run_dir:
         raise ConfigError("run_dir='': a run needs a folder; choose experiment=NAME, or set run_dir=PATH")
     if not config.data.manifest:
@@ -251,11 +185,15 @@ def _check_run(config: Config) -> None:
             "data.manifest='': training needs a data set; set data.manifest=PATH to a manifest.json that "
             "`ldm-scale prepare` wrote"
         )
-    if config.stage == "diffusion" and not config.artifact:
+    if config.stage != "autoencoder" and not config.artifact:
         raise ConfigError(
-            "artifact='': stage=diffusion works in the latent space of a trained autoencoder; set artifact=FOLDER, "
-            "such as runs/kl_f8/artifact"
+            f"artifact='': stage={config.stage} works in the latent space of a trained autoencoder; set "
+            "artifact=FOLDER, such as runs/kl_f8/artifact"
         )
+    _check_ema(config)
+    text = config.conditioning.text
+    if text is not None and text.tokenizer == "wordpiece":
+        build_tokenizer(text)  # a vocabulary that is missing or does not fit shows now, not at the first batch
     if config.optimizer.warmup_images >= config.train.total_images:
         raise ConfigError(
             f"optimizer.warmup_images={config.optimizer.warmup_images} is not below train.total_images="
@@ -263,12 +201,15 @@ def _check_run(config: Config) -> None:
         )
 
 
-def _largest_divisor(value: int, limit: int) -> int:
-    return max(d for d in range(1, min(value, limit) + 1) if value % d == 0)
-
-
-def _null(value: float | None) -> str:
-    return "null" if value is None else str(value)
+def _check_ema(config: Config) -> None:
+    ema = config.ema
+    if len(set(ema.power_stds)) < len(ema.power_stds):
+        raise ConfigError(f"ema.power_stds={list(ema.power_stds)}: a profile occurs twice; name each once")
+    if ema.snapshot_every_images and not ema.power_stds:
+        raise ConfigError(
+            f"ema.snapshot_every_images={ema.snapshot_every_images}: snapshots are of power-function profiles, and "
+            "ema.power_stds=[] has none; set ema.power_stds=[0.05, 0.1], or ema.snapshot_every_images=0"
+        )
 
 
 def _count(number: int, one: str, many: str = "") -> str:

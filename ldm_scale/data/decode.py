@@ -1,4 +1,4 @@
-"""From the bytes of a sample to pixels, caption and class.
+"""From the bytes of a sample to pixels, caption, class, boxes and label map.
 
 Any image becomes RGB on white before it is cropped; crop and resize are one resampling, from a box with fractional
 corners, so that no pixel is interpolated twice. Augmentation is a pure function of (seed, position, key): the same
@@ -9,8 +9,6 @@ one conversion per batch is cheaper than one per picture.
 from __future__ import annotations
 
 import io
-import json
-import re
 import struct
 import zlib
 from dataclasses import dataclass
@@ -21,12 +19,23 @@ import torch
 from numpy.typing import NDArray
 from PIL import ExifTags, Image
 
-from ldm_scale.data.latents import RECORD, LatentCache, read_moments, read_record
+from ldm_scale.data.annotations import (
+    LAYOUT,
+    MAP,
+    MAP_EXTENSION,
+    TEXT,
+    Layout,
+    View,
+    Vocabulary,
+    layout_of,
+    read_map,
+    read_objects,
+)
+from ldm_scale.data.latents import RECORD, LatentCache, read_context, read_moments, read_record, read_view
+from ldm_scale.data.metadata import choose_caption, member_bytes, read_captions, read_label, read_metadata
 from ldm_scale.data.order import uniforms
 from ldm_scale.data.policy import BadSample
 from ldm_scale.data.shards import IMAGE_EXTENSIONS, RawSample
-
-NO_CLASS = -1  # label of a sample without a class
 
 # 256 MiB as RGB, refused on the header before a pixel is decoded: a loader worker holds up to four such copies. Pillow
 # warns above the same number, and refuses above twice of it.
@@ -74,13 +83,14 @@ class DecodeSettings:
     horizontal_flip: bool = False
     augment: bool = True  # False: the largest centred square, never flipped
     seed: int = 0
+    annotations: frozenset[str] = frozenset()  # LAYOUT, MAP: what samples must have besides; TEXT: if the cache has
 
 
 @dataclass(frozen=True)
 class DecodedSample:
-    """One usable sample: a picture, or moments of its latents from a cache.
+    """One usable sample: a picture, or moments of its latents from a cache, and the annotations that were asked for.
 
-    Shapes: image (H, W, 3), 8-bit RGB; moments (C, h, w) in the cache's type.
+    Shapes: image (H, W, 3), 8-bit RGB; moments (C, h, w) in the cache's type; labels (H, W).
     """
 
     image: NDArray[np.uint8] | None
@@ -89,6 +99,9 @@ class DecodedSample:
     key: str
     position: int
     moments: NDArray[Any] | None = None
+    layout: Layout | None = None
+    labels: NDArray[np.uint8] | None = None  # of the map
+    text_context: NDArray[np.float16] | None = None  # (M, d) of the caption, from a cache
 
 
 def open_rgb(data: bytes) -> Image.Image:
@@ -204,73 +217,10 @@ def to_pixels(images: NDArray[np.uint8]) -> torch.Tensor:
     return torch.from_numpy(images).to(torch.float32).mul_(1.0 / 127.5).sub_(1.0).permute(0, 3, 1, 2)
 
 
-def read_caption(sample: RawSample, metadata: dict[str, Any]) -> str:
-    """The caption: member .txt, else "caption" in the metadata, else the empty caption.
-
-    Raises: BadSample if it is not UTF-8 or not a string.
-    """
-    if "txt" in sample:
-        try:
-            return _bytes(sample, "txt").decode("utf-8").strip()
-        except UnicodeDecodeError:
-            raise BadSample("caption is not UTF-8") from None
-    caption = metadata.get("caption")
-    if caption is None:
-        return ""
-    if not isinstance(caption, str):
-        raise BadSample("caption is not a string")
-    return caption.strip()
-
-
-def read_metadata(sample: RawSample) -> dict[str, Any]:
-    """The member .json, {} if there is none.
-
-    Raises: BadSample if it is no JSON object.
-    """
-    if "json" not in sample:
-        return {}
-    try:
-        metadata = json.loads(_bytes(sample, "json"))
-    except (ValueError, RecursionError):
-        raise BadSample("metadata is not JSON") from None
-    if not isinstance(metadata, dict):
-        raise BadSample("metadata is not a JSON object")
-    return metadata
-
-
-def read_class(sample: RawSample, metadata: dict[str, Any]) -> int | str | None:
-    """The class as stored: member .cls, else "class" in the metadata; a number where it reads as one, else a name.
-
-    None if there is neither.
-    Raises: BadSample if the metadata's class is of another type.
-    """
-    if "cls" in sample:
-        stored: Any = _bytes(sample, "cls").decode("utf-8", "replace").strip()
-        return int(stored) if re.fullmatch("[0-9]{1,9}", stored) else str(stored)
-    stored = metadata.get("class")
-    if stored is None or (isinstance(stored, int | str) and not isinstance(stored, bool)):
-        return stored
-    raise BadSample("class is neither a number nor a name")
-
-
-def read_label(sample: RawSample, metadata: dict[str, Any], class_numbers: dict[str, int]) -> int:
-    """The class's number in the manifest's list, NO_CLASS if the sample has none.
-
-    Raises: BadSample if it is not listed.
-    """
-    stored = read_class(sample, metadata)
-    if stored is None:
-        return NO_CLASS
-    label = class_numbers.get(stored, NO_CLASS) if isinstance(stored, str) else stored
-    if not 0 <= label < len(class_numbers):
-        raise BadSample("class is not in the manifest's list")
-    return label
-
-
 def decode_sample(
     sample: RawSample,
     settings: DecodeSettings,
-    class_numbers: dict[str, int],
+    vocabulary: Vocabulary,
     position: int,
     latents: LatentCache | None = None,
 ) -> DecodedSample:
@@ -286,24 +236,43 @@ def decode_sample(
     if extension is None and not cached:
         raise BadSample(f"no image ({', '.join(IMAGE_EXTENSIONS)})")
     metadata = read_metadata(sample)
-    caption = read_caption(sample, metadata)
-    label = read_label(sample, metadata, class_numbers)
+    captions = read_captions(sample, metadata)
+    caption = choose_caption(captions, settings.augment, settings.seed, position, key)
+    label = read_label(sample, metadata, vocabulary.classes)
+    image: NDArray[np.uint8] | None = None
+    moments: NDArray[Any] | None = None
+    context: NDArray[np.float16] | None = None
     if latents is not None and cached:
-        moments = read_moments(sample, latents.variant(settings, position, key), latents)
-        return DecodedSample(None, caption, label, key, position, moments)
-    assert extension is not None, "a sample without a picture has moments, or was refused above"
-    return DecodedSample(
-        decode_image(_bytes(sample, extension), settings, position, key), caption, label, key, position
-    )
+        variant = latents.variant(settings, position, key)
+        moments = read_moments(sample, variant, latents)
+        if TEXT in settings.annotations and latents.text is not None:
+            context = read_context(sample, captions.index(caption), latents.text)
+        view = read_view(record, variant, key) if settings.annotations else None
+    else:
+        assert extension is not None, "a sample without a picture has moments, or was refused above"
+        picture = open_rgb(member_bytes(sample, extension))
+        view = View(picture.size, *crop_box(*picture.size, settings, position, key))
+        image = render(picture, view.box, view.mirror, settings.resolution)
+    layout, labels = _annotations(sample, metadata, settings, vocabulary, view)
+    return DecodedSample(image, caption, label, key, position, moments, layout, labels, context)
+
+
+def _annotations(
+    sample: RawSample, metadata: dict[str, Any], settings: DecodeSettings, vocabulary: Vocabulary, view: View | None
+) -> tuple[Layout | None, NDArray[np.uint8] | None]:
+    """The objects and the map of the shown square, None for what was not asked for.
+
+    Raises: BadSample if what was asked for is missing or malformed.
+    """
+    layout, labels = None, None
+    if view is not None and LAYOUT in settings.annotations:
+        layout = layout_of(read_objects(metadata, vocabulary.objects), view)
+    if view is not None and MAP in settings.annotations:
+        content = member_bytes(sample, MAP_EXTENSION) if MAP_EXTENSION in sample else None
+        labels = read_map(content, vocabulary.num_map_labels, view, settings.resolution)
+    return layout, labels
 
 
 def image_extension(sample: RawSample) -> str | None:
     """Extension of the member that is the sample's picture, None if it has none."""
     return next((extension for extension in IMAGE_EXTENSIONS if extension in sample), None)
-
-
-def _bytes(sample: RawSample, extension: str) -> bytes:
-    """A member of a raw sample."""
-    member = sample[extension]
-    assert isinstance(member, bytes), extension
-    return member

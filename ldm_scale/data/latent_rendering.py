@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -16,13 +16,21 @@ from ldm_scale.data.decode import (
     crop_box,
     image_extension,
     open_rgb,
-    read_caption,
-    read_label,
-    read_metadata,
     render,
 )
-from ldm_scale.data.latents import CENTER, MIRROR, PREFIX, RECORD, LatentCache, member, pack_moments
+from ldm_scale.data.latents import (
+    CENTER,
+    CONTEXTS,
+    MIRROR,
+    PREFIX,
+    RECORD,
+    LatentCache,
+    member,
+    pack_contexts,
+    pack_moments,
+)
 from ldm_scale.data.loader import start_worker
+from ldm_scale.data.metadata import read_captions, read_label, read_metadata
 from ldm_scale.data.policy import BadSample
 from ldm_scale.data.shards import IMAGE_EXTENSIONS, Dataset, RawSample
 from ldm_scale.errors import DataError, LdmScaleError
@@ -36,6 +44,7 @@ class Rendered:
     members: dict[str, bytes]
     record: dict[str, Any]
     images: NDArray[np.uint8]
+    captions: list[str] = field(default_factory=list)  # none if unusable
 
 
 def render_variants(sample: RawSample, cache: LatentCache, class_numbers: dict[str, int]) -> Rendered:
@@ -45,7 +54,8 @@ def render_variants(sample: RawSample, cache: LatentCache, class_numbers: dict[s
     """
     key = str(sample["__key__"])
     members = {name: content for name, content in sample.items() if isinstance(content, bytes) and name != "__key__"}
-    taken = next((name for name in members if name.startswith(PREFIX)), None)
+    reserved = (PREFIX,) if cache.text is None else (PREFIX, CONTEXTS)
+    taken = next((name for name in members if name.startswith(reserved)), None)
     if taken is not None:
         raise DataError(f"{key}: has a member {taken}, a name that latent shards need; rename it")
     kept = {name: content for name, content in members.items() if name not in IMAGE_EXTENSIONS}
@@ -54,7 +64,7 @@ def render_variants(sample: RawSample, cache: LatentCache, class_numbers: dict[s
         if extension is None:
             raise BadSample(f"no image ({', '.join(IMAGE_EXTENSIONS)})")
         metadata = read_metadata(sample)
-        read_caption(sample, metadata)
+        captions = read_captions(sample, metadata)
         read_label(sample, metadata, class_numbers)
         image = open_rgb(members[extension])
     except BadSample as error:
@@ -64,7 +74,7 @@ def render_variants(sample: RawSample, cache: LatentCache, class_numbers: dict[s
         box, mirror = variant_box(variant, *image.size, cache, key)
         record[variant] = {"box": list(box), "flip": mirror}
         images.append(render(image, box, mirror, side))
-    return Rendered(key, kept, {"variants": record}, np.stack(images))
+    return Rendered(key, kept, {"size": list(image.size), "variants": record}, np.stack(images), captions)
 
 
 def variant_box(
@@ -79,16 +89,20 @@ def variant_box(
     return crop_box(width, height, settings, int(variant.removeprefix("crop")), key)
 
 
-def pack_sample(sample: Rendered, moments: NDArray[np.float32], cache: LatentCache) -> dict[str, Any]:
+def pack_sample(
+    sample: Rendered, moments: NDArray[np.float32], cache: LatentCache, contexts: NDArray[np.float32] | None = None
+) -> dict[str, Any]:
     """Members of a latent shard's sample and its name under "__key__".
 
-    Shapes: moments (variants, C, h, w).
-    Raises: DataError if the moments cannot be stored.
+    Shapes: moments (variants, C, h, w); contexts (captions, M, d).
+    Raises: DataError if the moments or the contexts cannot be stored.
     """
     packed = {
         member(variant): pack_moments(values, cache.transform.dtype, f"{sample.key} ({variant})")
         for variant, values in zip(sample.record.get("variants", ()), moments, strict=True)
     }
+    if contexts is not None and len(contexts):
+        packed[CONTEXTS] = pack_contexts(contexts, sample.key)
     record = json.dumps(sample.record).encode()
     return {"__key__": sample.key.partition("/")[2], **sample.members, RECORD: record, **packed}
 

@@ -279,11 +279,12 @@ def _locked(path: Path) -> Iterator[BinaryIO]:
 
 def _describe(cache: LatentCache) -> str:
     """A cache in a few words that differ where caches do."""
-    transform = cache.transform
+    transform, text = cache.transform, cache.text
+    contexts = f"contexts of {text.model} {text.weights_sha256[:12]}, {text.layer} layer" if text else "no contexts"
     return (
         f"artifact {cache.artifact_sha256[:12]} at {transform.resolution} px into {transform.dtype} "
         f"(transform {transform.sha256[:12]}: {transform.random_crops} crops from {transform.crop_scale_min:g}, "
-        f"{'with' if transform.horizontal_flip else 'no'} flips, {transform.precision})"
+        f"{'with' if transform.horizontal_flip else 'no'} flips, {transform.precision}), {contexts}"
     )
 
 

@@ -6,11 +6,13 @@ instead of the picture each has moments of its raw latents, one member per varia
     latents.center.npy                the largest centred square
     latents.mirror.npy                its mirror image, where the cache holds flips and no crops
     latents.crop0.npy, .crop1.npy ... random squares, some of them mirrored where the cache holds flips
-    latents.json                      of each variant its box in the picture's pixels and whether it is mirrored;
-                                      or, instead of all that, why the picture cannot be used
+    text.npy                          contexts of all its captions, where the cache holds a frozen text encoder's
+    latents.json                      the picture's size, and of each variant its box in the picture's pixels and
+                                      whether it is mirrored; or, instead of all that, why the picture cannot be used
 
-All other members (caption, class, metadata) are the source's. A sample that cannot be used keeps its place, so that
-numbers mean the same in both and it is replaced as training from images replaces it.
+All other members (caption, class, metadata, label map) are the source's; boxes and maps go through the recorded box. A
+sample that cannot be used keeps its place, so that numbers mean the same in both and it is replaced as training from
+images replaces it.
 
 Moments, not samples: mean and log-variance of a KL posterior, one above the other, so that every epoch draws anew; the
 raw latents themselves of the other kinds. Raw, because statistics belong to the artifact and are applied in training.
@@ -31,6 +33,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ldm_scale.config.convert import section_from_dict
+from ldm_scale.data.annotations import View
 from ldm_scale.data.order import uniforms
 from ldm_scale.errors import ConfigError, DataError
 
@@ -39,6 +42,7 @@ if TYPE_CHECKING:
 
 PREFIX = "latents."
 RECORD = "latents.json"
+CONTEXTS = "text.npy"
 CENTER, MIRROR = "center", "mirror"
 LATENTS, IMAGES = "latents", "images"  # kinds of shards
 # Raised when the same transform would give other pixels: caches made before belong to another transform then.
@@ -66,6 +70,17 @@ class LatentTransform:
 
 
 @dataclass(frozen=True)
+class CachedText:
+    """Whose contexts of the captions a cache holds, in float16."""
+
+    model: str  # OpenCLIP's name of the architecture
+    weights_sha256: str  # of the text tower's tensors
+    layer: Literal["last", "penultimate"]
+    max_tokens: int
+    width: int
+
+
+@dataclass(frozen=True)
 class LatentCache:
     """The provenance of a manifest's latent shards."""
 
@@ -75,6 +90,7 @@ class LatentCache:
     c: int  # channels of the raw latents
     transform: LatentTransform
     program: str = field(default="", compare=False)  # version that wrote it, for people
+    text: CachedText | None = None  # None: no contexts beside the latents
 
     @property
     def moments_shape(self) -> tuple[int, int, int]:
@@ -169,6 +185,62 @@ def read_record(sample: Mapping[str, bytes | str]) -> dict[str, Any]:
     except (KeyError, ValueError, AttributeError):
         pass
     raise DataError(f"{sample['__key__']!s}: its {RECORD} is missing or malformed; encode its shard anew")
+
+
+def read_view(record: Mapping[str, Any], variant: str, key: str) -> View:
+    """The part of the picture that a variant shows.
+
+    Raises: DataError, naming the key, if the record does not tell.
+    """
+    try:
+        width, height = record["size"]
+        left, top, right, bottom = record["variants"][variant]["box"]
+        return View((width, height), (left, top, right, bottom), bool(record["variants"][variant]["flip"]))
+    except (KeyError, TypeError, ValueError):
+        raise DataError(
+            f"{key}: its {RECORD} does not tell the picture's size and the box of {variant}, which boxes and maps "
+            "need; encode its shard anew"
+        ) from None
+
+
+def pack_contexts(contexts: NDArray[Any], key: str) -> bytes:
+    """The .npy of the contexts of a sample's captions. Shapes: (captions, M, d).
+
+    Raises: DataError, naming the key, if float16 cannot hold them.
+    """
+    stored = contexts.astype(np.float16)
+    if not np.isfinite(stored).all():
+        raise DataError(
+            f"{key}: the text encoder gives contexts that are not finite, or lie outside float16; look at its weights"
+        )
+    buffer = io.BytesIO()
+    np.save(buffer, stored, allow_pickle=False)
+    return buffer.getvalue()
+
+
+def read_context(sample: Mapping[str, bytes | str], number: int, text: CachedText) -> NDArray[Any]:
+    """The context of the sample's caption `number`. Shapes: returns (M, d) in float16.
+
+    Raises: DataError, naming the key, if it is missing, not finite or of another shape or type than the manifest's.
+    """
+    key = str(sample["__key__"])
+    content = sample.get(CONTEXTS)
+    if not isinstance(content, bytes):
+        raise DataError(f"{key}: no member {CONTEXTS}, which its manifest promises; encode its shard anew")
+    try:
+        contexts: NDArray[Any] = np.load(io.BytesIO(content), allow_pickle=False)
+    except (ValueError, EOFError, OSError) as error:
+        raise DataError(f"{key}: its {CONTEXTS} cannot be read ({error}); encode its shard anew") from None
+    expected = (text.max_tokens, text.width)
+    if contexts.ndim != 3 or contexts.shape[1:] != expected or contexts.dtype != np.float16 or number >= len(contexts):
+        raise DataError(
+            f"{key}: its {CONTEXTS} has shape {contexts.shape} of {contexts.dtype}, its manifest says {expected} of "
+            f"float16 for each caption, and it has {number + 1} or more; encode its shard anew"
+        )
+    if not np.isfinite(contexts[number]).all():
+        raise DataError(f"{key}: its {CONTEXTS} holds NaN or infinity; encode its shard anew")
+    context: NDArray[Any] = contexts[number]
+    return context
 
 
 def read_moments(sample: Mapping[str, bytes | str], variant: str, cache: LatentCache) -> NDArray[Any]:

@@ -21,6 +21,7 @@ import torch
 import webdataset as wds
 
 from ldm_scale.config.schema import DataConfig
+from ldm_scale.data.annotations import LAYOUT, MAP, TEXT
 from ldm_scale.data.decode import DecodeSettings
 from ldm_scale.data.latents import read_moments, read_record
 from ldm_scale.data.order import check_batches
@@ -122,6 +123,24 @@ def require_images(dataset: Dataset) -> None:
         )
 
 
+def require_annotations(dataset: Dataset, annotations: frozenset[str]) -> None:
+    """Nothing, if the manifest lists the names of what is asked for.
+
+    Raises: ConfigError otherwise.
+    """
+    assert annotations <= {LAYOUT, MAP, TEXT}, annotations
+    for wanted, key, names in (
+        (LAYOUT, "object_classes", dataset.object_classes),
+        (MAP, "map_labels", dataset.map_labels),
+    ):
+        if wanted in annotations and not names:
+            raise ConfigError(
+                f"data.manifest={dataset.manifest_path} lists no {key}, which a conditioning on a {wanted} needs; "
+                f"prepare the data with them: `ldm-scale prepare coco`, or --{key.replace('_', '-')} of image-folder "
+                "and index"
+            )
+
+
 def check_moments(dataset: Dataset) -> None:
     """Nothing, if moments in a few latent shards, spread over the split, are what the manifest says.
 
@@ -153,16 +172,20 @@ def build_loader(
     augment: bool = True,
     num_epochs: int | None = None,
     accept_latents: bool = False,
+    annotations: frozenset[str] = frozenset(),
 ) -> Loader:
     """The batches of one rank: its part of each global batch in pieces of `micro_batch`.
 
     `num_epochs` ends the stream after every sample came so many times (1 for validation): the last global batch may be
     smaller and is divided evenly, nothing is padded, and every rank gets the same number of micro-batches, some of
     which may hold no image where fewer images than ranks are left. `accept_latents`: the caller looks at
-    `Batch.moments`, so that latent shards may stand for images.
+    `Batch.moments`, so that latent shards may stand for images. `annotations` ("layout", "map") are decoded into
+    `Batch.layouts` and `Batch.maps`, and samples without them are bad ones; "text" gives `Batch.text_contexts` where
+    all samples of a batch come from a cache that holds them.
 
-    Raises: ConfigError if the batch arithmetic does not work out, or latents stand where images are needed; DataError
-    if the data cannot be opened, and while iterating if they cannot be read.
+    Raises: ConfigError if the batch arithmetic does not work out, latents stand where images are needed, or annotations
+    are asked for that the manifest knows nothing of; DataError if the data cannot be opened, and while iterating if
+    they cannot be read.
     """
     check_batches(global_batch, micro_batch, world_size)
     assert 0 <= rank < world_size, f"rank {rank} of {world_size}"
@@ -176,12 +199,14 @@ def build_loader(
     dataset = open_manifest(data.manifest, split if split is not None else data.split)
     if not accept_latents:
         require_images(dataset)
+    require_annotations(dataset, annotations)
     settings = DecodeSettings(
         resolution=data.resolution,
         crop_scale_min=data.crop_scale_min,
         horizontal_flip=data.horizontal_flip,
         augment=augment,
         seed=seed,
+        annotations=annotations,
     )
     end_image = None if num_epochs is None else num_epochs * dataset.num_samples
     stream = StreamSettings(global_batch, micro_batch, rank, world_size, start_image, end_image)

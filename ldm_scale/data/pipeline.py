@@ -13,7 +13,9 @@ import numpy as np
 import torch
 import webdataset as wds
 
+from ldm_scale.data.annotations import LAYOUT, MAP, MAP_EXTENSION, TEXT, Layout
 from ldm_scale.data.decode import DecodedSample, DecodeSettings, decode_sample, to_pixels
+from ldm_scale.data.latents import CONTEXTS
 from ldm_scale.data.order import micro_batches, replacement_at, sample_at
 from ldm_scale.data.policy import BadRecord, BadSample, ConsecutiveLimit
 from ldm_scale.data.shards import Dataset, RawSample
@@ -26,7 +28,7 @@ class Batch:
     """One micro-batch of one rank: b samples, n of them from a latent cache, with moments instead of an image.
 
     Shapes: images (b - n, 3, H, W), fp32 in [-1, 1]; classes and image_numbers (b,), int64; moments (n, C, h, w) in
-    the cache's type; cached (b,), bool.
+    the cache's type; cached (b,), bool; maps (b, H, W), uint8.
     """
 
     images: torch.Tensor
@@ -37,6 +39,9 @@ class Batch:
     bad: list[BadRecord]  # skipped to make this batch
     moments: torch.Tensor | None = None  # of the samples from a cache, in their order; None where there is none
     cached: torch.Tensor | None = None  # which samples those are; None = none
+    layouts: list[Layout] | None = None  # None where they were not asked for; so are maps
+    maps: torch.Tensor | None = None  # numbers of the manifest's map_labels; 255 where unknown
+    text_contexts: torch.Tensor | None = None  # (b, M, d) of a frozen text encoder, from a cache that holds them
 
 
 @dataclass(frozen=True)
@@ -81,7 +86,9 @@ class SlotReader:
     def __init__(self, dataset: Dataset, settings: DecodeSettings, max_consecutive_bad: int) -> None:
         self._dataset = dataset
         self._settings = settings
-        self._class_numbers = {name: number for number, name in enumerate(dataset.class_names)}
+        self._vocabulary = dataset.vocabulary
+        optional = {MAP: MAP_EXTENSION, TEXT: CONTEXTS}
+        self._unwanted = frozenset(member for name, member in optional.items() if name not in settings.annotations)
         self._limit = ConsecutiveLimit(max_consecutive_bad)
 
     def __call__(self, positions: range) -> _Sampled:
@@ -95,7 +102,7 @@ class SlotReader:
         while True:
             raw = self._read(number, position)
             try:
-                sample = decode_sample(raw, self._settings, self._class_numbers, position, self._dataset.latents)
+                sample = decode_sample(raw, self._settings, self._vocabulary, position, self._dataset.latents)
             except BadSample as error:
                 record = BadRecord(str(raw["__key__"]), str(error))
                 bad.append(record)
@@ -110,17 +117,21 @@ class SlotReader:
         """A sample's members; of a cached one, moments of the variant that stands at this position alone."""
         latents = self._dataset.latents
         if latents is None:
-            return self._dataset.read(number)
+            return self._dataset.read(number, leave_out=self._unwanted)
         variant = latents.variant(self._settings, position, self._dataset.key(number))
-        return self._dataset.read(number, leave_out=latents.others(variant))
+        return self._dataset.read(number, leave_out=latents.others(variant) | self._unwanted)
 
 
-def collate(sampled: _Sampled, resolution: int) -> Batch:
+def collate(sampled: _Sampled, settings: DecodeSettings) -> Batch:
     """The batch of a slot's samples."""
     samples, bad = sampled
     pictures = [sample.image for sample in samples if sample.image is not None]
     moments = [sample.moments for sample in samples if sample.moments is not None]
-    images = np.empty((len(pictures), resolution, resolution, 3), dtype=np.uint8)
+    layouts = [sample.layout for sample in samples if sample.layout is not None]
+    with_maps, side = MAP in settings.annotations, settings.resolution
+    labels = [sample.labels for sample in samples if sample.labels is not None]
+    contexts = [sample.text_context for sample in samples if sample.text_context is not None]
+    images = np.empty((len(pictures), side, side, 3), dtype=np.uint8)
     for row, picture in enumerate(pictures):
         images[row] = picture
     return Batch(
@@ -132,6 +143,10 @@ def collate(sampled: _Sampled, resolution: int) -> Batch:
         bad=bad,
         moments=torch.from_numpy(np.stack(moments)) if moments else None,
         cached=torch.tensor([sample.moments is not None for sample in samples]) if moments else None,
+        layouts=layouts if LAYOUT in settings.annotations else None,
+        maps=torch.from_numpy(np.array(labels, np.uint8).reshape(-1, side, side)) if with_maps else None,
+        # Of a part of the samples they are of no use: the text encoder runs for all of them then.
+        text_contexts=torch.from_numpy(np.stack(contexts)) if contexts and len(contexts) == len(samples) else None,
     )
 
 
@@ -139,9 +154,8 @@ def build_pipeline(
     dataset: Dataset, settings: DecodeSettings, stream: StreamSettings, max_consecutive_bad: int
 ) -> wds.DataPipeline:
     """An iterable over this worker's batches, in the order of the global stream."""
-    resolution = settings.resolution
     return wds.DataPipeline(
         SlotSource(stream),
         wds.map(SlotReader(dataset, settings, max_consecutive_bad)),
-        wds.map(lambda sampled: collate(sampled, resolution)),
+        wds.map(lambda sampled: collate(sampled, settings)),
     )

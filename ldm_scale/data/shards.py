@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import json
 import os
-import tarfile
 from collections import OrderedDict
 from collections.abc import Collection
 from dataclasses import dataclass
@@ -25,7 +24,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from ldm_scale.data.annotations import MAX_MAP_LABELS, Vocabulary
 from ldm_scale.data.latents import IMAGES, LATENTS, LatentCache
+from ldm_scale.data.members import is_header_of, neighbours
 from ldm_scale.errors import DataError
 
 FORMAT = "ldm-scale-shards"
@@ -35,7 +36,6 @@ IMAGE_EXTENSIONS = ("png", "jpg", "jpeg", "webp")
 RawSample = dict[str, bytes | str]  # extension -> bytes, "__key__" -> shard stem / sample name
 
 BLOCK = 512  # bytes; a tar's headers and data begin at multiples of it
-_MAX_GAP = 8192  # bytes between two members up to which one read is cheaper than two
 _MAX_OPEN_FILES = 128
 _PREPARE_ANEW = "write the data set anew with `ldm-scale prepare`"
 
@@ -160,16 +160,34 @@ class Dataset:
         shards: list[Shard],
         class_names: tuple[str, ...],
         latents: LatentCache | None = None,
+        object_classes: tuple[str, ...] = (),
+        map_labels: tuple[str, ...] = (),
     ) -> None:
         self.manifest_path = manifest_path
         self.split = split
         self.shards = shards
         self.class_names = class_names
+        self.object_classes = object_classes  # of the boxes; empty where the manifest lists none
+        self.map_labels = map_labels  # of the label maps
         self.latents = latents  # provenance of the latent shards; None where there is none
         self._ends = np.cumsum([shard.num_samples for shard in shards], dtype=np.int64)
         self.num_samples = int(self._ends[-1])
         self._indices: dict[int, _Index] = {}
         self._files: OrderedDict[int, int] = OrderedDict()  # shard number -> descriptor, least recently used first
+
+    @property
+    def labels(self) -> dict[str, list[str]]:
+        """The manifest's lists of names that are not empty, for those who will use a model without the data."""
+        lists = {"classes": self.class_names, "object_classes": self.object_classes, "map_labels": self.map_labels}
+        return {name: list(names) for name, names in lists.items() if names}
+
+    @property
+    def vocabulary(self) -> Vocabulary:
+        """The numbers of the manifest's names."""
+        classes, objects = (
+            {name: n for n, name in enumerate(names)} for names in (self.class_names, self.object_classes)
+        )
+        return Vocabulary(classes, objects, len(self.map_labels))
 
     @property
     def digest(self) -> str:
@@ -216,12 +234,12 @@ class Dataset:
         places = [(index.extensions[c], int(index.offsets[row, c]), int(index.sizes[row, c])) for c in present]
         if leave_out:
             places = [place for place in places if place[0] not in leave_out]
-        for group in _neighbours(places):
+        for group in neighbours(places):
             start = group[0][1] - BLOCK
             buffer = self._pread(shard_number, start, group[-1][1] + group[-1][2] - start)
             for extension, offset, size in group:
                 at = offset - start
-                if len(buffer) < at + size or not _is_header_of(buffer[at - BLOCK : at], f"{name}.{extension}", size):
+                if len(buffer) < at + size or not is_header_of(buffer[at - BLOCK : at], f"{name}.{extension}", size):
                     raise DataError(
                         f"{shard.path}: no member {name}.{extension} of {size} bytes at byte {offset}, where "
                         f"{shard.index_path.name} has it; the shard was changed: index it anew"
@@ -243,34 +261,6 @@ class Dataset:
             raise DataError(f"{path}: cannot be read at byte {start} ({error.strerror})") from None
 
 
-def _neighbours(places: list[tuple[str, int, int]]) -> list[list[tuple[str, int, int]]]:
-    """Members (extension, offset, size) in groups that one read gets with all their headers.
-
-    Members of a sample are neighbours in the tar; only what is left out makes a gap between them.
-    """
-    groups: list[list[tuple[str, int, int]]] = []
-    for place in sorted(places, key=lambda place: place[1]):
-        if groups and place[1] - (groups[-1][-1][1] + groups[-1][-1][2]) <= _MAX_GAP:
-            groups[-1].append(place)
-        else:
-            groups.append([place])
-    return groups
-
-
-def _is_header_of(block: bytes, member: str, size: int) -> bool:
-    """Whether a tar header block describes a plain file of this name (extension in any case) and size.
-
-    A name over 100 bytes or outside ASCII may stand in an extension block before the header, which then has only a
-    shortened form of it: there, the size alone must agree.
-    """
-    try:
-        header = tarfile.TarInfo.frombuf(block, "utf-8", "surrogateescape")
-    except tarfile.HeaderError:
-        return False
-    same_name = header.name.lower() == member.lower()
-    return header.isreg() and header.size == size and (same_name or len(member) > 100 or not member.isascii())
-
-
 def open_manifest(path: str | Path, split: str, check_sizes: bool = True) -> Dataset:
     """The samples of one split of a manifest; every shard is there with the size that the manifest says.
 
@@ -289,7 +279,13 @@ def open_manifest(path: str | Path, split: str, check_sizes: bool = True) -> Dat
         entry = manifest["splits"][split]
         base = manifest_path.parent
         shards = [_shard(item, base) for item in entry["shards"]]
-        stated, class_names = int(entry["num_samples"]), tuple(str(name) for name in manifest["classes"])
+        stated = int(entry["num_samples"])
+        class_names, object_classes, map_labels = (
+            tuple(map(str, names))
+            for names in (manifest["classes"], manifest.get("object_classes", ()), manifest.get("map_labels", ()))
+        )
+        if len(map_labels) > MAX_MAP_LABELS:
+            raise ValueError(f"{len(map_labels)} map_labels, and a map tells {MAX_MAP_LABELS} apart")
     except (KeyError, TypeError, ValueError) as error:
         raise DataError(
             f"{manifest_path}: malformed manifest ({error!r}); write it anew with `ldm-scale prepare`"
@@ -309,7 +305,7 @@ def open_manifest(path: str | Path, split: str, check_sizes: bool = True) -> Dat
     latents = None
     if any(shard.holds_latents for shard in shards):
         latents = LatentCache.from_dict(manifest.get("latents"), str(manifest_path))
-    return Dataset(manifest_path, split, shards, class_names, latents)
+    return Dataset(manifest_path, split, shards, class_names, latents, object_classes, map_labels)
 
 
 def _shard(item: dict[str, Any], base: Path) -> Shard:

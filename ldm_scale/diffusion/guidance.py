@@ -1,4 +1,4 @@
-"""Classifier-free guidance: push the prediction away from what the model says without the caption."""
+"""Classifier-free guidance: push the output away from what the model says without the condition."""
 
 from __future__ import annotations
 
@@ -7,27 +7,81 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from ldm_scale.diffusion.process import Process
+from ldm_scale.errors import ConfigError
+
+# (z_t (B, c, h, w), t (B,)) -> the network's own output, float32.
 Denoiser = Callable[[Tensor, Tensor], Tensor]
-ConditionalDenoiser = Callable[[Tensor, Tensor, Tensor], Tensor]
+# The same -> (conditional, unconditional), from one pass over twice the batch, for example.
+PairedDenoiser = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 
 
-def guided(denoiser: ConditionalDenoiser, context: Tensor, null_context: Tensor, scale: float) -> Denoiser:
-    """A denoiser (z, t) -> eps_u + scale (eps_c - eps_u), for `sample`.
+def combine_guidance(conditional: Tensor, unconditional: Tensor, scale: float, rescale: float = 0.0) -> Tensor:
+    """unconditional + scale (conditional - unconditional), its deviation set back to that of conditional by `rescale`.
 
-    Scale 1 is no guidance and costs one pass (conditional); 0 is unconditional, one pass too; any other scale runs
-    both passes as one batch of twice the size. In the notation of the paper scale is 1 + w.
-    Shapes: denoiser (z (B, c, h, w), t (B,), context (B, M, d)); context (B, M, d); null_context (B or 1, M, d).
-    Source: arXiv:2207.12598, eq. 6.
+    In the notation of the first paper scale is 1 + w. Both are outputs of the network, in any parameterisation: all are
+    linear. `rescale` is the second paper's phi, 0 for no change; it measures each image's deviation over its elements.
+    Shapes: conditional and unconditional (B, ...), returns the same.
+    Source: arXiv:2207.12598, eq. 6; arXiv:2305.08891, eq. 14 to 16.
     """
-    null_context = null_context.expand_as(context)
+    guided_output = unconditional + scale * (conditional - unconditional)
+    if rescale == 0.0:
+        return guided_output
+    dims = tuple(range(1, conditional.ndim))
+    factor = conditional.std(dims, keepdim=True) / guided_output.std(dims, keepdim=True)
+    return guided_output * (rescale * factor + (1.0 - rescale))
+
+
+def classifier_free_guidance(
+    conditional: Denoiser,
+    unconditional: Denoiser,
+    process: Process,
+    *,
+    scale: float,
+    rescale: float = 0.0,
+    interval: tuple[float, float] | None = None,
+    paired: PairedDenoiser | None = None,
+) -> Denoiser:
+    """The guided denoiser, for `sample`.
+
+    Scale 1 is no guidance and asks `conditional` alone; 0 asks `unconditional` alone, at all noise levels; any other
+    asks `paired`, or each of the two where there is none. With `interval` (low, high) images whose noise level
+    sigma / alpha is not in (low, high] are not guided, and steps at which none is cost one pass; knowing this waits
+    for the device.
+    Source: arXiv:2404.07724, section 3 (interval); otherwise `combine_guidance`.
+    """
+    check_interval(interval)
     if scale == 1.0:
-        return lambda z, t: denoiser(z, t, context)
+        return conditional
     if scale == 0.0:
-        return lambda z, t: denoiser(z, t, null_context)
-    both_contexts = torch.cat([null_context, context])
+        return unconditional
 
     def predict(z: Tensor, t: Tensor) -> Tensor:
-        unconditional, conditional = denoiser(torch.cat([z, z]), torch.cat([t, t]), both_contexts).chunk(2)
-        return unconditional + scale * (conditional - unconditional)
+        inside = None if interval is None else _inside(process, t, interval)
+        if inside is not None and not inside.any():
+            return conditional(z, t)
+        pair = paired(z, t) if paired is not None else (conditional(z, t), unconditional(z, t))
+        guided_output = combine_guidance(*pair, scale, rescale)
+        if inside is None:
+            return guided_output
+        return torch.where(inside.reshape(-1, *(1,) * (z.ndim - 1)), guided_output, pair[0])
 
     return predict
+
+
+def check_interval(interval: tuple[float, float] | None) -> None:
+    """Nothing, if guidance acts somewhere.
+
+    Raises: ConfigError otherwise.
+    """
+    if interval is not None and not 0.0 <= interval[0] < interval[1]:
+        raise ConfigError(
+            f"sampling.guidance_interval={list(interval)}: must be two rising noise levels sigma / alpha, such as "
+            "[0.3, 5.0]; null guides at all of them"
+        )
+
+
+def _inside(process: Process, t: Tensor, interval: tuple[float, float]) -> Tensor:
+    alpha, sigma = process.coefficients(t)
+    ratio = sigma / alpha
+    return (ratio > interval[0]) & (ratio <= interval[1])

@@ -1,25 +1,32 @@
-"""Reverse processes: DDIM and ancestral DDPM over a subset of the timesteps.
+"""Reverse processes: from noise to latents along noise levels, with one loop for all processes and samplers.
 
-Coefficients are Python floats, read from the schedule once, so that a step never waits for the device; latents stay
-in the type of the initial noise (give float32) whatever the denoiser computes in. The two samplers end differently,
-each as its reference does: DDIM's last step goes to the noise level of t = 0 (which is not quite 0), DDPM's to 0.
+Latents stay in the type of the initial noise (give float32) whatever the denoiser computes in. Samplers end as their
+references do: DDIM and PLMS at the noise level of t = 0 (which is not quite 0), the others at 0. Which sampler goes
+with which process is in `check_sampler`.
 """
 
 from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from typing import Literal
 
 import torch
 from torch import Tensor
 
 from ldm_scale.diffusion.guidance import Denoiser
-from ldm_scale.diffusion.prediction import x0_from_eps
-from ldm_scale.diffusion.schedule import NoiseSchedule, sampling_timesteps
+from ldm_scale.diffusion.process import Level, Process
+from ldm_scale.diffusion.steps import ddim_step, ddpm_step, dpmpp_2m_sde_step, dpmpp_2m_step
 from ldm_scale.errors import ConfigError
+
+Sampler = Literal["ddim", "ddpm", "plms", "dpmpp_2m", "dpmpp_2m_sde", "euler", "heun"]
+
+_TIMESTEP_SAMPLERS = ("ddim", "ddpm", "plms")
+_CONTINUOUS_SAMPLERS = ("euler", "heun")
+_ENDS_AT_FIRST_TIMESTEP = ("ddim", "plms")
+_STOCHASTIC = ("ddpm", "dpmpp_2m_sde")
 
 
 @dataclass(frozen=True)
@@ -35,7 +42,7 @@ class ImageNoise:
     device: torch.device | str = "cpu"
 
     def initial(self) -> Tensor:
-        """z_T ~ N(0, I), (len(seeds), c, h, w) in float32."""
+        """N(0, I), (len(seeds), c, h, w) in float32."""
         return self._draw("initial")
 
     def step(self, index: int) -> Tensor:
@@ -51,90 +58,161 @@ class ImageNoise:
         return torch.stack(images).to(self.device)
 
 
+@dataclass(frozen=True, eq=False)
+class Start:
+    """Where sampling begins instead of at noise: latents with noise of an intermediate level (arXiv:2108.01073).
+
+    Shapes: z0 (B, c, h, w). `strength` in (0, 1] is the share of the steps that are taken, at least one.
+    """
+
+    z0: Tensor
+    strength: float
+
+
 def sample(
     denoiser: Denoiser,
     initial_noise: Tensor,
-    schedule: NoiseSchedule,
+    process: Process,
     *,
-    sampler: Literal["ddim", "ddpm"],
+    sampler: Sampler,
     num_steps: int,
     eta: float = 0.0,
     step_noise: Callable[[int], Tensor] | None = None,
     progress: Callable[[int], None] | None = None,
+    start: Start | None = None,
 ) -> Tensor:
-    """Latents z_0 that the reverse process reaches from z_T = `initial_noise`, without gradients.
+    """Latents z_0 that the reverse process reaches from `initial_noise` ~ N(0, I), without gradients.
 
-    `denoiser(z, t)` returns eps; `step_noise(i)` the noise of step i (unused by DDIM with eta 0); `progress(n)` is
+    The noise is scaled to the deviation that z_t has at the first level if the latents' is 1. `denoiser(z, t)` returns
+    the network's output; `step_noise(i)` the noise of step i (unused by deterministic samplers); `progress(n)` is
     called after every step with the number of steps done.
-    Shapes: initial_noise (B, c, h, w); t (B,) int64; step_noise(i) and the result as initial_noise.
-    Raises: ConfigError if num_steps or eta cannot be used.
-    Source: arXiv:2010.02502, eq. 12 and 16 (ddim); arXiv:2006.11239, algorithm 2 with the posterior of eq. 7 (ddpm).
+    Shapes: initial_noise (B, c, h, w); t (B,) of `process.time_dtype`; step_noise(i) and the result as initial_noise.
+    Raises: ConfigError if sampler, num_steps, eta or start cannot be used.
+    Source: arXiv:2010.02502 (ddim); arXiv:2006.11239, algorithm 2 (ddpm); arXiv:2202.09778, section 3.3 (plms);
+    arXiv:2211.01095, algorithm 2 (dpmpp_2m); arXiv:2206.00364, algorithm 1 (euler, heun).
     """
-    _check_eta(sampler, eta)
-    timesteps = sampling_timesteps(schedule.num_timesteps, num_steps)
-    alphas_cumprod: list[float] = schedule.alphas_cumprod.tolist()
-    stochastic = sampler == "ddpm" or eta > 0.0
+    check_sampler(sampler, process, eta)
+    process = process.to(initial_noise.device)
+    levels = process.levels(num_steps, keep_first_noise=sampler in _ENDS_AT_FIRST_TIMESTEP)
+    first = 0 if start is None else num_steps - steps_taken(num_steps, start.strength)
+    stochastic = sampler in _STOCHASTIC or eta > 0.0
     assert step_noise is not None or not stochastic, f"{sampler} with eta {eta} needs step_noise"
 
-    z = initial_noise
-    for index, t in enumerate(timesteps):
-        alpha_bar = alphas_cumprod[t]
-        alpha_bar_prev = _previous_alpha_bar(sampler, alphas_cumprod, timesteps, index)
-        with torch.no_grad():
-            eps = denoiser(z, torch.full((z.shape[0],), t, dtype=torch.int64, device=z.device)).to(z.dtype)
+    z = _initial(initial_noise, levels[first], start)
+    run = _Run(denoiser, process, sampler, eta, levels)
+    with torch.no_grad():
+        for index in range(first, num_steps):
             noise = step_noise(index) if stochastic and step_noise is not None else None
-            if sampler == "ddim":
-                z = ddim_step(z, eps, alpha_bar, alpha_bar_prev, eta, noise)
-            else:
-                assert noise is not None, "checked above"
-                z = ddpm_step(z, eps, alpha_bar, alpha_bar_prev, noise)
-        if progress is not None:
-            progress(index + 1)
+            z = run.step(z, index, noise)
+            if progress is not None:
+                progress(index + 1 - first)
     return z
 
 
-def ddim_step(
-    z_t: Tensor, eps: Tensor, alpha_bar: float, alpha_bar_prev: float, eta: float, noise: Tensor | None
-) -> Tensor:
-    """Latents at the previous visited timestep; `noise` may be None if eta is 0.
+def check_sampler(sampler: Sampler, process: Process, eta: float = 0.0) -> None:
+    """Nothing, if `sampler` can follow `process`.
 
-    Source: arXiv:2010.02502, eq. 12 with sigma of eq. 16.
+    Raises: ConfigError otherwise, with samplers that can.
     """
-    sigma = eta * math.sqrt(posterior_variance(alpha_bar, alpha_bar_prev))
-    direction = math.sqrt(max(0.0, 1.0 - alpha_bar_prev - sigma**2))
-    z = math.sqrt(alpha_bar_prev) * x0_from_eps(z_t, eps, alpha_bar) + direction * eps
-    return z if noise is None else z + sigma * noise
-
-
-def ddpm_step(z_t: Tensor, eps: Tensor, alpha_bar: float, alpha_bar_prev: float, noise: Tensor) -> Tensor:
-    """A draw from the posterior q(z_prev | z_t, x0) at the x0 that `eps` implies (variance "fixed small").
-
-    Between visited timesteps the step's own beta is 1 - abar_t / abar_prev (arXiv:2102.09672, eq. 19).
-    Source: arXiv:2006.11239, eq. 7.
-    """
-    alpha = alpha_bar / alpha_bar_prev
-    x0_share = math.sqrt(alpha_bar_prev) * (1.0 - alpha) / (1.0 - alpha_bar)
-    z_share = math.sqrt(alpha) * (1.0 - alpha_bar_prev) / (1.0 - alpha_bar)
-    mean = x0_share * x0_from_eps(z_t, eps, alpha_bar) + z_share * z_t
-    return mean + math.sqrt(posterior_variance(alpha_bar, alpha_bar_prev)) * noise
-
-
-def posterior_variance(alpha_bar: float, alpha_bar_prev: float) -> float:
-    """Variance of q(z_prev | z_t, x0), 0 at the last step (arXiv:2006.11239, eq. 7; arXiv:2010.02502, eq. 16)."""
-    return (1.0 - alpha_bar_prev) / (1.0 - alpha_bar) * (1.0 - alpha_bar / alpha_bar_prev)
-
-
-def _previous_alpha_bar(
-    sampler: Literal["ddim", "ddpm"], alphas_cumprod: list[float], timesteps: Sequence[int], index: int
-) -> float:
-    """abar at the timestep after `timesteps[index]`, which for the last one is the sampler's own end."""
-    if index + 1 < len(timesteps):
-        return alphas_cumprod[timesteps[index + 1]]
-    return alphas_cumprod[0] if sampler == "ddim" else 1.0
-
-
-def _check_eta(sampler: Literal["ddim", "ddpm"], eta: float) -> None:
+    prediction = process.cfg.prediction
+    discrete = prediction not in ("edm", "flow")
+    if sampler in _TIMESTEP_SAMPLERS and not discrete:
+        raise ConfigError(
+            f"sampling.sampler={sampler}: visits timesteps, which diffusion.prediction={prediction} does not have; set "
+            "sampling.sampler=heun, euler, dpmpp_2m or dpmpp_2m_sde"
+        )
+    if sampler in _CONTINUOUS_SAMPLERS and discrete:
+        raise ConfigError(
+            f"sampling.sampler={sampler}: needs continuous time, and diffusion.prediction={prediction} has timesteps; "
+            "set sampling.sampler=ddim (the same first-order step), plms, ddpm, dpmpp_2m or dpmpp_2m_sde"
+        )
     if not 0.0 <= eta <= 1.0:
-        raise ConfigError(f"sampling.eta = {eta}: must be between 0 (deterministic) and 1 (DDPM-like)")
-    if sampler == "ddpm" and eta != 0.0:
-        raise ConfigError(f"sampling.eta = {eta}: eta belongs to sampling.sampler=ddim; leave it at 0 for ddpm")
+        raise ConfigError(f"sampling.eta={eta}: must be between 0 (deterministic) and 1 (DDPM-like)")
+    if sampler != "ddim" and eta != 0.0:
+        raise ConfigError(f"sampling.eta={eta}: eta belongs to sampling.sampler=ddim; leave it at 0 for {sampler}")
+
+
+@dataclass(eq=False)
+class _Run:
+    """One sampling: what its steps share, and what multistep samplers remember."""
+
+    denoiser: Denoiser
+    process: Process
+    sampler: Sampler
+    eta: float
+    levels: list[Level]
+    _old: list[Tensor] = field(default_factory=list)  # eps (plms) or x0 (dpmpp_2m) of past levels, newest last
+
+    def step(self, z: Tensor, index: int, noise: Tensor | None) -> Tensor:
+        """Latents at level index + 1 from those at level index."""
+        now, then = self.levels[index], self.levels[index + 1]
+        x0, eps = self._ask(z, now)
+        if self.sampler in ("ddim", "euler"):
+            return ddim_step(x0, eps, now, then, self.eta, noise)
+        if self.sampler == "ddpm":
+            assert noise is not None, "checked by the caller"
+            return ddpm_step(z, x0, now, then, noise)
+        if self.sampler == "heun":
+            return self._heun(z, x0, eps, now, then)
+        if self.sampler == "plms":
+            return self._plms(z, x0, eps, now, then)
+        previous = self._old[-1] if self._old else None
+        before = self.levels[index - 1] if self._old else None
+        self._old = [x0]
+        if self.sampler == "dpmpp_2m":
+            return dpmpp_2m_step(z, x0, previous, before, now, then)
+        assert noise is not None, "checked by the caller"
+        return dpmpp_2m_sde_step(z, x0, previous, before, now, then, noise)
+
+    def _ask(self, z: Tensor, level: Level) -> tuple[Tensor, Tensor]:
+        """x0 and eps at a level."""
+        assert level.t is not None, "no network is asked at the last level"
+        t = torch.full((z.shape[0],), level.t, dtype=self.process.time_dtype, device=z.device)
+        output = self.denoiser(z, t).to(z.dtype)
+        return self.process.x0(z, output, t), self.process.eps(z, output, t)
+
+    def _heun(self, z: Tensor, x0: Tensor, eps: Tensor, now: Level, then: Level) -> Tensor:
+        """Euler's step, corrected by the slope at its end; the last step has none (algorithm 1, lines 6 to 9).
+
+        The slope is alpha' x0 + sigma' eps, and alpha and sigma are linear in time in both processes.
+        """
+        z_then = ddim_step(x0, eps, now, then)
+        if then.t is None:
+            return z_then
+        x0_then, eps_then = self._ask(z_then, then)
+        d_alpha, d_sigma = then.alpha - now.alpha, then.sigma - now.sigma
+        return z + 0.5 * (d_alpha * (x0 + x0_then) + d_sigma * (eps + eps_then))
+
+    def _plms(self, z: Tensor, x0: Tensor, eps: Tensor, now: Level, then: Level) -> Tensor:
+        """A DDIM step along an extrapolation of the last four eps (Adams-Bashforth), the first corrected as Heun's."""
+        old = [*self._old, eps][-4:]
+        self._old = old
+        if len(old) == 1:
+            # Without signal, x0 cannot be told from another noise: that step stays DDIM's.
+            if then.t is None or now.alpha == 0.0:
+                return ddim_step(x0, eps, now, then)
+            _, eps_then = self._ask(ddim_step(x0, eps, now, then), then)
+            mean = (eps + eps_then) / 2
+        elif len(old) == 2:
+            mean = (3 * old[-1] - old[-2]) / 2
+        elif len(old) == 3:
+            mean = (23 * old[-1] - 16 * old[-2] + 5 * old[-3]) / 12
+        else:
+            mean = (55 * old[-1] - 59 * old[-2] + 37 * old[-3] - 9 * old[-4]) / 24
+        return ddim_step(x0 + now.sigma / now.alpha * (eps - mean), mean, now, then)
+
+
+def _initial(noise: Tensor, level: Level, start: Start | None) -> Tensor:
+    if start is None:
+        return noise * math.hypot(level.alpha, level.sigma)
+    return level.alpha * start.z0.to(noise.dtype) + level.sigma * noise
+
+
+def steps_taken(num_steps: int, strength: float) -> int:
+    """Steps that a `Start` of that strength leaves of `num_steps`.
+
+    Raises: ConfigError for a strength that is none.
+    """
+    if not 0.0 < strength <= 1.0:
+        raise ConfigError(f"strength={strength}: must be above 0 (keep the image) and at most 1 (noise alone)")
+    return max(1, int(num_steps * strength))

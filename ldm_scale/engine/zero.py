@@ -24,6 +24,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map
 
 from ldm_scale.config.schema import OptimizerConfig, ZeroConfig
 from ldm_scale.engine.env import Environment
@@ -91,8 +92,8 @@ class ShardedModel:
         self._create_moments()
 
     def __call__(self, *args: Any) -> Any:
-        """The network's output, through ZeRO's hooks; floating inputs in the compute type."""
-        return self.engine(*(self._cast(arg) for arg in args))
+        """The network's output, through ZeRO's hooks; floating inputs in the compute type, but float64 as it is."""
+        return self.engine(*tree_map(self._cast, args))
 
     def backward(self, loss: Tensor) -> None:
         """Accumulates the gradient of one micro-batch's mean loss; averages over ranks when the batch is complete."""

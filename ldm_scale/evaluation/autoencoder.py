@@ -20,7 +20,7 @@ from ldm_scale.evaluation.features import ImageFeatures
 from ldm_scale.evaluation.frechet import frechet_figures
 from ldm_scale.evaluation.images import eight_bits
 from ldm_scale.evaluation.rate import PIXEL_BITS, CodeUsage, GaussianRate, numbers_per_pixel
-from ldm_scale.evaluation.reconstruction import bicubic_baseline, psnr
+from ldm_scale.evaluation.reconstruction import bicubic_baseline, psnr, summary
 from ldm_scale.evaluation.similarity import ssim
 from ldm_scale.interchange.load import LoadedAutoencoder
 from ldm_scale.models.perceptual import PerceptualLoss
@@ -108,20 +108,18 @@ class ReconstructionMeter:
         instruments = self._instruments
         frechet = frechet_figures(originals, reconstructions, instruments.num_components)
         figures: dict[str, Any] = {
-            "psnr_db": _summary(values["psnr_db"]),
+            "psnr_db": summary(values["psnr_db"]),
             "exact_images": int(values["psnr_db"].isposinf().sum()),
-            "ssim": _summary(values["ssim"]),
-            "mean_absolute_error": _summary(values["mean_absolute_error"]),
+            "ssim": summary(values["ssim"]),
+            "mean_absolute_error": summary(values["mean_absolute_error"]),
             "perceptual": {
                 "name": instruments.perceptual.name,
-                **_summary(values["perceptual"]),
+                **summary(values["perceptual"]),
                 # The first image has none before it.
-                "unrelated": _summary(values["unrelated_perceptual"][1:])["mean"],
+                "unrelated": summary(values["unrelated_perceptual"][1:])["mean"],
             },
             "frechet": {"name": instruments.frechet_name, **frechet},
-            "bicubic": {
-                name: _summary(values[f"bicubic_{name}"])["mean"] for name in ("psnr_db", "ssim", "perceptual")
-            },
+            "bicubic": {name: summary(values[f"bicubic_{name}"])["mean"] for name in ("psnr_db", "ssim", "perceptual")},
             "rate": {"numbers_per_pixel": numbers_per_pixel(self._model.config), **self._rate()},
         }
         if self._codes is not None:
@@ -164,11 +162,3 @@ class ReconstructionMeter:
                 "code_entropy_bits_per_pixel": self._codes.fitted_bits_per_pixel,
             }
         return {"stored_bits_per_pixel": PIXEL_BITS}
-
-
-def _summary(values: Tensor) -> dict[str, float | None]:
-    """Mean and standard deviation over the images whose figure is not infinite, None where there is none."""
-    values = values[~values.isposinf()]
-    if not len(values):
-        return {"mean": None, "std": None}
-    return {"mean": values.mean().item(), "std": values.std(correction=0).item()}

@@ -54,12 +54,7 @@ def open_images(path: Path, split: str | None = None) -> ImageSet:
     manifest.
     """
     if path.is_file() or (path / "manifest.json").is_file():
-        try:
-            dataset = open_manifest(path, split or DEFAULT_SPLIT)
-        except DataError as error:
-            # The data layer speaks of configuration keys.
-            raise DataError(str(error).replace("data.split, data.validation_split", "--split")) from None
-        require_images(dataset)
+        dataset = open_split(path, split)
         return ImageSet(
             str(dataset.manifest_path), dataset.split, dataset.digest, dataset.num_samples, _shard_reader(dataset)
         )
@@ -77,6 +72,34 @@ def open_images(path: Path, split: str | None = None) -> ImageSet:
     return ImageSet(str(path), "", digest, len(names), _file_reader(path, names))
 
 
+def open_split(path: Path, split: str | None = None) -> Dataset:
+    """The pictures of a manifest's split (None: heldout), with what is known of them.
+
+    Raises: DataError if there are none; ConfigError if the split holds latents.
+    """
+    try:
+        dataset = open_manifest(path, split or DEFAULT_SPLIT)
+    except DataError as error:
+        # The data layer speaks of configuration keys.
+        raise DataError(str(error).replace("data.split, data.validation_split", "--split")) from None
+    require_images(dataset)
+    return dataset
+
+
+def chosen_numbers(source: str, split: str, available: int, asked: int | None) -> list[int]:
+    """Which images are measured, in order: the first so many (None: all) of an order that depends on `available` alone.
+
+    Raises: ConfigError if there are not so many.
+    """
+    if asked is not None and not 1 <= asked <= available:
+        raise ConfigError(
+            f"--num-images {asked}: {source} has {available} images"
+            + (f" in its split {split}" if split else "")
+            + f"; give 1 to {available}"
+        )
+    return global_order(available, ORDER_SEED, 0)[:asked].tolist()  # type: ignore[no-any-return]
+
+
 class ImageStream:
     """Iterable once over the batches of an image set, (B, 3, R, R) pixels in [-1, 1] of 8-bit values, fp32.
 
@@ -85,13 +108,7 @@ class ImageStream:
     """
 
     def __init__(self, images: ImageSet, resolution: int, batch_size: int, num_images: int | None = None) -> None:
-        if num_images is not None and not 1 <= num_images <= images.num_images:
-            raise ConfigError(
-                f"--num-images {num_images}: {images.source} has {images.num_images} images"
-                + (f" in its split {images.split}" if images.split else "")
-                + f"; give 1 to {images.num_images}"
-            )
-        self.wanted = images.num_images if num_images is None else num_images
+        self._order = chosen_numbers(images.source, images.split, images.num_images, num_images)
         self.num_images = 0
         self.bad = BadSampleLog()
         self._images, self._batch_size = images, batch_size
@@ -99,12 +116,17 @@ class ImageStream:
         self._hash = blake2b(digest_size=16)
 
     @property
+    def wanted(self) -> int:
+        """How many were asked for."""
+        return len(self._order)
+
+    @property
     def pixels_digest(self) -> str:
         """Hash of the 8-bit pixels in their order."""
         return self._hash.hexdigest()
 
     def __iter__(self) -> Iterator[Tensor]:
-        order = global_order(self._images.num_images, ORDER_SEED, 0)[: self.wanted].tolist()
+        order = self._order
         parts = [order[begin : begin + self._batch_size] for begin in range(0, len(order), self._batch_size)]
         with ThreadPoolExecutor(_DECODERS) as pool:
             following = self._start(pool, parts[0])

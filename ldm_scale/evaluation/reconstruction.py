@@ -17,7 +17,7 @@ from torch import Tensor
 from ldm_scale.errors import ConfigError, DataError
 from ldm_scale.telemetry.tensorboard import image_grid
 
-_PEAK_TO_PEAK = 2.0  # pixels lie in [-1, 1]
+PEAK_TO_PEAK = 2.0  # pixels lie in [-1, 1]
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,15 @@ def psnr(x: Tensor, y: Tensor) -> Tensor:
     """
     assert x.shape == y.shape, f"images {tuple(x.shape)} and {tuple(y.shape)} differ in shape"
     mean_squared_error = (x.double() - y.double()).square().flatten(start_dim=1).mean(dim=1)
-    return 10.0 * torch.log10(_PEAK_TO_PEAK**2 / mean_squared_error)
+    return 10.0 * torch.log10(PEAK_TO_PEAK**2 / mean_squared_error)
+
+
+def summary(values: Tensor) -> dict[str, float | None]:
+    """Mean and standard deviation over the images whose figure is not infinite, None where there is none."""
+    values = values[~values.isposinf()]
+    if not len(values):
+        return {"mean": None, "std": None}
+    return {"mean": values.mean().item(), "std": values.std(correction=0).item()}
 
 
 @torch.no_grad()

@@ -16,6 +16,8 @@ from typing import Any
 from ldm_scale.errors import ConfigError, DataError
 
 FORMAT, VERSION = "ldm-scale-autoencoder-evaluation", 1
+SAMPLES_FORMAT = "ldm-scale-diffusion-evaluation"
+_COMMANDS = {FORMAT: "autoencoder", SAMPLES_FORMAT: "diffusion"}
 RESULT_FILE = "result.json"
 _ABSENT = "nothing"
 
@@ -28,6 +30,7 @@ class Result:
     model: dict[str, Any]
     protocol: dict[str, Any]
     figures: dict[str, Any]
+    format: str = FORMAT
 
     @property
     def label(self) -> str:
@@ -45,23 +48,22 @@ def write_result(directory: Path, document: dict[str, Any]) -> Path:
     return path
 
 
-def read_result(path: Path) -> Result:
+def read_result(path: Path, formats: Sequence[str] = (FORMAT, SAMPLES_FORMAT)) -> Result:
     """The result in a file, or in a folder's result.json.
 
-    Raises: DataError if there is none, or it is not of our format and version.
+    Raises: DataError if there is none, or it is not of these formats and our version.
     """
     if path.is_dir():
         path = path / RESULT_FILE
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise DataError(
-            f"{path}: no such file; `ldm-scale evaluate autoencoder ... --out DIR` writes a {RESULT_FILE}"
-        ) from None
+        raise DataError(f"{path}: no such file; `ldm-scale evaluate ... --out DIR` writes a {RESULT_FILE}") from None
     except (ValueError, OSError) as error:
         raise DataError(f"{path}: this result cannot be read ({error}); evaluate the model again") from None
-    if not isinstance(content, dict) or content.get("format") != FORMAT:
-        raise DataError(f'{path}: not a result of `ldm-scale evaluate autoencoder` (its "format" must be {FORMAT!r})')
+    if not isinstance(content, dict) or content.get("format") not in formats:
+        commands = " or ".join(f"`ldm-scale evaluate {_COMMANDS[name]}`" for name in formats)
+        raise DataError(f'{path}: not a result of {commands} (its "format" must be {" or ".join(map(repr, formats))})')
     if content.get("version") != VERSION:
         raise DataError(
             f"{path}: result version {content.get('version')}, this program reads {VERSION}; evaluate again"
@@ -69,7 +71,7 @@ def read_result(path: Path) -> Result:
     parts = [content.get(part) for part in ("model", "protocol", "figures")]
     if not all(isinstance(part, dict) for part in parts) or "label" not in content["model"]:
         raise DataError(f"{path}: model, protocol or figures are missing from this result; evaluate the model again")
-    return Result(str(path), content["model"], content["protocol"], content["figures"])
+    return Result(str(path), content["model"], content["protocol"], content["figures"], content["format"])
 
 
 def require_one_protocol(results: Sequence[Result]) -> None:
@@ -78,9 +80,9 @@ def require_one_protocol(results: Sequence[Result]) -> None:
     Raises: ConfigError with the first field that differs, and both values.
     """
     first = results[0]
-    expected = dict(_fields(first.protocol))
+    expected = dict(_fields({"of": _COMMANDS[first.format]} | first.protocol))
     for other in results[1:]:
-        found = dict(_fields(other.protocol))
+        found = dict(_fields({"of": _COMMANDS[other.format]} | other.protocol))
         differing = [name for name in expected | found if expected.get(name, _ABSENT) != found.get(name, _ABSENT)]
         if differing:
             name = differing[0]
@@ -134,9 +136,62 @@ def figure_rows(figures: dict[str, Any]) -> dict[str, str]:
     return rows
 
 
+def sample_rows(figures: dict[str, Any]) -> dict[str, str]:
+    """As `figure_rows`, of samples."""
+    frechet, rows = figures["frechet"], {}
+    for key, what in {
+        "distance": "",
+        "reconstructions": " of reconstructions",
+        "halves_sampled": ", half against other half",
+        "halves_reconstructed": " of reconstructions, half against other half",
+        "halves_real": ", real halves (floor)",
+    }.items():
+        rows[f"{frechet['name']}{what}"] = _number(frechet[key], 3)
+    for kind, found in figures.items():
+        if kind == "frechet" or "not_measured" in found:
+            continue
+        for key, (name, digits) in _SAMPLE_FIGURES.items():
+            if key in found:
+                value = found[key]
+                cell = _spread(value, digits, "exact") if isinstance(value, dict) else _number(value, digits)
+                rows[f"{kind.replace('_', ' ')}: {name}"] = cell
+    return rows
+
+
+_SAMPLE_FIGURES = {
+    "psnr_db": ("PSNR, dB", 2),
+    "bicubic_psnr_db": ("PSNR of bicubic, dB", 2),
+    "reconstruction_psnr_db": ("PSNR of reconstructions, dB", 2),
+    "ssim": ("SSIM", 4),
+    "bicubic_ssim": ("SSIM of bicubic", 4),
+    "reconstruction_ssim": ("SSIM of reconstructions", 4),
+    "consistency_psnr_db": ("PSNR made small again, dB", 2),
+    "hole_psnr_db": ("PSNR in the hole, dB", 2),
+    "mean_colour_psnr_db": ("PSNR of the mean colour, dB", 2),
+    "known_exact": ("images whose known pixels are exact", 3),
+    "iou": ("IoU of boxes", 3),
+    "hits": ("boxes with an IoU of 0.5", 3),
+    "colour_match": ("colours in the boxes", 3),
+    "shuffled_iou": ("IoU of boxes, shuffled", 3),
+    "shuffled_hits": ("boxes with an IoU of 0.5, shuffled", 3),
+    "shuffled_colour_match": ("colours in the boxes, shuffled", 3),
+    "real_iou": ("IoU of boxes, real images", 3),
+    "real_hits": ("boxes with an IoU of 0.5, real images", 3),
+    "real_colour_match": ("colours in the boxes, real images", 3),
+    "miou": ("mIoU", 3),
+    "shuffled_miou": ("mIoU, shuffled", 3),
+    "real_miou": ("mIoU, real images", 3),
+    "agreement": ("nearest real image agrees", 3),
+    "chance": ("by chance", 3),
+    "reconstructions": ("of reconstructions", 3),
+    "real_others": ("of real images and others", 3),
+}
+_ROWS = {FORMAT: figure_rows, SAMPLES_FORMAT: sample_rows}
+
+
 def comparison_table(results: Sequence[Result]) -> str:
     """Figures of several models in columns."""
-    columns = [figure_rows(result.figures) for result in results]
+    columns = [_ROWS[result.format](result.figures) for result in results]
     names = list(dict.fromkeys(name for rows in columns for name in rows))
     lines = [["", *unique_labels(results)]]
     lines += [[name, *(rows.get(name, "-") for rows in columns)] for name in names]
@@ -149,13 +204,14 @@ def comparison_table(results: Sequence[Result]) -> str:
 
 def result_text(document: dict[str, Any]) -> str:
     """A result document for people: figures, protocol, what was left out."""
-    result = Result("", document["model"], document["protocol"], document["figures"])
+    result = Result("", document["model"], document["protocol"], document["figures"], document["format"])
     model, bad = document["model"], document["bad_images"]
     lines = [f"{model['path']}: {model['label']}, {model['parameters']:,} parameters, {model['weights']} weights, "]
     lines[0] += f"content {model['content_sha256'][:12]}"
     lines += [comparison_table([result])]
-    if "not_measured" in document["figures"]["frechet"]:
-        lines += [f"{document['figures']['frechet']['name']}: {document['figures']['frechet']['not_measured']}"]
+    for name, found in document["figures"].items():
+        if isinstance(found, dict) and "not_measured" in found:
+            lines += [f"{found.get('name', name)}: {found['not_measured']}"]
     if bad["count"]:
         lines += [f"left out: {bad['count']} images", *(f"  {key}: {why}" for key, why in bad["names"].items())]
     return "\n".join([*lines, "", "protocol", protocol_lines(document["protocol"])])

@@ -3,6 +3,7 @@
     autoencoder artifact     config.json: architecture, latent statistics, pixel range, float16 probe, provenance
     diffusion artifact       config.json: UNet, text encoder, diffusion, sampling defaults, provenance
         autoencoder/         the autoencoder artifact that defines its latents, so that it samples on its own
+        vocab.txt            of a text encoder that reads WordPieces
 
 config.json holds the hash of the weights and, over everything else in it, the content hash by which others refer to
 the artifact. Reading checks both: a changed weight, statistic or configuration is noticed. The hashes are over names,
@@ -14,7 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -23,12 +24,13 @@ import torch
 from torch import Tensor
 
 from ldm_scale.conditioning.latent_diffusion import LatentDiffusion
+from ldm_scale.conditioning.tokenizers import copy_vocabulary
 from ldm_scale.config.convert import config_to_dict, section_from_dict
 from ldm_scale.config.schema import (
     AutoencoderConfig,
+    ConditioningConfig,
     DiffusionConfig,
     SamplingConfig,
-    TextConditioningConfig,
     UNetConfig,
 )
 from ldm_scale.errors import CheckpointError, ConfigError
@@ -49,6 +51,7 @@ AUTOENCODER_FORMAT, DIFFUSION_FORMAT = "ldm-scale-autoencoder", "ldm-scale-diffu
 VERSION = 1
 CONFIG, WEIGHTS, AUTOENCODER_FOLDER = "config.json", "weights.safetensors", "autoencoder"
 CONTENT_HASH = "content_sha256"
+VOCABULARY = "vocab.txt"
 DESCRIPTION = "ldm_scale.json"  # our description in folders whose layout is another program's
 PIXEL_RANGE = [-1.0, 1.0]
 HALF_PRECISION = "half_precision"
@@ -99,6 +102,7 @@ class DiffusionArtifact:
     content: dict[str, Any]
     state: dict[str, Tensor] = field(repr=False)  # of `conditioning.latent_diffusion.LatentDiffusion`
     autoencoder: Artifact
+    vocabulary: Path | None = None  # the folder's copy of the text encoder's vocabulary, where it needs one
 
     @cached_property
     def unet(self) -> UNetConfig:
@@ -106,9 +110,12 @@ class DiffusionArtifact:
         return section_from_dict(UNetConfig, self.content["unet"], "unet")
 
     @cached_property
-    def conditioning(self) -> TextConditioningConfig:
+    def conditioning(self) -> ConditioningConfig:
         """Architecture of tau_theta."""
-        return section_from_dict(TextConditioningConfig, self.content["conditioning"], "conditioning")
+        config = section_from_dict(ConditioningConfig, self.content["conditioning"], "conditioning")
+        if config.text is None or self.vocabulary is None:
+            return config
+        return replace(config, text=replace(config.text, vocabulary=str(self.vocabulary)))
 
     @cached_property
     def diffusion(self) -> DiffusionConfig:
@@ -171,7 +178,7 @@ def make_diffusion_artifact(
     autoencoder: Artifact,
     *,
     unet: UNetConfig,
-    conditioning: TextConditioningConfig,
+    conditioning: ConditioningConfig,
     diffusion: DiffusionConfig,
     sampling: SamplingConfig,
     provenance: Mapping[str, Any],
@@ -232,6 +239,9 @@ def fill_artifact_folder(folder: Path, artifact: Artifact | DiffusionArtifact) -
     if isinstance(artifact, DiffusionArtifact):
         (folder / AUTOENCODER_FOLDER).mkdir()
         fill_artifact_folder(folder / AUTOENCODER_FOLDER, artifact.autoencoder)
+        text = artifact.conditioning.text
+        if text is not None and text.vocabulary is not None:
+            copy_vocabulary(text, folder / VOCABULARY)
 
 
 def artifact_format(directory: Path) -> str | None:
@@ -258,7 +268,8 @@ def read_diffusion_artifact(directory: Path) -> DiffusionArtifact:
     Raises: as `read_artifact`, and if the autoencoder is not the one that the model was trained on.
     """
     content, state = _read_verified(directory, DIFFUSION_FORMAT)
-    artifact = DiffusionArtifact(content, state, read_artifact(directory / AUTOENCODER_FOLDER))
+    vocabulary = directory / VOCABULARY if (directory / VOCABULARY).is_file() else None
+    artifact = DiffusionArtifact(content, state, read_artifact(directory / AUTOENCODER_FOLDER), vocabulary)
     check_diffusion_content(artifact, directory)
     return artifact
 
@@ -299,7 +310,7 @@ def expected_autoencoder_tensors(config: AutoencoderConfig) -> dict[str, Tensor]
 
 
 def expected_diffusion_tensors(
-    unet: UNetConfig, conditioning: TextConditioningConfig, latent_channels: int
+    unet: UNetConfig, conditioning: ConditioningConfig, latent_channels: int
 ) -> dict[str, Tensor]:
     """State dict of the latent diffusion model of those configurations, without memory behind it."""
     with torch.device("meta"):
@@ -319,7 +330,8 @@ def _read_verified(directory: Path, expected_format: str) -> tuple[dict[str, Any
             f"{path} was changed after it was written: its content hash is {json_sha256(content)}, it says "
             f"{written_hash}; restore the file, or export the model again"
         )
-    state = read_tensors(directory / WEIGHTS)
+    # Files may hold half precision to be small; the weights are what they hold, in single.
+    state = {name: x.float() if x.is_floating_point() else x for name, x in read_tensors(directory / WEIGHTS).items()}
     weights_hash = tensors_sha256(state)
     if weights_hash != content.get("weights_sha256"):
         raise CheckpointError(

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from open_clip.tokenizer import SimpleTokenizer
 
-from ldm_scale.conditioning.text import tokenize
+from ldm_scale.conditioning.tokenizers import clip_tokenizer
 
 START, END = "<|startoftext|>", "<|endoftext|>"
 VOCABULARY_SIZE = 49408
@@ -27,7 +27,7 @@ def write_clip_tokenizer(folder: Path, max_tokens: int) -> None:
     numbers = {START: vocabulary.pop("<start_of_text>"), END: vocabulary.pop("<end_of_text>")}
     merges = [" ".join(pair) for pair, _ in sorted(tokenizer.bpe_ranks.items(), key=lambda item: item[1])]
     by_number = {number: token for token, number in (vocabulary | numbers).items()}
-    padding = by_number[padding_number(max_tokens)]
+    padding = by_number[clip_tokenizer().padding]
     (folder / "vocab.json").write_text(json.dumps(vocabulary | numbers, ensure_ascii=False), encoding="utf-8")
     (folder / "merges.txt").write_text("\n".join(["#version: 0.2", *merges]) + "\n", encoding="utf-8")
     settings = {
@@ -39,8 +39,3 @@ def write_clip_tokenizer(folder: Path, max_tokens: int) -> None:
         "pad_token": padding,
     }
     (folder / "tokenizer_config.json").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
-
-
-def padding_number(max_tokens: int) -> int:
-    """The token that our captions are filled up with, as the model has seen it in training."""
-    return int(tokenize([""], max_tokens)[0, -1])

@@ -1,65 +1,66 @@
 """Our models as folders that diffusers and transformers open, and back.
 
     autoencoder    config.json, diffusion_pytorch_model.safetensors: an `AutoencoderKL` or a `VQModel`
-    diffusion      model_index.json and one folder per part: a `StableDiffusionPipeline`
+    diffusion      model_index.json and one folder per part: a `StableDiffusionPipeline`, or with the paper's text
+                   encoder an `LDMTextToImagePipeline`
 
 Every folder also holds ldm_scale.json (our own description), from which `read_diffusers` makes an artifact again.
-Configurations are translated here and in diffusers_autoencoder.py, tensor names in name_maps.py. A model that the
-other side cannot hold is refused with the part that does not fit: a nearly equal model is worse than none.
+Configurations are translated here, in diffusers_autoencoder.py, diffusers_unet.py and text_encoder.py, tensor names in
+name_maps.py. A model that the other side cannot hold is refused with the part that does not fit: a nearly equal model
+is worse than none.
 """
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
-import torch
-from diffusers import DDIMScheduler, UNet2DConditionModel
+from diffusers import DDIMScheduler, EDMEulerScheduler
 from diffusers import __version__ as diffusers_version
-from torch import Tensor, nn
-from transformers import CLIPTextConfig, CLIPTextModel
+from torch import Tensor
 
-from ldm_scale.config.schema import DiffusionConfig, TextConditioningConfig, UNetConfig
+from ldm_scale.config.convert import section_from_dict
+from ldm_scale.config.schema import ConditioningConfig, DiffusionConfig, TextConditioningConfig
 from ldm_scale.errors import CheckpointError
 from ldm_scale.interchange.artifact import (
     DESCRIPTION,
+    VOCABULARY,
     Artifact,
     DiffusionArtifact,
     check_autoencoder_content,
     check_diffusion_content,
     expected_diffusion_tensors,
 )
-from ldm_scale.interchange.clip_tokenizer import VOCABULARY_SIZE, write_clip_tokenizer
 from ldm_scale.interchange.diffusers_autoencoder import (
     WEIGHTS,
+    autoencoder_class,
     fill_autoencoder,
     fill_model,
     read_autoencoder,
-    require_plain_first_level,
 )
-from ldm_scale.interchange.name_maps import (
-    restore,
-    text_encoder_names,
-    translate,
-    unet_names,
-)
+from ldm_scale.interchange.diffusers_unet import empty_unet
+from ldm_scale.interchange.name_maps import restore, text_encoder_names, unet_names
 from ldm_scale.interchange.safetensors_io import (
     read_json,
     read_tensors,
     tensors_sha256,
     write_json,
-    write_tensors,
 )
-from ldm_scale.models.unet import num_heads
+from ldm_scale.interchange.text_encoder import (
+    TEXT_WEIGHTS,
+    fill_text_encoder,
+    fill_tokenizer,
+    pipeline_of,
+    published,
+    tokenizer_class,
+)
 
 # diffusers ships no types for its constructors.
-_UNet2DConditionModel: Any = UNet2DConditionModel
 _DDIMScheduler: Any = DDIMScheduler
+_EDMEulerScheduler: Any = EDMEulerScheduler
 
-TEXT_WEIGHTS = "model.safetensors"
-UNET_PREFIX, CONDITIONER_PREFIX = "unet.", "conditioner."
-CLIP_PREFIX = "text_model."
+UNET_PREFIX, CONDITIONER_PREFIX = "unet.", "conditioner.text."
 
 
 def fill_diffusers_folder(folder: Path, artifact: Artifact | DiffusionArtifact) -> None:
@@ -71,19 +72,25 @@ def fill_diffusers_folder(folder: Path, artifact: Artifact | DiffusionArtifact) 
         fill_autoencoder(folder, artifact)
         write_json(folder / DESCRIPTION, {"autoencoder": artifact.content})
         return
-    _require_pipeline(artifact.autoencoder)
-    parts = {name: folder / name for name in ("vae", "unet", "text_encoder", "tokenizer", "scheduler")}
+    text = require_text_alone(artifact.conditioning)
+    pipeline = pipeline_of(text)
+    pipeline.require(text, artifact.autoencoder)
+    scheduler = make_scheduler(artifact.diffusion, pipeline.name)
+    parts = {
+        name: folder / name for name in (pipeline.autoencoder, "unet", pipeline.text_encoder, "tokenizer", "scheduler")
+    }
     for part in parts.values():
         part.mkdir()
-    fill_autoencoder(parts["vae"], artifact.autoencoder)
+    fill_autoencoder(parts[pipeline.autoencoder], artifact.autoencoder)
     first_stage = artifact.autoencoder.config
     side = artifact.provenance["resolution"] // first_stage.downsampling_factor
-    unet = empty_unet(artifact.unet, first_stage.latent_channels, artifact.conditioning.width, side)
+    unet = empty_unet(artifact.unet, first_stage.latent_channels, text.width, side)
     fill_model(parts["unet"], unet, unet_state(artifact.state), unet_names(artifact.unet), "the UNet")
-    _fill_text_encoder(parts["text_encoder"], artifact)
-    write_clip_tokenizer(parts["tokenizer"], artifact.conditioning.max_tokens)
-    make_scheduler(artifact.diffusion).save_config(parts["scheduler"])
-    write_json(folder / "model_index.json", _model_index())
+    fill_text_encoder(parts[pipeline.text_encoder], text, conditioner_state(artifact.state))
+    fill_tokenizer(parts["tokenizer"], text)
+    scheduler.save_config(parts["scheduler"])
+    model_index = _model_index(text, artifact.autoencoder, type(scheduler).__name__)
+    write_json(folder / "model_index.json", model_index)
     write_json(folder / DESCRIPTION, {"diffusion": artifact.content, "autoencoder": artifact.autoencoder.content})
 
 
@@ -94,22 +101,27 @@ def read_diffusers(folder: Path) -> Artifact | DiffusionArtifact:
     Raises: CheckpointError if the folder is incomplete or does not fit its description.
     """
     description = read_json(folder / DESCRIPTION)
-    is_pipeline = "diffusion" in description
-    autoencoder = read_autoencoder(folder / "vae" if is_pipeline else folder, description["autoencoder"])
-    check_autoencoder_content(autoencoder, folder)
-    if not is_pipeline:
+    if "diffusion" not in description:
+        autoencoder = read_autoencoder(folder, description["autoencoder"])
+        check_autoencoder_content(autoencoder, folder)
         return autoencoder
-    described = DiffusionArtifact(description["diffusion"], {}, autoencoder)
+    conditioning = section_from_dict(ConditioningConfig, description["diffusion"]["conditioning"], "conditioning")
+    text = require_text_alone(conditioning)
+    pipeline = pipeline_of(text)
+    autoencoder = read_autoencoder(folder / pipeline.autoencoder, description["autoencoder"])
+    check_autoencoder_content(autoencoder, folder)
+    vocabulary = folder / "tokenizer" / VOCABULARY if text.tokenizer == "wordpiece" else None
+    described = DiffusionArtifact(description["diffusion"], {}, autoencoder, vocabulary)
     target = expected_diffusion_tensors(described.unet, described.conditioning, autoencoder.config.latent_channels)
     sides = (
         (UNET_PREFIX, folder / "unet" / WEIGHTS, unet_names(described.unet)),
-        (CONDITIONER_PREFIX, folder / "text_encoder" / TEXT_WEIGHTS, text_encoder_names(described.conditioning)),
+        (CONDITIONER_PREFIX, folder / pipeline.text_encoder / TEXT_WEIGHTS, text_encoder_names(text)),
     )
     state: dict[str, Tensor] = {}
     for prefix, path, names in sides:
         theirs = read_tensors(path)
         if prefix == CONDITIONER_PREFIX:
-            theirs = with_clip_prefix(theirs)
+            theirs = published(theirs, pipeline.text_model)
         part = restore(theirs, names, _without_prefix(target, prefix), str(path))
         state |= {f"{prefix}{name}": tensor for name, tensor in part.items()}
     artifact = replace(described, content=described.content | {"weights_sha256": tensors_sha256(state)}, state=state)
@@ -117,79 +129,45 @@ def read_diffusers(folder: Path) -> Artifact | DiffusionArtifact:
     return artifact
 
 
-def empty_unet(config: UNetConfig, latent_channels: int, context_dim: int, latent_side: int) -> nn.Module:
-    """The `UNet2DConditionModel` of a configuration of ours, without memory behind its weights.
+def make_scheduler(config: DiffusionConfig, pipeline: str = "StableDiffusionPipeline") -> Any:
+    """The scheduler with which a pipeline takes the steps of `diffusion.sampler`: with sampler ddim, or euler for edm.
 
-    diffusers calls the number of heads `attention_head_dim`, a misnomer that it keeps because published models have it.
-    Raises: CheckpointError if there is none.
+    `DDIMScheduler` steps from t to t - T // num_steps, which with zero_terminal_snr is the next visited timestep only
+    where num_steps divides T.
+    Raises: CheckpointError if the pipeline has none.
     """
-    require_plain_first_level("unet", config)
-    levels = range(len(config.channel_multipliers))
-    widths = [config.base_channels * multiplier for multiplier in config.channel_multipliers]
-    has_attention = [level in config.attention_levels for level in levels]
-    # A level without attention (and not beside the middle) has no heads; the number there is never used.
-    heads = [
-        num_heads(config, widths[level]) if has_attention[level] or level == levels[-1] else config.num_heads or 1
-        for level in levels
-    ]
-    down = ["CrossAttnDownBlock2D" if attention else "DownBlock2D" for attention in has_attention]
-    up = ["CrossAttnUpBlock2D" if attention else "UpBlock2D" for attention in reversed(has_attention)]
-    with torch.device("meta"):
-        return _UNet2DConditionModel(  # type: ignore[no-any-return]
-            sample_size=latent_side,
-            in_channels=latent_channels,
-            out_channels=latent_channels,
-            down_block_types=tuple(down),
-            up_block_types=tuple(up),
-            block_out_channels=tuple(widths),
-            layers_per_block=config.num_res_blocks,
-            dropout=config.dropout,
-            norm_num_groups=config.norm_groups,
-            cross_attention_dim=context_dim,
-            transformer_layers_per_block=config.transformer_depth,
-            attention_head_dim=heads[0] if len(set(heads)) == 1 else tuple(heads),
-            use_linear_projection=config.linear_projection,
-        )
-
-
-def clip_text_config(config: TextConditioningConfig) -> CLIPTextConfig:
-    """Configuration of the `CLIPTextModel` of a text encoder of ours.
-
-    Raises: CheckpointError if its vocabulary is not the tokenizer's.
-    """
-    if config.vocab_size != VOCABULARY_SIZE:
+    if config.prediction == "flow":
         raise CheckpointError(
-            f"conditioning.vocab_size={config.vocab_size}: the exported CLIPTokenizer has {VOCABULARY_SIZE} tokens; "
-            f"train with conditioning.vocab_size={VOCABULARY_SIZE}, or export with --to safetensors"
+            "diffusion.prediction=flow: FlowMatchEulerDiscreteScheduler has no init_noise_sigma, for which "
+            "StableDiffusionPipeline asks, and visits other times by itself; export with --to safetensors"
         )
-    return CLIPTextConfig(
-        vocab_size=config.vocab_size,
-        max_position_embeddings=config.max_tokens,
-        hidden_size=config.width,
-        intermediate_size=4 * config.width,
-        projection_dim=config.width,
-        num_hidden_layers=config.depth,
-        num_attention_heads=config.num_heads,
-        hidden_act=config.activation,
-        bos_token_id=49406,
-        eos_token_id=49407,
-        architectures=["CLIPTextModel"],
-    )
-
-
-def make_scheduler(config: DiffusionConfig) -> Any:
-    """The `DDIMScheduler` that takes the steps of `diffusion.sampler` with sampler ddim."""
-    assert (config.schedule, config.prediction) == ("linear", "eps"), f"no scheduler for {config}"
+    if config.prediction == "edm":
+        if pipeline != "StableDiffusionPipeline":
+            raise CheckpointError(
+                f"diffusion.prediction=edm: {pipeline} scales neither its noise nor the UNet's input, as "
+                "EDMEulerScheduler needs; export with --to safetensors"
+            )
+        return _EDMEulerScheduler(
+            sigma_min=config.sigma_min,
+            sigma_max=config.sigma_max,
+            sigma_data=config.sigma_data,
+            sigma_schedule="karras",
+            num_train_timesteps=config.num_timesteps,
+            prediction_type="epsilon",
+            rho=config.rho,
+            final_sigmas_type="zero",
+        )
     return _DDIMScheduler(
         num_train_timesteps=config.num_timesteps,
         beta_start=config.beta_start,
         beta_end=config.beta_end,
-        beta_schedule="scaled_linear",
-        prediction_type="epsilon",
+        beta_schedule="squaredcos_cap_v2" if config.schedule == "cosine" else "scaled_linear",
+        prediction_type={"eps": "epsilon", "v": "v_prediction", "x0": "sample"}[config.prediction],
         clip_sample=False,
         set_alpha_to_one=False,
         steps_offset=1,
-        timestep_spacing="leading",
+        rescale_betas_zero_snr=config.zero_terminal_snr,
+        timestep_spacing="trailing" if config.zero_terminal_snr else "leading",
     )
 
 
@@ -203,50 +181,38 @@ def conditioner_state(state: dict[str, Tensor]) -> dict[str, Tensor]:
     return _without_prefix(state, CONDITIONER_PREFIX)
 
 
-def with_clip_prefix(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """A `CLIPTextModel`'s tensors under their published names: transformers 5 dropped the prefix in memory."""
-    return {CLIP_PREFIX + name.removeprefix(CLIP_PREFIX): tensor for name, tensor in state.items()}
-
-
-def _fill_text_encoder(folder: Path, artifact: DiffusionArtifact) -> None:
-    config = clip_text_config(artifact.conditioning)
-    with torch.device("meta"):
-        model: nn.Module = CLIPTextModel(config)
-    target = with_clip_prefix(model.state_dict())
-    names = text_encoder_names(artifact.conditioning)
-    translated = translate(conditioner_state(artifact.state), names, target, "the text encoder")
-    write_tensors(folder / TEXT_WEIGHTS, translated)
-    config.save_pretrained(folder)
-
-
-def _model_index() -> dict[str, Any]:
-    return {
-        "_class_name": "StableDiffusionPipeline",
-        "_diffusers_version": diffusers_version,
+def _model_index(text: TextConditioningConfig, autoencoder: Artifact, scheduler: str) -> dict[str, Any]:
+    pipeline = pipeline_of(text)
+    safety_checker = {
         "feature_extractor": [None, None],
         "image_encoder": [None, None],
         "requires_safety_checker": False,
         "safety_checker": [None, None],
-        "scheduler": ["diffusers", "DDIMScheduler"],
-        "text_encoder": ["transformers", "CLIPTextModel"],
-        "tokenizer": ["transformers", "CLIPTokenizer"],
+    }
+    return {
+        "_class_name": pipeline.name,
+        "_diffusers_version": diffusers_version,
+        **(safety_checker if text.encoder == "clip" else {}),
+        "scheduler": ["diffusers", scheduler],
+        pipeline.text_encoder: [pipeline.text_library, pipeline.text_model.__name__],
+        "tokenizer": ["transformers", tokenizer_class(text).__name__],
         "unet": ["diffusers", "UNet2DConditionModel"],
-        "vae": ["diffusers", "AutoencoderKL"],
+        pipeline.autoencoder: ["diffusers", autoencoder_class(autoencoder.config).__name__],
     }
 
 
-def _require_pipeline(autoencoder: Artifact) -> None:
-    """StableDiffusionPipeline can decode with the autoencoder."""
-    if autoencoder.config.kind == "vq":
+def require_text_alone(conditioning: ConditioningConfig) -> TextConditioningConfig:
+    """The text encoder of a model that has no other conditioning.
+
+    Raises: CheckpointError for every other model.
+    """
+    given = [field.name for field in fields(conditioning) if getattr(conditioning, field.name) is not None]
+    if given != ["text"] or conditioning.text is None:
         raise CheckpointError(
-            "autoencoder.kind=vq: StableDiffusionPipeline hands its decoder a generator, which VQModel does not take; "
-            "LDMTextToImagePipeline fixes f = 8 and 77 tokens; export with --to safetensors, or the autoencoder alone"
+            f"a model conditioned on {', '.join(given) or 'nothing'}: diffusers' text-to-image pipelines take captions "
+            "and a text encoder of their own, alone; export with --to safetensors"
         )
-    if autoencoder.statistics.shift != 0.0:
-        raise CheckpointError(
-            f"latent_statistics.shift={autoencoder.statistics.shift}: StableDiffusionPipeline only scales latents and "
-            "would decode shifted ones wrongly; export with --to safetensors"
-        )
+    return conditioning.text
 
 
 def _without_prefix(state: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:

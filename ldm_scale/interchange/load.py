@@ -11,21 +11,24 @@ the checkpoint does not hold.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Literal, Self
+from typing import Self, Unpack, cast
 
 import torch
 from torch import Tensor
 
-from ldm_scale.conditioning.latent_diffusion import LatentDiffusion, sample_latents
-from ldm_scale.conditioning.text import tokenize
+from ldm_scale.conditioning.base import Conditioned, Conditions, Inputs, Tools
+from ldm_scale.conditioning.frozen_text import FrozenTextCondition, FrozenTextEncoder
+from ldm_scale.conditioning.latent_diffusion import LatentDiffusion, in_type, with_spatial
 from ldm_scale.config.convert import config_from_dict, config_to_dict
-from ldm_scale.config.schema import AutoencoderConfig, SamplingConfig
-from ldm_scale.diffusion.sampler import ImageNoise
-from ldm_scale.diffusion.schedule import build_schedule
-from ldm_scale.engine.checkpoint import EMA, MANIFEST, latest_checkpoint, read_full_tensors, read_manifest
+from ldm_scale.config.fit import neighbours
+from ldm_scale.config.schema import AutoencoderConfig, ConditioningConfig, SamplingConfig
+from ldm_scale.diffusion.process import build_process
+from ldm_scale.engine.checkpoint import latest_checkpoint
+from ldm_scale.engine.ema import canonical_name
+from ldm_scale.engine.rank_files import MANIFEST, read_manifest
+from ldm_scale.engine.weights import default_weights, read_full_tensors
 from ldm_scale.errors import CheckpointError, ConfigError
 from ldm_scale.interchange.artifact import (
     AUTOENCODER_FORMAT,
@@ -39,12 +42,13 @@ from ldm_scale.interchange.artifact import (
     read_artifact,
     read_diffusion_artifact,
 )
+from ldm_scale.interchange.sampling import SampleOptions, draw
 from ldm_scale.models.autoencoder import Autoencoder, LatentStatistics
 from ldm_scale.models.blocks import place_biases
 from ldm_scale.models.tiling import decode_raw_tiled, encode_moments_tiled
 from ldm_scale.telemetry.log import get_logger
 
-Weights = Literal["raw", "ema"]
+Weights = str  # raw, ema, or ema=STD: the power-function profile of that relative standard deviation
 
 
 class LoadedAutoencoder:
@@ -118,6 +122,10 @@ class LoadedAutoencoder:
         )
 
 
+def _conditions(y: Conditions | Sequence[str]) -> Conditions:
+    return y if isinstance(y, Conditions) else Conditions(captions=list(y))
+
+
 def _require_no_overlap(overlap: int | None) -> None:
     if overlap is not None:
         raise ConfigError(f"overlap={overlap} without tile: only tiles overlap; give a tile too, or neither")
@@ -133,10 +141,13 @@ class LoadedDiffusion:
         self.network.load_state_dict(artifact.state, assign=True)
         self.network.eval().requires_grad_(False)
         self.autoencoder = LoadedAutoencoder(artifact.autoencoder)
-        self.schedule = build_schedule(artifact.diffusion)
+        self.conditioning: ConditioningConfig = artifact.conditioning
+        self.process = build_process(artifact.diffusion)
         self.sampling: SamplingConfig = artifact.sampling
         self.resolution: int = artifact.provenance["resolution"]
+        self.labels: dict[str, list[str]] = artifact.provenance.get("labels", {})
         self.content_hash = artifact.content_hash
+        self._text_encoder: FrozenTextEncoder | None = None
 
     @property
     def device(self) -> torch.device:
@@ -147,61 +158,118 @@ class LoadedDiffusion:
         """This object, its weights moved; the autoencoder keeps float32: it runs once an image, the UNet every step."""
         self.network.to(device=device, dtype=dtype)
         self.autoencoder.to(device)
+        self.process = self.process.to(device)
+        if self._text_encoder is not None:
+            self._text_encoder.to(device)
         return self
 
     @torch.no_grad()
-    def __call__(self, z: Tensor, t: Tensor, context: Tensor) -> Tensor:
-        """Prediction (eps) for noised latents, in z's type.
+    def __call__(self, z: Tensor, t: Tensor, conditioned: Conditioned | Tensor | None = None) -> Tensor:
+        """The network's output for noised latents, in z's type; `process` says what it predicts.
 
-        Shapes: z (B, c, h, w), t (B,), context (B, M, d_tau); returns (B, c, h, w).
+        Shapes: z (B, c, h, w), t (B,) times of the process, conditioned as `encode_conditioning` gives it, or a context
+        (B, M, d_tau); returns (B, c, h, w).
         """
         dtype = self.network.unet.conv_in.weight.dtype
-        return self.network.unet(z.to(dtype), t, context.to(dtype)).to(z.dtype)  # type: ignore[no-any-return]
+        if not isinstance(conditioned, Conditioned):
+            conditioned = Conditioned(conditioned, None)
+        context = None if conditioned.context is None else conditioned.context.to(dtype)
+        x = with_spatial(self.process.network_input(z, t).to(dtype), conditioned)
+        return self.network.unet(x, self.process.network_time(t), context).to(z.dtype)  # type: ignore[no-any-return]
 
     @torch.no_grad()
-    def encode_conditioning(self, captions: Sequence[str]) -> Tensor:
-        """Context of captions. Shapes: returns (len(captions), M, d_tau)."""
-        tokens = tokenize(captions, self.network.conditioner.config.max_tokens)
-        return self.network.conditioner(tokens.to(self.device))  # type: ignore[no-any-return]
+    def prepare(self, y: Conditions | Sequence[str], tile: int | None = None) -> Inputs:
+        """What the networks of tau_theta take, of y or of captions alone; `tile` as of `LoadedAutoencoder.encode`.
+
+        Raises: ConfigError if the model is conditioned on something that y lacks.
+        """
+        tools = self.tools(tile)
+        if self.conditioning.frozen_text is not None:
+            condition = cast(FrozenTextCondition, self.network.conditioner["frozen_text"])
+            if not condition.has_null:
+                condition.set_null(self._encode_text([""]))
+        return self.network.conditioner.prepare(_conditions(y), tools)
+
+    def tools(self, tile: int | None = None) -> Tools:
+        """The frozen networks for `Condition.prepare`; pictures are encoded in tiles of so many pixels a side."""
+        return Tools(self.device, encode=lambda x: self.encode_pixels(x, tile), encode_text=self._encode_text)
+
+    def encode_pixels(self, x: Tensor, tile: int | None = None) -> Tensor:
+        """Latents of pixels from anywhere: modes of the posterior. Shapes: (B, 3, H, W) to (B, c, H/f, W/f)."""
+        return self.autoencoder.encode(x.to(self.device), tile=tile)
+
+    @property
+    def num_truncated(self) -> int:
+        """Captions and layouts that `prepare` had to cut so far."""
+        kinds = [*self.network.conditioner.conditions.values(), self._text_encoder]
+        return sum(getattr(kind, "truncated", 0) for kind in kinds)
+
+    @torch.no_grad()
+    def encode_conditioning(
+        self, y: Conditions | Sequence[str], size: tuple[int, int] | None = None
+    ) -> Conditioned | Tensor:
+        """Context (B, M, d_tau) of y, with the spatial conditioning where the model has any.
+
+        That is for latents of `size` (h, w); None is that of the training resolution.
+        """
+        inputs = in_type(self.prepare(y), self.network.unet.conv_in.weight.dtype)
+        conditioned: Conditioned = self.network.conditioner(inputs, size or self.latent_size())
+        only_context = conditioned.spatial is None and conditioned.context is not None
+        return conditioned.context if only_context else conditioned  # type: ignore[return-value]
+
+    def latent_size(self, height: int | None = None, width: int | None = None) -> tuple[int, int]:
+        """(h, w) of the latents of such an image; None: the training resolution.
+
+        Raises: ConfigError if the UNet cannot halve them as often as it has to.
+        """
+        sides = (self.resolution if height is None else height, self.resolution if width is None else width)
+        f, multiple = self.autoencoder.config.downsampling_factor, self.side_multiple
+        for side in sides:
+            if side < multiple or side % multiple:
+                raise ConfigError(
+                    f"an image of {sides[0]} x {sides[1]} pixels: both sides must be multiples of {multiple} (f={f} "
+                    f"and the UNet's levels); take {neighbours(side, multiple)} for {side}"
+                )
+        return (sides[0] // f, sides[1] // f)
+
+    @property
+    def side_multiple(self) -> int:
+        """What the sides of pictures are multiples of, in pixels."""
+        levels = len(self.network.unet.config.channel_multipliers)
+        return self.autoencoder.config.downsampling_factor * int(2 ** (levels - 1))
 
     def sample(
         self,
-        captions: Sequence[str],
+        y: Conditions | Sequence[str],
         seeds: Sequence[int],
-        num_steps: int | None = None,
-        guidance_scale: float | None = None,
-        eta: float | None = None,
-        sampler: Literal["ddim", "ddpm"] | None = None,
+        *,
         progress: Callable[[int], None] | None = None,
+        **options: Unpack[SampleOptions],
     ) -> Tensor:
-        """One image per caption, as one batch; image i depends on captions[i] and seeds[i] alone.
+        """One image per row of y (or caption), as one batch; image i depends on its row and seeds[i] alone.
 
-        What is None is taken from the model's own defaults; `progress(n)` is called after the n-th step.
-        Shapes: returns (len(captions), 3, H, W) in [-1, 1], float32.
-        Raises: ConfigError if the numbers of captions and seeds differ.
+        `progress(n)` is called after the n-th step. With conditioning.inpainting known pixels come back as they were.
+        Shapes: returns (len(seeds), 3, H, W) in [-1, 1], float32.
+        Raises: ConfigError if rows and seeds differ in number, or an option cannot be used; NumericsError if the result
+        is not finite.
         """
-        if len(captions) != len(seeds):
-            raise ConfigError(f"{len(captions)} captions and {len(seeds)} seeds: give one seed per caption")
-        defaults = self.sampling
-        sampling = replace(
-            defaults,
-            sampler=sampler or defaults.sampler,
-            num_steps=defaults.num_steps if num_steps is None else num_steps,
-            eta=defaults.eta if eta is None else eta,
-            guidance_scale=defaults.guidance_scale if guidance_scale is None else guidance_scale,
-        )
-        side = self.resolution // self.autoencoder.config.downsampling_factor
-        noise = ImageNoise(tuple(seeds), (self.autoencoder.config.latent_channels, side, side), self.device)
-        tokens = tokenize(captions, self.network.conditioner.config.max_tokens).to(self.device)
-        z = sample_latents(self.network, self.schedule, tokens, noise, sampling, progress)
-        return self.autoencoder.decode(z).clamp(-1.0, 1.0)
+        return draw(self, _conditions(y), seeds, progress, options)
+
+    def _encode_text(self, captions: Sequence[str]) -> Tensor:
+        """The frozen encoder's context; it is opened on first use."""
+        if self._text_encoder is None:
+            section = self.conditioning.frozen_text
+            assert section is not None, "only a model with conditioning.frozen_text asks for it"
+            self._text_encoder = FrozenTextEncoder(section).to(self.device)
+        return self._text_encoder(captions)  # type: ignore[no-any-return]
 
 
 def load_autoencoder(path: str | Path, weights: Weights | None = None) -> LoadedAutoencoder:
     """The autoencoder in a folder, on the CPU; of a diffusion model, the one that defines its latents.
 
-    `weights` chooses where the folder holds both (checkpoints): "ema" the averaged, "raw" the trained ones, None the
-    averaged ones if there are any.
+    `weights` chooses where the folder holds several (checkpoints): "raw" the trained ones, "ema" their exponential
+    average, "ema=0.05" the average of a power-function profile, reconstructed from the run's snapshots if nobody kept
+    it; None the first average that the checkpoint holds, or the trained ones.
     Raises: CheckpointError if there is none, or it is incomplete.
     """
     artifact = read_source(Path(path), weights)
@@ -224,8 +292,22 @@ def load_diffusion(path: str | Path, weights: Weights | None = None) -> LoadedDi
 def read_source(path: Path, weights: Weights | None = None) -> Artifact | DiffusionArtifact:
     """The artifact in, or made from, an artifact, an export, a run folder or a checkpoint; `weights` as above.
 
-    Raises: CheckpointError if the folder is none of these, or incomplete.
+    Raises: CheckpointError if the folder is none of these, or incomplete; ConfigError if it has other weights alone.
     """
+    if weights is None:
+        return _read_folder(path, None)
+    weights = canonical_name(weights)
+    artifact = _read_folder(path, weights)
+    held = artifact.provenance.get("weights")
+    if held != weights:
+        raise ConfigError(
+            f"--weights {weights}: {path} holds {held or 'unnamed'} weights alone; leave it out, or give a checkpoint, "
+            "which has several"
+        )
+    return artifact
+
+
+def _read_folder(path: Path, weights: Weights | None) -> Artifact | DiffusionArtifact:
     if not path.is_dir():
         raise CheckpointError(f"{path} is no folder: give an artifact, an export, a run folder or a checkpoint")
     found = artifact_format(path)
@@ -273,15 +355,21 @@ def _read_run(run_dir: Path, weights: Weights | None) -> Artifact | DiffusionArt
 def _read_checkpoint(checkpoint: Path, weights: Weights | None) -> Artifact | DiffusionArtifact:
     manifest = read_manifest(checkpoint)
     config = config_from_dict(manifest["config"])
+    if config.stage == "classifier":
+        raise CheckpointError(
+            f"{checkpoint} holds a classifier of latents, which guides the sampling of a diffusion model: give that "
+            "model, and this run with `ldm-scale sample --classifier`"
+        )
     model = "autoencoder" if config.stage == "autoencoder" else "diffusion"
     if weights is None:
-        weights = "ema" if manifest["models"].get(model, {}).get("tensors", {}).get(EMA) else "raw"
+        weights = default_weights(manifest, model)
     get_logger().info(f"reading the {weights} weights of {checkpoint}")
     provenance = {
         "images": manifest["images"],
         "weights": weights,
         "resolution": config.data.resolution,
         "config": config_to_dict(config),
+        "labels": manifest["state"].get("labels", {}),
     }
     if config.stage == "autoencoder":
         get_logger().warning(

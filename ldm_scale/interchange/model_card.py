@@ -11,9 +11,9 @@ from ldm_scale.models.autoencoder import LatentStatistics
 Target = Literal["diffusers", "safetensors"]
 
 _DIFFUSERS_PIPELINE = """\
-from diffusers import StableDiffusionPipeline
+from diffusers import DiffusionPipeline
 
-pipeline = StableDiffusionPipeline.from_pretrained("path/of/this/folder")
+pipeline = DiffusionPipeline.from_pretrained("path/of/this/folder")
 image = pipeline("a caption", num_inference_steps={num_steps}, guidance_scale={guidance_scale}).images[0]
 """
 _DIFFUSERS_AUTOENCODER = """\
@@ -62,10 +62,15 @@ def model_card(artifact: Artifact | DiffusionArtifact, target: Target, differenc
         "\n".join(f"- {name}: {value}" for name, value in facts.items()),
         f"```python\n{_usage(artifact, target)}```",
     ]
-    if target == "diffusers" and not is_autoencoder:
+    if target == "diffusers" and isinstance(artifact, DiffusionArtifact) and _has_byte_pairs(artifact):
         sections.append(_CAPTIONS.rstrip())
     sections += ["## Checked before publication", _checks(differences)]
     return "\n\n".join(sections) + "\n"
+
+
+def _has_byte_pairs(artifact: DiffusionArtifact) -> bool:
+    text = artifact.conditioning.text
+    return text is not None and text.tokenizer == "clip"
 
 
 def _normalization(statistics: LatentStatistics, target: Target) -> str:

@@ -44,13 +44,21 @@ _IMAGE_ATTENTION: NameMap = {
     "attention.to_qkv": ("to_q", "to_k", "to_v"),
     "attention.to_out": ("to_out.0",),
 }
-_TEXT_BLOCK: NameMap = {
+_CLIP_BLOCK: NameMap = {
     "norm1": ("layer_norm1",),
     "attention.to_qkv": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
     "attention.to_out": ("self_attn.out_proj",),
     "norm2": ("layer_norm2",),
     "mlp_in": ("mlp.fc1",),
     "mlp_out": ("mlp.fc2",),
+}
+_BERT_BLOCK: NameMap = {
+    "norm1": ("self_attn_layer_norm",),
+    "attention.to_qkv": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+    "attention.to_out": ("self_attn.out_proj",),
+    "norm2": ("final_layer_norm",),
+    "mlp_in": ("fc1",),
+    "mlp_out": ("fc2",),
 }
 
 
@@ -80,7 +88,10 @@ def autoencoder_names(config: AutoencoderConfig) -> NameMap:
 
 
 def unet_names(config: UNetConfig) -> NameMap:
-    """Tensors of `UNet` in `UNet2DConditionModel`. Theirs numbers the levels on the way up from the coarsest."""
+    """Tensors of `UNet` in `UNet2DConditionModel`, or in `UNet2DModel` where the attention is `self`.
+
+    Theirs number the levels on the way up from the coarsest.
+    """
     num_levels = len(config.channel_multipliers)
     modules: NameMap = {
         "time_embedding.linear1": ("time_embedding.linear_1",),
@@ -91,18 +102,17 @@ def unet_names(config: UNetConfig) -> NameMap:
     }
     for index in range(2):
         modules |= _prefixed(f"middle.block{index + 1}", f"mid_block.resnets.{index}", _RESIDUAL_BLOCK)
-    modules |= _spatial_transformer("middle.attention", "mid_block.attentions.0", config.transformer_depth)
+    modules |= _attention(config, "middle.attention", "mid_block.attentions.0")
     for level in range(num_levels):
         down, up = f"down_blocks.{level}", f"up_blocks.{num_levels - 1 - level}"
         sides = (("down", down, config.num_res_blocks), ("up", up, config.num_res_blocks + 1))
         for side, theirs, num_blocks in sides:
             for index in range(num_blocks):
                 modules |= _prefixed(f"{side}.{level}.blocks.{index}", f"{theirs}.resnets.{index}", _RESIDUAL_BLOCK)
-                modules |= _spatial_transformer(
-                    f"{side}.{level}.attentions.{index}", f"{theirs}.attentions.{index}", config.transformer_depth
-                )
-        modules[f"downsamples.{level}.conv"] = (f"{down}.downsamplers.0.conv",)
-        modules[f"upsamples.{level - 1}.conv"] = (f"{up}.upsamplers.0.conv",)
+                modules |= _attention(config, f"{side}.{level}.attentions.{index}", f"{theirs}.attentions.{index}")
+        resampling: NameMap = _RESIDUAL_BLOCK if config.residual_resampling else {"conv": ("conv",)}
+        modules |= _prefixed(f"downsamples.{level}", f"{down}.downsamplers.0", resampling)
+        modules |= _prefixed(f"upsamples.{level - 1}", f"{up}.upsamplers.0", resampling)
     modules["context_projection.to_kv"] = _cross_attention_projections(config)
     return _tensor_names(modules)
 
@@ -125,15 +135,18 @@ def _cross_attention_projections(config: UNetConfig) -> tuple[str, ...]:
 
 
 def text_encoder_names(config: TextConditioningConfig) -> NameMap:
-    """Tensors of `TextEncoder` in `CLIPTextModel`, under the names that its published checkpoints have."""
-    modules: NameMap = {
-        "token_embedding": ("text_model.embeddings.token_embedding",),
-        "norm_out": ("text_model.final_layer_norm",),
-    }
+    """Tensors of `TextCondition` in `CLIPTextModel` (as its published checkpoints name them) or `LDMBertModel`."""
+    block = _BERT_BLOCK
+    tokens, positions = "model.embed_tokens", "model.embed_positions"
+    layers, norm = "model.layers", "model.layer_norm"
+    if config.encoder == "clip":
+        block = _CLIP_BLOCK
+        tokens, positions = "text_model.embeddings.token_embedding", "text_model.embeddings.position_embedding"
+        layers, norm = "text_model.encoder.layers", "text_model.final_layer_norm"
+    modules: NameMap = {"encoder.token_embedding": (tokens,), "encoder.norm_out": (norm,)}
     for index in range(config.depth):
-        modules |= _prefixed(f"blocks.{index}", f"text_model.encoder.layers.{index}", _TEXT_BLOCK)
-    position_embedding = {"position_embedding": ("text_model.embeddings.position_embedding.weight",)}
-    return _tensor_names(modules) | position_embedding
+        modules |= _prefixed(f"encoder.blocks.{index}", f"{layers}.{index}", block)
+    return _tensor_names(modules) | {"encoder.position_embedding": (f"{positions}.weight",)}
 
 
 def translate(ours: Mapping[str, Tensor], names: NameMap, target: Mapping[str, Tensor], what: str) -> dict[str, Tensor]:
@@ -193,9 +206,11 @@ def _reshaped(tensor: Tensor, like: Tensor) -> Tensor:
     return tensor
 
 
-def _spatial_transformer(ours: str, theirs: str, depth: int) -> NameMap:
+def _attention(config: UNetConfig, ours: str, theirs: str) -> NameMap:
+    if config.attention == "self":
+        return _prefixed(ours, theirs, _IMAGE_ATTENTION)
     modules = _prefixed(ours, theirs, {name: (name,) for name in ("norm", "proj_in", "proj_out")})
-    for index in range(depth):
+    for index in range(config.transformer_depth):
         modules |= _prefixed(f"{ours}.blocks.{index}", f"{theirs}.transformer_blocks.{index}", _TRANSFORMER_BLOCK)
     return modules
 

@@ -28,10 +28,21 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
-    """All tensors of a safetensors file, on the CPU.
+    """All tensors of a safetensors file, or of the files that the index in its place names, on the CPU.
 
-    Raises: CheckpointError if the file is absent, cut short or something else.
+    The index is Hugging Face's: `<file>.index.json` with a `weight_map` from tensors to files beside it.
+    Raises: CheckpointError if a file is absent, cut short or something else.
     """
+    index = path.with_name(path.name + ".index.json")
+    if not path.is_file() and index.is_file():
+        places = read_json(index).get("weight_map")
+        if not isinstance(places, dict):
+            raise CheckpointError(f"{index} has no weight_map, which names the file of each tensor; copy it again")
+        files = {name: read_tensors(path.with_name(Path(name).name)) for name in sorted(set(places.values()))}
+        missing = [name for name, file in places.items() if name not in files[file]]
+        if missing:
+            raise CheckpointError(f"{index} places {missing[0]} in {places[missing[0]]}, which lacks it; copy it again")
+        return {name: files[file][name] for name, file in places.items()}
     if not path.is_file():
         raise CheckpointError(f"{path} is missing: the folder is incomplete; export or copy it again")
     try:

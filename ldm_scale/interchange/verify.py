@@ -14,21 +14,17 @@ from typing import Any, TypeVar
 import torch
 from diffusers import UNet2DConditionModel
 from torch import Tensor, nn
-from transformers import CLIPTextModel, CLIPTokenizer
 
-from ldm_scale.conditioning.build import build_conditioner
-from ldm_scale.conditioning.text import tokenize
+from ldm_scale.conditioning.text import TextCondition
+from ldm_scale.conditioning.tokenizers import build_tokenizer
+from ldm_scale.config.schema import TextConditioningConfig
 from ldm_scale.errors import CheckpointError
 from ldm_scale.interchange.artifact import Artifact, DiffusionArtifact
-from ldm_scale.interchange.diffusers import (
-    CLIP_PREFIX,
-    conditioner_state,
-    unet_state,
-    with_clip_prefix,
-)
+from ldm_scale.interchange.diffusers import conditioner_state, require_text_alone, unet_state
 from ldm_scale.interchange.diffusers_autoencoder import autoencoder_class
 from ldm_scale.interchange.folding import fold
 from ldm_scale.interchange.name_maps import NameMap, autoencoder_names, text_encoder_names, translate, unet_names
+from ldm_scale.interchange.text_encoder import loadable, pipeline_of, published, tokenizer_class
 from ldm_scale.models.autoencoder import Autoencoder, LatentStatistics
 from ldm_scale.models.build import build_autoencoder, build_unet
 
@@ -48,9 +44,11 @@ def measure_differences(folder: Path, artifact: Artifact | DiffusionArtifact) ->
         if isinstance(artifact, Artifact):
             differences = _compare_autoencoder(folder, artifact)
         else:
-            _compare_tokens(folder / "tokenizer", artifact.conditioning.max_tokens)
-            differences = _compare_autoencoder(folder / "vae", artifact.autoencoder)
-            differences |= _compare_text_encoder(folder / "text_encoder", artifact)
+            text = require_text_alone(artifact.conditioning)
+            pipeline = pipeline_of(text)
+            _compare_tokens(folder / "tokenizer", text)
+            differences = _compare_autoencoder(folder / pipeline.autoencoder, artifact.autoencoder)
+            differences |= _compare_text_encoder(folder / pipeline.text_encoder, text, artifact)
             differences |= _compare_unet(folder / "unet", artifact)
     for part, difference in differences.items():
         # Written so that a NaN fails too.
@@ -138,31 +136,31 @@ def _compare_unet(folder: Path, artifact: DiffusionArtifact) -> dict[str, float]
     theirs = _open(UNet2DConditionModel, folder)
     state, names = unet_state(artifact.state), unet_names(artifact.unet)
     _require_loaded(theirs, state, names)
-    channels, width = artifact.autoencoder.config.latent_channels, artifact.conditioning.width
-    ours = _on_meta(lambda: build_unet(artifact.unet, channels, channels, width))
+    channels, text = artifact.autoencoder.config.latent_channels, require_text_alone(artifact.conditioning)
+    ours = _on_meta(lambda: build_unet(artifact.unet, channels, channels, text.width))
     load_both(ours, theirs, state, names)
 
     smallest = 2 ** (len(artifact.unet.channel_multipliers) - 1)
     z = _noise(2, channels, 2 * smallest, 3 * smallest)
     t = torch.tensor([1, artifact.diffusion.num_timesteps - 1])
-    context = _noise(2, artifact.conditioning.max_tokens, width)
+    context = _noise(2, text.max_tokens, text.width)
     return {"UNet": relative_difference(theirs(z, t, context).sample, ours(z, t, context))}
 
 
-def _compare_text_encoder(folder: Path, artifact: DiffusionArtifact) -> dict[str, float]:
-    theirs = _open(CLIPTextModel, folder)
-    state, names = conditioner_state(artifact.state), text_encoder_names(artifact.conditioning)
+def _compare_text_encoder(folder: Path, text: TextConditioningConfig, artifact: DiffusionArtifact) -> dict[str, float]:
+    theirs = _open(pipeline_of(text).text_model, folder)
+    state, names = conditioner_state(artifact.state), text_encoder_names(text)
     _require_loaded(theirs, state, names)
-    ours = _on_meta(lambda: build_conditioner(artifact.conditioning))
+    ours = _on_meta(lambda: TextCondition(text))
     load_both(ours, theirs, state, names)
-    tokens = tokenize(CAPTIONS, artifact.conditioning.max_tokens)
-    return {"text encoder": relative_difference(theirs(tokens).last_hidden_state, ours(tokens))}
+    tokens = ours.tokens(CAPTIONS)
+    return {"text encoder": relative_difference(theirs(tokens)[0], ours(tokens, (1, 1)))}
 
 
-def _compare_tokens(folder: Path, max_tokens: int) -> None:
-    tokenizer: Any = CLIPTokenizer.from_pretrained(folder)
+def _compare_tokens(folder: Path, text: TextConditioningConfig) -> None:
+    tokenizer: Any = tokenizer_class(text).from_pretrained(folder)
     theirs = tokenizer(list(CAPTIONS), padding="max_length", truncation=True, return_tensors="pt").input_ids
-    ours = tokenize(CAPTIONS, max_tokens)
+    ours, _ = build_tokenizer(text)(CAPTIONS, text.max_tokens)
     if not torch.equal(theirs, ours):
         raise CheckpointError(
             f"the exported tokenizer gives {theirs.tolist()} where ours gives {ours.tolist()}, so nothing was written; "
@@ -182,12 +180,9 @@ def _require_loaded(theirs: nn.Module, state: dict[str, Tensor], names: NameMap)
 
 
 def _translated_for(theirs: nn.Module, state: dict[str, Tensor], names: NameMap) -> dict[str, Tensor]:
-    """`state` under the names that `theirs` has in memory (a `CLIPTextModel`'s depend on transformers' version)."""
+    """`state` under the names that `theirs` has in memory."""
     own = theirs.state_dict()
-    if not isinstance(theirs, CLIPTextModel):
-        return translate(state, names, own, type(theirs).__name__)
-    translated = translate(state, names, with_clip_prefix(own), type(theirs).__name__)
-    return {name if name in own else name.removeprefix(CLIP_PREFIX): tensor for name, tensor in translated.items()}
+    return loadable(translate(state, names, published(own, type(theirs)), type(theirs).__name__), own)
 
 
 def _open(model_class: Any, folder: Path) -> Any:

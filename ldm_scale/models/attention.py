@@ -130,12 +130,15 @@ class SpatialTransformer(nn.Module):
 
 
 class ImageSelfAttention(nn.Module):
-    """Single-head self-attention over all pixels of a feature map: the middle of the autoencoder."""
+    """Self-attention over all pixels of a feature map: the middle of the autoencoder, and UNets without context.
 
-    def __init__(self, channels: int, norm_groups: int) -> None:
+    Source: arXiv:2105.05233, section 3 (the UNet's, with several heads and its norm's eps).
+    """
+
+    def __init__(self, channels: int, norm_groups: int, num_heads: int = 1, eps: float = 1e-6) -> None:
         super().__init__()
-        self.norm = GroupNorm(norm_groups, channels, eps=1e-6, activation=None)
-        self.attention = SelfAttention(channels, num_heads=1, bias=True)
+        self.norm = GroupNorm(norm_groups, channels, eps, activation=None)
+        self.attention = SelfAttention(channels, num_heads, bias=True)
 
     def forward(self, x: Tensor) -> Tensor:
         """Shapes: (B, C, H, W) to (B, C, H, W)."""

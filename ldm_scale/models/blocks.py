@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ldm_scale.models.fused import GroupNorm
 
+Resampling = Literal["down", "up"]
+
 
 class ResidualBlock(nn.Module):
-    """norm-SiLU-conv twice around a skip connection; the timestep shifts the features before the second norm.
+    """norm-SiLU-conv twice around a skip connection; the timestep acts at the second norm.
 
-    Source: arXiv:2006.11239, appendix B (the DDPM block, in the form that VQGAN and LDM use).
+    It shifts the features before that norm or, with `scale_shift`, scales and shifts after it. With `resampling` the
+    block halves or doubles the resolution: its branch between the first norm and convolution, its skip alike.
+    Source: arXiv:2006.11239, appendix B (the DDPM block, in the form that VQGAN and LDM use); arXiv:2105.05233,
+    section 3 (scale and shift, resampling blocks).
     """
 
     def __init__(
@@ -23,11 +30,15 @@ class ResidualBlock(nn.Module):
         eps: float,
         time_dim: int | None = None,
         dropout: float = 0.0,
+        scale_shift: bool = False,
+        resampling: Resampling | None = None,
     ) -> None:
         super().__init__()
+        self.scale_shift, self.resampling = scale_shift, resampling
         self.norm1 = GroupNorm(norm_groups, in_channels, eps)
         self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
-        self.time_projection = nn.Linear(time_dim, out_channels) if time_dim is not None else None
+        time_channels = 2 * out_channels if scale_shift else out_channels
+        self.time_projection = nn.Linear(time_dim, time_channels) if time_dim is not None else None
         self.norm2 = GroupNorm(norm_groups, out_channels, eps)
         self.norm2.take_bias(self.conv1)
         self.dropout = nn.Dropout(dropout)
@@ -35,11 +46,26 @@ class ResidualBlock(nn.Module):
         self.skip = nn.Conv2d(in_channels, out_channels, 1) if in_channels != out_channels else None
 
     def forward(self, x: Tensor, time: Tensor | None = None) -> Tensor:
-        """Shapes: x (B, in, H, W), time (B, time_dim) already through its SiLU; returns (B, out, H, W)."""
-        shift = self.time_projection(time) if self.time_projection is not None else None
-        h = self.conv1(self.norm1(x))
-        h = self.conv2(self.dropout(self.norm2(h, sample_shift=shift)))
+        """Shapes: x (B, in, H, W), time (B, time_dim) already through its SiLU; returns (B, out, H', W')."""
+        moved = self.time_projection(time) if self.time_projection is not None else None
+        h = self.norm1(x)
+        if self.resampling is not None:
+            h, x = resample(h, self.resampling), resample(x, self.resampling)
+        h = self.conv1(h)
+        if self.scale_shift and moved is not None:
+            scale, shift = moved.chunk(2, dim=1)
+            h = self.norm2(h, scale=scale, shift=shift)
+        else:
+            h = self.norm2(h, sample_shift=moved)
+        h = self.conv2(self.dropout(h))
         return add_to(h, x if self.skip is None else self.skip(x))
+
+
+def resample(x: Tensor, resampling: Resampling) -> Tensor:
+    """x at half the resolution (means of 2x2 pixels) or twice (nearest). Shapes: (B, C, H, W) to (B, C, H', W')."""
+    if resampling == "down":
+        return F.avg_pool2d(x, 2)
+    return F.interpolate(x, scale_factor=2.0, mode="nearest")
 
 
 def place_biases(network: nn.Module, device: torch.device) -> None:
@@ -98,4 +124,4 @@ class Upsample(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Shapes: (B, C, H, W) to (B, C, 2H, 2W)."""
-        return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))  # type: ignore[no-any-return]
+        return self.conv(resample(x, "up"))  # type: ignore[no-any-return]

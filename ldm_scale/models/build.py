@@ -20,8 +20,8 @@ def build_autoencoder(config: AutoencoderConfig) -> Autoencoder:
     return Autoencoder(config)
 
 
-def build_unet(config: UNetConfig, in_channels: int, out_channels: int, context_dim: int) -> UNet:
-    """UNet on the current default device."""
+def build_unet(config: UNetConfig, in_channels: int, out_channels: int, context_dim: int | None) -> UNet:
+    """UNet on the current default device; a `context_dim` where its attention is a transformer's, None elsewhere."""
     return UNet(config, in_channels, out_channels, context_dim)
 
 

@@ -22,7 +22,8 @@ from ldm_scale.models.quantizer import Quantizer
 
 
 class GroupNorm(nn.Module):
-    """GroupNorm followed by SiLU (or nothing), with the timestep's shift and a convolution's bias added before.
+    """GroupNorm followed by SiLU (or nothing), with a convolution's bias and the timestep's shift added before, or the
+    timestep's scale and shift applied between the two.
 
     A module of its own, not a function: ZeRO stage 3 gathers parameters in the hooks of the module that owns them.
     """
@@ -50,8 +51,14 @@ class GroupNorm(nn.Module):
         convolution.register_parameter("bias", self.channel_bias)
         self.register_parameter("channel_bias", None)
 
-    def forward(self, x: Tensor, sample_shift: Tensor | None = None) -> Tensor:
-        """act(GN(x + sample_shift)). Shapes: x (B, C, H, W), sample_shift (B, C); returns (B, C, H, W)."""
+    def forward(
+        self,
+        x: Tensor,
+        sample_shift: Tensor | None = None,
+        scale: Tensor | None = None,
+        shift: Tensor | None = None,
+    ) -> Tensor:
+        """act(GN(x + sample_shift) * (1 + scale) + shift). Shapes: x (B, C, H, W), the others (B, C); returns x's."""
         return group_norm_silu(
             x,
             self.num_groups,
@@ -61,6 +68,8 @@ class GroupNorm(nn.Module):
             self.activation,
             channel_bias=self.channel_bias,
             sample_shift=sample_shift,
+            scale=scale,
+            shift=shift,
             backend=self.backend,
         )
 

@@ -59,7 +59,7 @@ def encode_moments_tiled(
         if max(image.shape[2:]) <= tile:
             parts.append(network.encode_moments(image))
             continue
-        plan = _Plan(image.shape[2] // f, image.shape[3] // f, tile // f, overlap // f)
+        plan = TilePlan(image.shape[2] // f, image.shape[3] // f, tile // f, overlap // f)
         features = _in_tiles(encoder.descend, image, plan, f, norms, passes)
         parts.append(network.posterior(encoder.finish(features)))
     logvars = [logvar for _, logvar in parts if logvar is not None]
@@ -86,7 +86,7 @@ def decode_raw_tiled(
         if max(latent.shape[2:]) * f <= tile:
             parts.append(network.decode_raw(latent))
             continue
-        plan = _Plan(latent.shape[2], latent.shape[3], tile // f, overlap // f)
+        plan = TilePlan(latent.shape[2], latent.shape[3], tile // f, overlap // f)
         features = decoder.begin(network.decoder_input(latent))
         parts.append(_in_tiles(lambda part: decoder.conv_out(decoder.ascend(part)), features, plan, 1, norms, passes))
     return torch.cat(parts)
@@ -115,11 +115,12 @@ def _spans(size: int, tile: int, overlap: int) -> list[_Span]:
     ]
 
 
-class _Plan:
-    """The tiles of an image, in latents."""
+class TilePlan:
+    """The tiles of an image, in latents; the outermost `margin` of an overlap weighs nothing."""
 
-    def __init__(self, height: int, width: int, tile: int, overlap: int) -> None:
-        self.height, self.width, self.overlap = height, width, overlap
+    def __init__(self, height: int, width: int, tile: int, overlap: int, margin: int = 0) -> None:
+        assert 2 * margin <= overlap, f"margin {margin} leaves nothing of the overlap {overlap}"
+        self.height, self.width, self.overlap, self.margin = height, width, overlap, margin
         self.rows, self.columns = _spans(height, tile, overlap), _spans(width, tile, overlap)
 
     def __iter__(self) -> Iterator[tuple[_Span, _Span]]:
@@ -133,10 +134,10 @@ class _Plan:
         return self._ramps(spans, span, scale) / total[span.start * scale : span.stop * scale]
 
     def _ramps(self, spans: Sequence[_Span], span: _Span, scale: int) -> Tensor:
-        """1, rising from and falling to almost 0 over the overlap at edges inside the image."""
+        """1, rising from and falling to almost 0 over the overlap (less its margins) at edges inside the image."""
         ramp = torch.ones((span.stop - span.start) * scale)
-        width = self.overlap * scale
-        rising = (torch.arange(width) + 0.5) / max(width, 1)
+        width, margin = self.overlap * scale, self.margin * scale
+        rising = ((torch.arange(width) + 0.5 - margin) / max(width - 2 * margin, 1)).clamp(0.0, 1.0)
         if span is not spans[0]:
             ramp[:width] = rising
         if span is not spans[-1]:
@@ -145,7 +146,7 @@ class _Plan:
 
 
 def _in_tiles(
-    compute: TileFunction, x: Tensor, plan: _Plan, scale: int, norms: dict[int, GroupNorm], passes: int
+    compute: TileFunction, x: Tensor, plan: TilePlan, scale: int, norms: dict[int, GroupNorm], passes: int
 ) -> Tensor:
     """compute(x), blended from tiles; x has `scale` values per latent along an axis.
 

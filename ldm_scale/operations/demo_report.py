@@ -20,10 +20,12 @@ from ldm_scale.conditioning.latent_diffusion import LatentDiffusion
 from ldm_scale.config.convert import config_from_dict
 from ldm_scale.config.schema import Config, DataConfig
 from ldm_scale.data import Batch, build_loader
-from ldm_scale.engine.checkpoint import latest_checkpoint, read_manifest
+from ldm_scale.engine.checkpoint import latest_checkpoint
+from ldm_scale.engine.rank_files import read_manifest
 from ldm_scale.errors import CheckpointError
 from ldm_scale.evaluation.features import EfficientNetFeatures, FeatureSpace, frechet_from_features
-from ldm_scale.evaluation.generation import NUM_BINS, captioned_grid, frechet_closure
+from ldm_scale.evaluation.generation import captioned_grid, frechet_closure
+from ldm_scale.evaluation.noise_levels import NUM_BINS
 from ldm_scale.evaluation.reconstruction import evaluate_reconstruction
 from ldm_scale.interchange.artifact import DiffusionArtifact
 from ldm_scale.interchange.load import LoadedDiffusion, load_autoencoder, read_source
@@ -78,7 +80,8 @@ def _write_picture(path: Path, samples: Tensor, captions: list[str], config: Con
     data = dataclasses.replace(config.data, manifest=str(manifest), num_workers=0)
     shown = captions[:NUM_SHOWN]
     real = torch.cat([batch.images for batch in itertools.islice(_one_pass(data, "train"), NUM_SHOWN // 64)])
-    captioned_grid(samples[: len(shown)], shown, columns=8, path=path, real=real[: len(shown)], side_px=64)
+    panels = {"real image": real[: len(shown)], "sample": samples[: len(shown)]}
+    captioned_grid(panels, shown, columns=8, path=path, side_px=64)
 
 
 def _generation(
@@ -187,7 +190,7 @@ def _losses(run_dir: Path) -> dict[str, list[float]]:
     last = rows[-1]
     return {
         name: [last[f"validation/{name}/bin{i}"] for i in range(NUM_BINS)]
-        for name in ("raw", "ema", "zero")
+        for name in ("raw", "ema", "zero", "linear")
         if f"validation/{name}/bin0" in last
     }
 

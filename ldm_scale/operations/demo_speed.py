@@ -57,13 +57,14 @@ def _diffusion_rate(config: Config, device: torch.device) -> float:
     autoencoder = build_autoencoder(config.autoencoder).to(device)
     batch, side = config.train.global_batch, config.data.resolution
     x = torch.rand(batch, 3, side, side, device=device) * 2 - 1
-    t = torch.zeros(batch, dtype=torch.int64, device=device)
-    tokens = torch.ones(batch, config.conditioning.max_tokens, dtype=torch.int64, device=device)
+    size = (side // config.autoencoder.downsampling_factor,) * 2
+    with device:
+        t, inputs = torch.zeros(batch, dtype=torch.int64), network.conditioner.example(batch, size)
 
     def step() -> None:
         with torch.no_grad():
             z: Tensor = autoencoder.encode(x)
-        network(z, t, tokens).square().mean().backward()
+        network(z, t, inputs).square().mean().backward()
 
     return batch / (_seconds(step, device) * OVERHEAD)
 

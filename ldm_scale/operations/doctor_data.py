@@ -112,7 +112,10 @@ def _check_shards(report: Report, path: Path, split: str, checksums: bool) -> Da
         report.ok(f"{healthy} shards, {whole.num_samples:,} samples: {how} agree", split)
     if len(usable) < healthy:
         report.ok(f"{healthy - len(usable)} shards hold latents, which `ldm-scale doctor latents` looks at", split)
-    return Dataset(whole.manifest_path, split, usable, whole.class_names) if usable else None
+    if not usable:
+        return None
+    names = (whole.class_names, None, whole.object_classes, whole.map_labels)
+    return Dataset(whole.manifest_path, split, usable, *names)
 
 
 def _check_content(report: Report, shard: Shard, checksum: object) -> None:
@@ -166,13 +169,12 @@ def sampled_numbers(num_samples: int, samples: int) -> list[int]:
 def _decode_speed(dataset: Dataset, resolution: int, numbers: list[int]) -> float | None:
     """Images/s from shard to array by this process alone, bad samples left out; None if none is usable."""
     settings = DecodeSettings(resolution)
-    classes = {name: number for number, name in enumerate(dataset.class_names)}
     chosen = numbers[:: max(1, len(numbers) // SPEED_SAMPLES)]
     decoded, spent = 0, 0.0
     for number in chosen:
         started = time.perf_counter()
         try:
-            decode_sample(dataset.read(number), settings, classes, number)
+            decode_sample(dataset.read(number), settings, dataset.vocabulary, number)
         except (BadSample, DataError):
             continue
         spent += time.perf_counter() - started

@@ -25,7 +25,9 @@ from ldm_scale.config.fit import batch_plan
 from ldm_scale.config.schema import Config
 from ldm_scale.engine import env
 from ldm_scale.engine.collectives import gather_objects
+from ldm_scale.engine.ema import average_names
 from ldm_scale.engine.ops import read_ops
+from ldm_scale.engine.snapshots import snapshot_bytes
 from ldm_scale.operations import doctor_speed as speed
 from ldm_scale.operations.doctor_kernel import check_kernel
 from ldm_scale.operations.doctor_report import Report
@@ -185,9 +187,10 @@ def check_deepspeed_ops(report: Report, environment: env.Environment) -> None:
 
 def check_folders(report: Report, config: Config, size: RunSize) -> None:
     """Notes space and speed of the file systems of the run and of the data."""
-    moments_and_weights = 3 + (config.ema.half_life_images > 0)
+    moments_and_weights = 3 + len(average_names(config.ema))
     checkpoint = 4 * moments_and_weights * size.trained.parameters
-    wanted = checkpoint * (config.train.keep_checkpoints + 1)
+    snapshots = snapshot_bytes(config.ema, config.train.total_images, size.trained.parameters)
+    wanted = checkpoint * (config.train.keep_checkpoints + 1) + snapshots
     folders = {"run_dir": Path(config.run_dir)}
     if config.data.manifest:
         folders["data.manifest"] = Path(config.data.manifest).parent
@@ -202,7 +205,8 @@ def check_folders(report: Report, config: Config, size: RunSize) -> None:
         if name == "run_dir" and free < wanted:
             note = report.error if free < checkpoint else report.warning
             note(
-                f"{free / _GIB:.2f} GiB free; {config.train.keep_checkpoints + 1} checkpoints take {wanted / _GIB:.2f}",
+                f"{free / _GIB:.2f} GiB free; {config.train.keep_checkpoints + 1} checkpoints"
+                f"{' and all snapshots' if snapshots else ''} take {wanted / _GIB:.2f}",
                 place,
                 "free some or set run_dir elsewhere",
             )

@@ -1,4 +1,7 @@
-"""What a sample of a split looks like: pictures that do not decode, sizes, captions, classes, repeated pictures."""
+"""What a sample of a split looks like: pictures that do not decode, sizes, captions, classes, repeated pictures.
+
+Boxes and label maps have a file of their own beside this one.
+"""
 
 from __future__ import annotations
 
@@ -14,10 +17,12 @@ import numpy as np
 
 from ldm_scale.config.schema import TextConditioningConfig
 from ldm_scale.data import NO_CLASS, Dataset
-from ldm_scale.data.decode import open_rgb, read_caption, read_label, read_metadata
+from ldm_scale.data.decode import open_rgb
+from ldm_scale.data.metadata import read_caption, read_label, read_metadata
 from ldm_scale.data.policy import BadSample
 from ldm_scale.data.shards import IMAGE_EXTENSIONS, RawSample
 from ldm_scale.errors import DataError
+from ldm_scale.operations.doctor_annotations import AnnotationTally, SeenAnnotations, inspect_annotations
 from ldm_scale.operations.doctor_report import Report
 
 BAD_SHARE_ERROR = 0.01  # of samples that cannot be used; below, training replaces and counts them
@@ -25,7 +30,6 @@ DUPLICATE_CAPTION_SHARE = 0.5  # of samples whose caption another has: above, th
 IMBALANCE = 20.0  # samples of the most frequent class per sample of the rarest
 QUANTILES = (0, 1, 5, 25, 50, 75, 95, 99, 100)  # percent
 MAX_TOKENS = TextConditioningConfig().max_tokens
-_LONGEST_COUNTED = 1024  # tokens
 
 
 @dataclass(frozen=True)
@@ -39,6 +43,7 @@ class Seen:
     pixels: bytes = b""  # digest of the decoded picture
     caption: str | None = None  # None: there is none; "" is an empty one
     label: int = NO_CLASS
+    annotations: SeenAnnotations = field(default_factory=SeenAnnotations)
 
 
 _looked_at: list[Dataset] = []  # what forked workers look into: samples are named to them by number
@@ -69,9 +74,17 @@ def inspect_sample(number: int) -> Seen:
         image = open_rgb(_picture(raw))
     except BadSample as error:
         return Seen(key, str(error))
-    has_caption = "txt" in raw or metadata.get("caption") is not None
+    has_caption = "txt" in raw or metadata.get("caption") is not None or bool(metadata.get("captions"))
     pixels = blake2b(repr(image.size).encode() + image.tobytes(), digest_size=16).digest()
-    return Seen(key, size=image.size, pixels=pixels, caption=caption if has_caption else None, label=label)
+    annotations = inspect_annotations(raw, metadata, image.size, dataset)
+    return Seen(
+        key,
+        size=image.size,
+        pixels=pixels,
+        caption=caption if has_caption else None,
+        label=label,
+        annotations=annotations,
+    )
 
 
 def _picture(raw: RawSample) -> bytes:
@@ -100,7 +113,11 @@ class SampleTally:
     labels: Counter[int] = field(default_factory=Counter)
     pixels: dict[bytes, str] = field(default_factory=dict)  # digest -> first key
     twins: list[tuple[str, str]] = field(default_factory=list)  # key, key of an equal picture before it
+    annotations: AnnotationTally = field(init=False)
     _texts: dict[str, str] = field(default_factory=dict)  # key -> caption that waits for the tokenizer
+
+    def __post_init__(self) -> None:
+        self.annotations = AnnotationTally(self.dataset)
 
     @property
     def usable(self) -> int:
@@ -115,6 +132,7 @@ class SampleTally:
             return
         self.shorter.append(min(sample.size))
         self.labels[sample.label] += 1
+        self.annotations.add(sample.key, sample.annotations)
         if self.pixels.setdefault(sample.pixels, sample.key) != sample.key:
             self.twins.append((sample.key, self.pixels[sample.pixels]))
         if sample.caption is None:
@@ -133,11 +151,11 @@ class SampleTally:
         """Nothing; notes which of the waiting captions are longer than the text encoder reads."""
         if not self._texts:
             return
-        from ldm_scale.conditioning.text import END_TOKEN, tokenize
+        from ldm_scale.conditioning.tokenizers import clip_tokenizer
 
-        ends = (tokenize(list(self._texts.values()), _LONGEST_COUNTED) == END_TOKEN).int().argmax(dim=1) + 1
-        lengths = zip(self._texts, ends.tolist(), strict=True)
-        self.long += [(key, length) for key, length in lengths if length > MAX_TOKENS]
+        encode = clip_tokenizer().encode
+        lengths = {key: len(encode(text)) + 2 for key, text in self._texts.items()}  # and start and end
+        self.long += [(key, length) for key, length in lengths.items() if length > MAX_TOKENS]
         self._texts.clear()
 
     def judge(self, report: Report, max_named: int) -> None:
@@ -149,6 +167,7 @@ class SampleTally:
         self._judge_sizes(report)
         self._judge_captions(report, max_named)
         self._judge_classes(report)
+        self.annotations.judge(report, max_named)
         for key, twin in self.twins[:max_named]:
             report.warning(f"the same pixels as {twin}", self._place(key), "remove one, or let it count twice")
         if len(self.twins) > max_named:
@@ -196,9 +215,8 @@ class SampleTally:
             if keys:
                 report.warning(f"{kind} in {len(keys)} of {some} samples ({len(keys) / some:.1%})", split)
         for key, length in self.long[:max_named]:
-            at_least = "at least " if length == _LONGEST_COUNTED else ""
             report.warning(
-                f"caption of {at_least}{length} tokens, of which the text encoder reads {MAX_TOKENS}", self._place(key)
+                f"caption of {length} tokens, of which the text encoder reads {MAX_TOKENS}", self._place(key)
             )
         if self.long:
             report.warning(f"{len(self.long)} of {some} captions are cut", split, "put first what matters")
@@ -254,6 +272,7 @@ class SampleTally:
             "classes": {self.dataset.class_names[n]: c for n, c in sorted(self.labels.items()) if n != NO_CLASS},
             "without_class": self.labels[NO_CLASS],
             "repeated_pictures": len(self.twins),
+            **self.annotations.facts(),
         }
 
     def _place(self, key: str) -> str:

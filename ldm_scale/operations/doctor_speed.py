@@ -13,16 +13,18 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from ldm_scale.conditioning.latent_diffusion import LatentDiffusion
+from ldm_scale.conditioning.latent_diffusion import LatentDiffusion, in_type
 from ldm_scale.config.fit import batch_plan
 from ldm_scale.config.schema import Config
 from ldm_scale.engine.env import Environment
 from ldm_scale.models.build import build_autoencoder, build_seeded
+from ldm_scale.models.classifier import LatentClassifier
 from ldm_scale.models.fused import set_kernels
 from ldm_scale.planning.flops import RunSize
 
@@ -109,9 +111,8 @@ def choose_batch(config: Config, forward_flops: int, world_size: int, matmul_flo
 
 
 def trained_forward_flops(size: RunSize) -> int:
-    """FLOPs of one image through what a step trains, the text encoder included."""
-    conditioner = 0 if size.conditioner is None else size.conditioner.forward_flops
-    return size.trained.forward_flops + conditioner
+    """FLOPs of one image through what a step trains, tau_theta included."""
+    return size.trained.forward_flops + (0 if size.tau_theta is None else size.tau_theta.forward_flops)
 
 
 def measure_step(config: Config, size: RunSize, environment: Environment, batch: int) -> StepSpeed:
@@ -148,14 +149,18 @@ def _training_step(
         return torch.randn(shape, generator=generator).to(device, dtype)
 
     network: nn.Module
-    inputs: tuple[Tensor, ...]
+    inputs: tuple[Any, ...]
     if config.stage == "autoencoder":
         network = build_seeded(lambda: build_autoencoder(config.autoencoder), 0)
         inputs = (normal(batch, 3, side, side).clamp(-1, 1), normal(batch, channels, height, width))
+    elif config.stage == "classifier":
+        network = build_seeded(lambda: LatentClassifier(config.unet, config.classifier, channels), 0)
+        inputs = (normal(batch, channels, height, width), torch.zeros(batch, dtype=torch.int64, device=device))
     else:
-        network = build_seeded(lambda: LatentDiffusion(config.unet, config.conditioning, channels), 0)
-        tokens = torch.ones(batch, config.conditioning.max_tokens, dtype=torch.int64, device=device)
-        inputs = (normal(batch, channels, height, width), torch.zeros(batch, dtype=torch.int64, device=device), tokens)
+        model = build_seeded(lambda: LatentDiffusion(config.unet, config.conditioning, channels), 0)
+        with device:
+            t, conditions = torch.zeros(batch, dtype=torch.int64), model.conditioner.example(batch, (height, width))
+        network, inputs = model, (normal(batch, channels, height, width), t, in_type(conditions, dtype))
     set_kernels(network, config.kernels)
     network.to(device, dtype)
     adam = torch.optim.AdamW(network.parameters(), lr=1e-6, fused=True)
@@ -163,7 +168,7 @@ def _training_step(
     def step() -> None:
         output = network(*inputs)
         prediction = output[0] if isinstance(output, tuple) else output
-        (prediction - inputs[0]).float().square().mean().backward()
+        prediction.float().square().mean().backward()
         adam.step()
         adam.zero_grad()
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import argparse
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,16 +19,19 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from ldm_scale import __version__
+from ldm_scale.conditioning.frozen_text import FrozenTextEncoder
 from ldm_scale.config.fit import neighbours
 from ldm_scale.data.decode import to_pixels
 from ldm_scale.data.latent_rendering import Rendered, pack_sample, read_pieces
 from ldm_scale.data.latent_shards import CacheFolder, Source, sha256_of
 from ldm_scale.data.latents import LATENTS, LatentCache, LatentTransform
-from ldm_scale.engine.checkpoint import MANIFEST, latest_checkpoint, read_manifest
+from ldm_scale.engine.checkpoint import latest_checkpoint
 from ldm_scale.engine.env import Launch, cpu_threads
 from ldm_scale.engine.preemption import StopRequest
+from ldm_scale.engine.rank_files import MANIFEST, read_manifest
 from ldm_scale.errors import CheckpointError, ConfigError, DataError
 from ldm_scale.interchange.artifact import AUTOENCODER_FORMAT, DESCRIPTION, Artifact, artifact_format
+from ldm_scale.interchange.cached_text import describe_text, open_text_encoder
 from ldm_scale.interchange.load import LoadedAutoencoder, read_source
 from ldm_scale.telemetry.log import get_logger, shows_progress
 
@@ -57,7 +60,8 @@ def encode(arguments: argparse.Namespace, launch: Launch) -> dict[str, Any]:
     _require_finished(arguments.artifact)
     artifact = read_source(arguments.artifact)
     artifact = artifact if isinstance(artifact, Artifact) else artifact.autoencoder
-    cache = describe_cache(artifact, arguments)
+    text_encoder = _open_text_encoder(arguments)
+    cache = describe_cache(artifact, arguments, text_encoder)
     folder = CacheFolder(arguments.out, arguments.manifest, cache)
     chosen = choose_shards(folder, arguments.split, arguments.max_shards)
     mine = chosen[launch.rank :: launch.world_size]
@@ -73,16 +77,19 @@ def encode(arguments: argparse.Namespace, launch: Launch) -> dict[str, Any]:
     started = time.monotonic()
     stopped = ""
     if pending:
-        autoencoder = LoadedAutoencoder(artifact).to(device, DTYPES[cache.transform.precision])
+        dtype = DTYPES[cache.transform.precision]
+        autoencoder = LoadedAutoencoder(artifact).to(device, dtype)
+        if text_encoder is not None:
+            text_encoder.to(device, dtype)
         with StopRequest() as stop:
-            encoder = _Encoder(folder, autoencoder, device, stop, tally)
+            encoder = _Encoder(folder, autoencoder, text_encoder, device, stop, tally)
             try:
                 encoder.encode_shards(pending, arguments.batch, arguments.workers)
             except _Stopped:
                 stopped = stop.signal_name
     tally.seconds = time.monotonic() - started
     manifest = folder.publish()
-    report = _report(folder, manifest, tally, stopped, launch)
+    report = _report(folder, manifest, tally, text_encoder, stopped, launch)
     if stopped:
         log.warning(f"stopped by {stopped}: the same command goes on from here")
     return report
@@ -107,7 +114,24 @@ def _require_finished(path: Path) -> None:
         )
 
 
-def describe_cache(artifact: Artifact, arguments: argparse.Namespace) -> LatentCache:
+def _open_text_encoder(arguments: argparse.Namespace) -> FrozenTextEncoder | None:
+    """The text tower whose contexts are to be stored, on the CPU; None without any.
+
+    Raises: ConfigError if it cannot be had.
+    """
+    if (arguments.text_encoder is None) != (arguments.text_weights is None):
+        raise ConfigError(
+            f"--text-encoder {arguments.text_encoder} with --text-weights {arguments.text_weights}: contexts need an "
+            "architecture and its weights; give both or neither"
+        )
+    if arguments.text_encoder is None:
+        return None
+    return open_text_encoder(arguments.text_encoder, arguments.text_weights, arguments.text_layer)
+
+
+def describe_cache(
+    artifact: Artifact, arguments: argparse.Namespace, text_encoder: FrozenTextEncoder | None = None
+) -> LatentCache:
     """The provenance that the arguments ask for.
 
     Raises: ConfigError if they contradict each other or the artifact.
@@ -135,6 +159,7 @@ def describe_cache(artifact: Artifact, arguments: argparse.Namespace) -> LatentC
         config.latent_channels,
         transform,
         f"ldm-scale {__version__}",
+        None if text_encoder is None else describe_text(text_encoder),
     )
 
 
@@ -158,11 +183,13 @@ class _Encoder:
         self,
         folder: CacheFolder,
         autoencoder: LoadedAutoencoder,
+        text_encoder: FrozenTextEncoder | None,
         device: torch.device,
         stop: StopRequest,
         tally: _Tally,
     ) -> None:
         self._folder, self._autoencoder, self._device = folder, autoencoder, device
+        self._text_encoder = text_encoder
         self._stop, self._tally = stop, tally
 
     def encode_shards(self, sources: list[Source], batch: int, num_workers: int) -> None:
@@ -191,14 +218,27 @@ class _Encoder:
                 raise _Stopped
             rendered = next(groups)
             moments = self._moments(np.concatenate([sample.images for sample in rendered]))
-            at = 0
+            contexts = self._contexts([caption for sample in rendered for caption in sample.captions])
+            at = context_at = 0
             for sample in rendered:
-                yield pack_sample(sample, moments[at : at + len(sample.images)], self._folder.cache)
-                at += len(sample.images)
+                end, context_end = at + len(sample.images), context_at + len(sample.captions)
+                of_sample = None if contexts is None else contexts[context_at:context_end]
+                yield pack_sample(sample, moments[at:end], self._folder.cache, of_sample)
+                at, context_at = end, context_end
                 self._tally.unusable += not len(sample.images)
             left -= len(rendered)
             self._tally.images += len(rendered)
             bar.update(len(rendered))
+
+    def _contexts(self, captions: list[str]) -> NDArray[np.float32] | None:
+        """The text tower's output, if it is wanted. Shapes: returns (len(captions), M, d)."""
+        text = self._folder.cache.text
+        if self._text_encoder is None or text is None:
+            return None
+        if not captions:
+            return np.empty((0, text.max_tokens, text.width), np.float32)
+        contexts: NDArray[np.float32] = self._text_encoder(captions).float().cpu().numpy()
+        return contexts
 
     @torch.no_grad()
     def _moments(self, images: NDArray[np.uint8]) -> NDArray[np.float32]:
@@ -238,7 +278,12 @@ def _device(wanted: str, launch: Launch) -> torch.device:
 
 
 def _report(
-    folder: CacheFolder, manifest: dict[str, Any], tally: _Tally, stopped: str, launch: Launch
+    folder: CacheFolder,
+    manifest: dict[str, Any],
+    tally: _Tally,
+    text_encoder: FrozenTextEncoder | None,
+    stopped: str,
+    launch: Launch,
 ) -> dict[str, Any]:
     """What the command prints; its counts are of this rank's shards alone, its splits of the whole cache."""
     splits = {}
@@ -257,6 +302,7 @@ def _report(
         "transform_sha256": folder.cache.transform.sha256,
         "moments_shape": list(folder.cache.moments_shape),
         "variants": list(folder.cache.variants),
+        "contexts": None if folder.cache.text is None else asdict(folder.cache.text),
         "splits": splits,
         "complete": complete,
         "note": "" if complete or launch.world_size == 1 else "so far; other ranks may still be encoding",
@@ -267,6 +313,7 @@ def _report(
         "kept_shards": tally.kept,
         "images": tally.images,
         "unusable": tally.unusable,
+        "truncated_captions": 0 if text_encoder is None else text_encoder.truncated,
         "images_per_s": round(tally.images / max(tally.seconds, 1e-9), 2),
         "stopped_by": stopped,
     }

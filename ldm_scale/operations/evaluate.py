@@ -14,6 +14,7 @@ from tqdm import tqdm
 
 from ldm_scale import __version__
 from ldm_scale.config.schema import AutoencoderLossConfig
+from ldm_scale.engine.ema import canonical_name
 from ldm_scale.errors import ConfigError, DataError
 from ldm_scale.evaluation.autoencoder import (
     BASELINE,
@@ -23,10 +24,7 @@ from ldm_scale.evaluation.autoencoder import (
     Instruments,
     ReconstructionMeter,
 )
-from ldm_scale.evaluation.features import FEATURE_RESOLUTION, NUM_COMPONENTS, EfficientNetFeatures
-from ldm_scale.evaluation.frechet import frechet_protocol
 from ldm_scale.evaluation.images import CROP, RESIZE, ImageSet, ImageStream, open_images
-from ldm_scale.evaluation.inception import NUM_FEATURES, InceptionFeatures
 from ldm_scale.evaluation.reconstruction import reconstruction_grid
 from ldm_scale.evaluation.results import FORMAT, VERSION, write_result
 from ldm_scale.evaluation.similarity import PROTOCOL as SSIM
@@ -35,10 +33,17 @@ from ldm_scale.interchange.artifact import Artifact
 from ldm_scale.interchange.load import LoadedAutoencoder, Weights, read_source
 from ldm_scale.interchange.safetensors_io import tensors_sha256
 from ldm_scale.models.perceptual import PerceptualLoss, build_perceptual
+from ldm_scale.operations.evaluation_setup import (
+    FrechetSpace,
+    check_request,
+    choose_device,
+    describe_bad,
+    describe_machine,
+    open_features,
+)
 from ldm_scale.telemetry.log import get_logger, shows_progress
 
 PICTURE_FILE = "reconstructions.png"
-EFFICIENTNET_FEATURES = 1280
 
 
 def evaluate_autoencoder(arguments: argparse.Namespace) -> dict[str, Any]:
@@ -47,16 +52,13 @@ def evaluate_autoencoder(arguments: argparse.Namespace) -> dict[str, Any]:
     Raises: ConfigError, DataError or CheckpointError for what the command line names; NumericsError for weights whose
     reconstructions are not finite.
     """
-    if arguments.batch < 1:
-        raise ConfigError(f"--batch {arguments.batch}: must be at least 1")
-    if arguments.out is not None and arguments.out.exists() and not arguments.out.is_dir():
-        raise ConfigError(f"--out {arguments.out} is a file; give a folder for result.json and {PICTURE_FILE}")
-    device = _device(arguments.device)
+    check_request(arguments, PICTURE_FILE)
+    device = choose_device(arguments.device)
     artifact = _artifact(arguments.source, arguments.weights)
     resolution = _resolution(arguments.resolution, artifact)
     images = open_images(arguments.data, arguments.split)
     stream = ImageStream(images, resolution, arguments.batch, arguments.num_images)
-    instruments = _instruments(arguments, resolution, device)
+    instruments, space = _instruments(arguments, resolution, device)
     model = LoadedAutoencoder(artifact).to(device, torch.float32)
     meter = ReconstructionMeter(model, instruments)
     started = time.monotonic()
@@ -70,18 +72,10 @@ def evaluate_autoencoder(arguments: argparse.Namespace) -> dict[str, Any]:
         "format": FORMAT,
         "version": VERSION,
         "model": _describe_model(arguments.source, artifact),
-        "protocol": _protocol(images, stream, instruments, resolution),
+        "protocol": _protocol(images, stream, instruments.perceptual, space, resolution),
         "figures": meter.figures(),
-        "bad_images": {
-            "count": stream.bad.counts.total(),
-            "reasons": dict(stream.bad.counts),
-            "names": stream.bad.names,
-        },
-        "machine": {
-            "device": torch.cuda.get_device_name() if device.type == "cuda" else "cpu",
-            "torch": torch.__version__,
-            "images_per_s": meter.num_images / seconds,
-        },
+        "bad_images": describe_bad(stream.bad),
+        "machine": describe_machine(device, meter.num_images / seconds),
     }
     if arguments.out is not None:
         path = write_result(arguments.out, document)
@@ -105,16 +99,6 @@ def _measure(stream: ImageStream, meter: ReconstructionMeter, device: torch.devi
             bar.update(len(pixels))
 
 
-def _device(name: str) -> torch.device:
-    if name == "cuda" and not torch.cuda.is_available():
-        raise ConfigError("--device cuda but torch sees no CUDA device; use --device auto or cpu")
-    device = torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")
-    if device.type == "cuda":
-        # By default cuDNN's convolutions of fp32 numbers round to 10 bits: other figures than a CPU's.
-        torch.backends.cudnn.allow_tf32 = False
-    return device
-
-
 def _artifact(source: Path, weights: Weights | None) -> Artifact:
     """The autoencoder in a folder.
 
@@ -123,7 +107,7 @@ def _artifact(source: Path, weights: Weights | None) -> Artifact:
     found = read_source(source, weights)
     artifact = found if isinstance(found, Artifact) else found.autoencoder
     held = artifact.provenance.get("weights")
-    if weights is not None and held != weights:
+    if weights is not None and held != canonical_name(weights):
         raise ConfigError(
             f"--weights {weights}: of its autoencoder, {source} holds {held or 'unnamed'} weights alone; leave it out, "
             "or give a checkpoint of stage 1, which has both"
@@ -143,19 +127,12 @@ def _resolution(asked: int | None, artifact: Artifact) -> int:
     return resolution
 
 
-def _instruments(arguments: argparse.Namespace, resolution: int, device: torch.device) -> Instruments:
+def _instruments(
+    arguments: argparse.Namespace, resolution: int, device: torch.device
+) -> tuple[Instruments, FrechetSpace]:
     perceptual = _perceptual(arguments.perceptual, arguments.perceptual_weights).to(device)
-    if arguments.features == "inception_v3":
-        inception = InceptionFeatures(arguments.features_weights, device)
-        return Instruments(perceptual, inception, inception.name, NUM_FEATURES, num_components=None)
-    if arguments.features_weights is not None:
-        raise ConfigError(
-            f"--features-weights {arguments.features_weights}: efficientnet_lite0 brings its own; leave it out, or add "
-            "--features inception_v3"
-        )
-    features = EfficientNetFeatures(device, resolution=max(resolution, FEATURE_RESOLUTION))
-    name = f"FD-EffNetLite0-PCA{NUM_COMPONENTS}"
-    return Instruments(perceptual, features, name, EFFICIENTNET_FEATURES, num_components=NUM_COMPONENTS)
+    space = open_features(arguments, resolution, device)
+    return Instruments(perceptual, space.features, space.name, space.num_features, space.num_components), space
 
 
 def _perceptual(net: str, weights: Path | None) -> PerceptualLoss:
@@ -190,8 +167,9 @@ def _describe_model(source: Path, artifact: Artifact) -> dict[str, Any]:
     }
 
 
-def _protocol(images: ImageSet, stream: ImageStream, instruments: Instruments, resolution: int) -> dict[str, Any]:
-    perceptual = instruments.perceptual
+def _protocol(
+    images: ImageSet, stream: ImageStream, perceptual: PerceptualLoss, space: FrechetSpace, resolution: int
+) -> dict[str, Any]:
     tensors = dict(perceptual.named_parameters()) | dict(perceptual.named_buffers())
     return {
         "program_version": __version__,
@@ -210,10 +188,5 @@ def _protocol(images: ImageSet, stream: ImageStream, instruments: Instruments, r
         "ssim": SSIM,
         "bicubic": BASELINE,
         "perceptual": {"net": perceptual.name, "weights_sha256": tensors_sha256(tensors)},
-        "frechet": {
-            "name": instruments.frechet_name,
-            **instruments.features.protocol,
-            "weights_sha256": instruments.features.weights_hash,
-            **frechet_protocol(stream.num_images, instruments.num_features, instruments.num_components),
-        },
+        "frechet": space.protocol(stream.num_images),
     }

@@ -1,91 +1,224 @@
-"""Sampling from the command line: prompts and seeds to pictures."""
+"""Sampling from the command line: what the images show, and seeds, to pictures."""
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import math
 import re
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
+from typing import Any, Unpack
 
 import torch
+import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
+from ldm_scale.conditioning.base import Conditions
+from ldm_scale.diffusion.guidance import Denoiser
+from ldm_scale.diffusion.sampler import steps_taken
 from ldm_scale.errors import ConfigError
 from ldm_scale.evaluation.generation import captioned_grid
 from ldm_scale.interchange.load import LoadedDiffusion, load_diffusion
+from ldm_scale.interchange.sampling import SampleOptions, chosen_sampling
+from ldm_scale.operations.sample_guides import build_guides, open_classifier
+from ldm_scale.operations.sample_inputs import SampleRequest, read_request
 from ldm_scale.telemetry.log import get_logger
 
+Guide = Callable[[Denoiser], Denoiser]
 
-def sample_to_files(arguments: argparse.Namespace) -> None:
-    """Nothing; writes the grid and, with --images-dir, each image.
+_MAX_COLUMNS = 8
+_MIN_CELL_PX, _MAX_GRID_PX = 96, 8192
 
-    Raises: ConfigError for prompts or numbers that cannot be used; CheckpointError for the source.
+
+def sample_to_files(arguments: argparse.Namespace) -> dict[str, Any]:
+    """What was made and how; writes the grid and, with --images-dir, each image.
+
+    Raises: ConfigError for what cannot be used; CheckpointError for the source.
     """
-    prompts = _prompts(arguments)
-    if arguments.batch < 1:
-        raise ConfigError(f"--batch {arguments.batch}: must be at least 1")
-    _check_numbers(arguments)
-    if arguments.out.is_dir():
-        raise ConfigError(
-            f"--out {arguments.out} is a folder; give the name of a picture, such as {arguments.out}/grid.png"
-        )
-    arguments.out.parent.mkdir(parents=True, exist_ok=True)
+    _check(arguments)
+    device = _device(arguments.device)
     model = load_diffusion(arguments.source, arguments.weights)
-    wanted = arguments.device
-    if wanted == "cuda" and not torch.cuda.is_available():
-        raise ConfigError("--device cuda but torch sees no CUDA device; use --device auto or cpu")
-    model.to("cuda" if wanted != "cpu" and torch.cuda.is_available() else "cpu")
-    images = sample_images(
-        model,
-        prompts,
-        range(arguments.seed, arguments.seed + len(prompts)),
-        batch=arguments.batch,
-        num_steps=arguments.steps,
-        guidance_scale=arguments.guidance,
-        eta=arguments.eta,
-        sampler=arguments.sampler,
-    )
-    captioned_grid(images, prompts, columns=min(8, len(prompts)), path=arguments.out)
+    model.to(device)
+    classifier = open_classifier(arguments, model)
+    request = read_request(arguments, model, classifier)
+    options = _options(arguments, request)
+    sampling = chosen_sampling(model, options)
+    guides = build_guides(arguments, model, classifier, request.guide_classes)
+
+    begin = time.perf_counter()
+    with _counted(model) as passes:
+        images = sample_images(
+            model,
+            request.y,
+            request.seeds,
+            batch=arguments.batch,
+            guides=guides,
+            **options,
+        )
+    seconds = time.perf_counter() - begin
     log = get_logger(0)
-    log.info(f"wrote {arguments.out} ({len(prompts)} images)")
+    _write_grid(arguments.out, images, request.titles)
+    log.info(f"wrote {arguments.out} ({len(images)} images)")
+    paths: list[Path] = []
     if arguments.images_dir is not None:
-        _write_each(arguments.images_dir, images, prompts, arguments.seed)
-        log.info(f"wrote {len(prompts)} images into {arguments.images_dir}")
+        paths = _write_each(arguments.images_dir, images, request)
+        log.info(f"wrote {len(images)} images into {arguments.images_dir}")
+    truncated = model.num_truncated
+    if truncated:
+        log.warning(f"{truncated} of {len(images)} images have a prompt or layout that is longer than the model reads")
+    return {
+        "source": str(arguments.source),
+        "grid": str(arguments.out),
+        "images": [
+            {"seed": seed, "title": title, "path": str(paths[i]) if paths else None}
+            for i, (seed, title) in enumerate(zip(request.seeds, request.titles, strict=True))
+        ],
+        "height": images.shape[2],
+        "width": images.shape[3],
+        "sampler": sampling.sampler,
+        "num_steps": sampling.num_steps,
+        "eta": sampling.eta,
+        "guidance_scale": sampling.guidance_scale,
+        "unet_passes": passes[0],  # images, or windows of images, that the UNet was given in all
+        "truncated": truncated,
+        "seconds": round(seconds, 3),
+        "device": str(model.device),
+    }
 
 
 def sample_images(
     model: LoadedDiffusion,
-    captions: Sequence[str],
+    y: Conditions | Sequence[str],
     seeds: Sequence[int],
     *,
     batch: int,
     description: str = "sample",
-    **options: object,
+    guides: Callable[[slice], Guide] | None = None,
+    bar: tqdm[Any] | None = None,
+    **options: Unpack[SampleOptions],
 ) -> Tensor:
-    """Images for captions in batches, with a progress bar; options as of `LoadedDiffusion.sample`.
+    """Images in batches, with a progress bar; y and options as of `LoadedDiffusion.sample`, `guides` by rows of y.
 
-    Shapes: returns (len(captions), 3, H, W) in [-1, 1] on the CPU.
+    `bar` is advanced by steps of images in place of a bar of their own.
+
+    Shapes: returns (len(seeds), 3, H, W) in [-1, 1] on the CPU.
+    Raises: ConfigError, with the largest batch that was seen to fit, if the memory does not hold one.
     """
-    steps = options.get("num_steps") or model.sampling.num_steps
+    conditions = y if isinstance(y, Conditions) else Conditions(captions=list(y))
+    num_steps, strength = chosen_sampling(model, options).num_steps, options.get("strength")
+    num_steps = num_steps if strength is None else steps_taken(num_steps, strength)
+
+    def draw(part: slice, progress: Callable[[int], None] | None, *, trial: bool = False) -> Tensor:
+        chosen = options.copy()
+        init_images = options.get("init_images")
+        if init_images is not None:
+            chosen["init_images"] = init_images[part]
+        if guides is not None:
+            chosen["guide"] = guides(part)
+        if trial:
+            chosen |= {"num_steps": 1, "guidance_interval": (0.0, math.inf)}
+        return model.sample(_rows(conditions, part), list(seeds[part]), progress=progress, **chosen).float().cpu()
+
+    def try_some(start: int, count: int) -> None:
+        draw(slice(start, start + count), None, trial=True)
+
     images = []
-    with tqdm(total=len(captions) * int(str(steps)), desc=description, unit="step", mininterval=1.0) as bar:
-        for start in range(0, len(captions), batch):
-            part = slice(start, start + batch)
-            count = len(captions[part])
-            samples = model.sample(
-                list(captions[part]),
-                list(seeds[part]),
-                progress=lambda _, count=count: bar.update(count),  # type: ignore[misc]
-                **options,  # type: ignore[arg-type]
-            )
-            images.append(samples.float().cpu())
+    own = tqdm(total=len(seeds) * num_steps, desc=description, unit="step", mininterval=1.0, disable=bar is not None)
+    with own:
+        for start in range(0, len(seeds), batch):
+            part = slice(start, min(start + batch, len(seeds)))
+            count = part.stop - part.start
+            try:
+                images.append(draw(part, lambda _, count=count: (own if bar is None else bar).update(count)))  # type: ignore[misc]
+                continue
+            except (MemoryError, RuntimeError) as error:
+                if not _lacks_memory(error):
+                    raise
+            # Outside of the handler, whose traceback would keep what did not fit alive.
+            raise ConfigError(_what_fits(count, partial(try_some, start)))
     return torch.cat(images)
 
 
-def _check_numbers(arguments: argparse.Namespace) -> None:
+def _what_fits(batch: int, try_some: Callable[[int], None]) -> str:
+    """The message for a batch that did not fit: a smaller one of which one step and the decoder do, by trial."""
+    smaller = batch // 2
+    while smaller:
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        try:
+            try_some(smaller)
+        except (MemoryError, RuntimeError) as error:
+            if not _lacks_memory(error):
+                raise
+            smaller //= 2
+            continue
+        return f"a batch of {batch} does not fit in memory, one of {smaller} does: give --batch {smaller}"
+    return (
+        "not even one image of this size fits in memory: give --tile PIXELS (a window as large as the training "
+        "resolution), a smaller --size, or a device with more"
+    )
+
+
+def _lacks_memory(error: BaseException) -> bool:
+    """Whether an allocation failed; CPU allocators say so in a plain RuntimeError."""
+    if isinstance(error, MemoryError | torch.OutOfMemoryError):
+        return True
+    return "not enough memory" in str(error) or "can't allocate memory" in str(error)
+
+
+@contextmanager
+def _counted(model: LoadedDiffusion) -> Iterator[list[int]]:
+    """[number of images, or windows, that the UNet is given inside]."""
+    passes = [0]
+
+    def count(_: object, arguments: tuple[Tensor, ...]) -> None:
+        passes[0] += len(arguments[0])
+
+    handle = model.network.unet.register_forward_pre_hook(count)
+    try:
+        yield passes
+    finally:
+        handle.remove()
+
+
+def _rows(y: Conditions, part: slice) -> Conditions:
+    """y of some of the images."""
+    given = {field.name: getattr(y, field.name) for field in dataclasses.fields(y)}
+    return Conditions(**{name: None if values is None else values[part] for name, values in given.items()})
+
+
+def _options(arguments: argparse.Namespace, request: SampleRequest) -> SampleOptions:
+    height, width = request.size or (None, None)
+    interval = arguments.guidance_interval
+    return {
+        "sampler": arguments.sampler,
+        "num_steps": arguments.steps,
+        "eta": arguments.eta,
+        "guidance_scale": arguments.guidance,
+        "guidance_rescale": arguments.guidance_rescale,
+        "guidance_interval": None if interval is None else (interval[0], interval[1]),
+        "negative": arguments.negative_prompt,
+        "height": height,
+        "width": width,
+        "tile": arguments.tile,
+        "overlap": arguments.tile_overlap,
+        "max_windows": arguments.tile_batch,
+        "init_images": request.init_images,
+        "strength": arguments.strength,
+    }
+
+
+def check_sampling(arguments: argparse.Namespace) -> None:
+    """Nothing, if the options of the sampler are in their ranges.
+
+    Raises: ConfigError.
+    """
     if arguments.guidance is not None and not 0.0 <= arguments.guidance < math.inf:
         raise ConfigError(
             f"--guidance {arguments.guidance}: must be a number from 0 (no caption) upwards; 1 is no guidance"
@@ -94,29 +227,52 @@ def _check_numbers(arguments: argparse.Namespace) -> None:
         raise ConfigError(f"--steps {arguments.steps}: must be at least 1")
     if arguments.eta is not None and not 0.0 <= arguments.eta <= 1.0:
         raise ConfigError(f"--eta {arguments.eta}: must be between 0 (deterministic) and 1")
+    if arguments.guidance_rescale is not None and not 0.0 <= arguments.guidance_rescale <= 1.0:
+        raise ConfigError(f"--guidance-rescale {arguments.guidance_rescale}: must be between 0 (off) and 1")
+    if arguments.guidance_interval is not None:
+        low, high = arguments.guidance_interval
+        if not 0.0 <= low < high:
+            raise ConfigError(f"--guidance-interval {low:g} {high:g}: must be two noise levels, 0 <= LO < HI")
 
 
-def _prompts(arguments: argparse.Namespace) -> list[str]:
-    prompts = list(arguments.prompt)
-    if arguments.prompts_file is not None:
-        try:
-            text = arguments.prompts_file.read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            raise ConfigError(
-                f"--prompts-file {arguments.prompts_file} cannot be read as UTF-8 text: {error}"
-            ) from error
-        prompts += [line.strip() for line in text.splitlines() if line.strip()]
-    if not prompts:
-        raise ConfigError("no prompt given; use --prompt TEXT (as often as you like) or --prompts-file FILE")
-    count = len(prompts) if arguments.num_images is None else arguments.num_images
-    if count < 1:
-        raise ConfigError(f"--num-images {count}: must be at least 1")
-    return [prompts[i % len(prompts)] for i in range(count)]
+def _check(arguments: argparse.Namespace) -> None:
+    if arguments.batch < 1:
+        raise ConfigError(f"--batch {arguments.batch}: must be at least 1")
+    check_sampling(arguments)
+    if arguments.strength is not None and not 0.0 < arguments.strength <= 1.0:
+        raise ConfigError(
+            f"--strength {arguments.strength}: must be above 0 (keep the image) and at most 1 (ignore it)"
+        )
+    if arguments.out.is_dir():
+        raise ConfigError(
+            f"--out {arguments.out} is a folder; give the name of a picture, such as {arguments.out}/grid.png"
+        )
 
 
-def _write_each(directory: Path, images: Tensor, prompts: Sequence[str], seed: int) -> None:
+def _device(wanted: str) -> str:
+    if wanted == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("--device cuda but torch sees no CUDA device; use --device auto or cpu")
+    return "cuda" if wanted != "cpu" and torch.cuda.is_available() else "cpu"
+
+
+def _write_grid(path: Path, images: Tensor, titles: Sequence[str]) -> None:
+    """Images in their own size, as far as the grid stays below a limit."""
+    side = max(images.shape[-2:])
+    rest = [side - images.shape[-1], side - images.shape[-2]]
+    squares = F.pad(images, [rest[0] // 2, rest[0] - rest[0] // 2, rest[1] // 2, rest[1] - rest[1] // 2], value=1.0)
+    columns = min(_MAX_COLUMNS, len(images))
+    rows = math.ceil(len(images) / columns)
+    cell = max(_MIN_CELL_PX, min(side, _MAX_GRID_PX // max(columns, rows)))
+    captioned_grid(squares, titles, columns=columns, path=path, side_px=cell)
+
+
+def _write_each(directory: Path, images: Tensor, request: SampleRequest) -> list[Path]:
+    """The files' paths."""
     directory.mkdir(parents=True, exist_ok=True)
     pixels = ((images.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).permute(0, 2, 3, 1).numpy()
-    for i, prompt in enumerate(prompts):
-        words = re.sub(r"[^A-Za-z0-9]+", "-", prompt).strip("-")[:40] or "empty"
-        Image.fromarray(pixels[i]).save(directory / f"{seed + i:06d}-{words}.png")
+    paths = []
+    for i, (seed, title) in enumerate(zip(request.seeds, request.titles, strict=True)):
+        words = re.sub(r"[^A-Za-z0-9]+", "-", title).strip("-")[:40] or "empty"
+        paths.append(directory / f"{seed:06d}-{words}.png")
+        Image.fromarray(pixels[i]).save(paths[-1])
+    return paths

@@ -18,7 +18,7 @@ def train(config: Config, launch: env.Launch) -> bool:
 
     Raises: ConfigError, DataError or CheckpointError before any process group starts where that can be told.
     """
-    _check_inputs(config)
+    _check_inputs(config, launch.world_size)
     environment = env.start(launch, config.train)
     check_kernels(config.kernels, environment.device)
     plan = batch_plan(config, launch.world_size)
@@ -30,16 +30,24 @@ def train(config: Config, launch: env.Launch) -> bool:
     )
     # DeepSpeed and the networks take seconds to import; a refused configuration should not wait for them.
     from ldm_scale.training.autoencoder_step import AutoencoderTask
+    from ldm_scale.training.classifier_step import ClassifierTask
     from ldm_scale.training.diffusion_step import DiffusionTask
+    from ldm_scale.training.task import Task
     from ldm_scale.training.trainer import Trainer
 
-    task = (AutoencoderTask if config.stage == "autoencoder" else DiffusionTask)(config, plan, environment)
+    task: Task
+    if config.stage == "autoencoder":
+        task = AutoencoderTask(config, plan, environment)
+    elif config.stage == "diffusion":
+        task = DiffusionTask(config, plan, environment)
+    else:
+        task = ClassifierTask(config, plan, environment)
     finished = Trainer(config, task, environment).run()
     env.stop()
     return finished
 
 
-def _check_inputs(config: Config) -> None:
+def _check_inputs(config: Config, world_size: int) -> None:
     """Returns if the data and the artifact can be opened, and belong together."""
     splits = dict.fromkeys([config.data.split, config.data.validation_split or config.data.split])
     datasets = [open_manifest(config.data.manifest, split) for split in splits]
@@ -49,9 +57,27 @@ def _check_inputs(config: Config) -> None:
         return
     artifact_hash = _check_artifact(config)
     for dataset in datasets:
+        if dataset.num_samples < world_size:
+            raise ConfigError(
+                f"data.manifest={config.data.manifest} has {dataset.num_samples} samples in its split "
+                f"{dataset.split!r} and each of the {world_size} ranks needs one to validate on; use fewer ranks, or "
+                "another split"
+            )
+        if config.stage == "diffusion" and config.conditioning.needs_pictures:
+            require_images(dataset)
+        if config.stage == "classifier":
+            _require_enough_classes(config, len(dataset.class_names))
         if dataset.latents is not None:
             check_cache_fits(config, dataset.latents, artifact_hash)
             check_moments(dataset)
+
+
+def _require_enough_classes(config: Config, listed: int) -> None:
+    if listed > config.classifier.num_classes:
+        raise ConfigError(
+            f"classifier.num_classes={config.classifier.num_classes}: data.manifest={config.data.manifest} lists "
+            f"{listed} classes; set classifier.num_classes={listed}"
+        )
 
 
 def _check_artifact(config: Config) -> str:

@@ -8,8 +8,9 @@ multiply-add is two FLOPs; papers that count MACs print half of these numbers.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +19,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from ldm_scale.conditioning.build import build_conditioner
 from ldm_scale.config.schema import AutoencoderConfig, Config
 from ldm_scale.models.build import build_autoencoder, build_unet
+from ldm_scale.models.classifier import LatentClassifier
 from ldm_scale.models.discriminator import PatchDiscriminator
 
 
@@ -37,23 +39,32 @@ class RunSize:
     encoder: NetworkSize  # of the autoencoder, its 1x1 convolution to the moments included
     decoder: NetworkSize  # its 1x1 convolution and the codebook of a VQ autoencoder included
     discriminator: NetworkSize | None = None
+    classifier: NetworkSize | None = None
     unet: NetworkSize | None = None
-    conditioner: NetworkSize | None = None
+    # tau_theta's parts by section, with the weights that are trained: frozen_text's network is not among them.
+    conditioner: dict[str, NetworkSize] = field(default_factory=dict)
 
     @property
     def autoencoder(self) -> NetworkSize:
         """Encode and decode together."""
-        return _sum(self.encoder, self.decoder)
+        return _sum([self.encoder, self.decoder])
+
+    @property
+    def tau_theta(self) -> NetworkSize | None:
+        """All of the conditioner; None where there is no UNet."""
+        return None if self.unet is None else _sum(self.conditioner.values())
 
     @property
     def trained(self) -> NetworkSize:
-        """The run's headline: the autoencoder's numbers; or the UNet's FLOPs, and the UNet's and tau_theta's weights.
+        """The run's headline: the autoencoder's or the classifier's numbers; or the UNet's FLOPs, and the UNet's and
+        tau_theta's weights.
 
-        Discriminator, perceptual net and EMA are never part of them.
+        Discriminator, perceptual net, frozen text encoder and EMA are never part of them.
         """
-        if self.unet is None or self.conditioner is None:
-            return self.autoencoder
-        return NetworkSize(self.unet.parameters + self.conditioner.parameters, self.unet.forward_flops)
+        if self.unet is not None:
+            weights = _sum([self.unet, *self.conditioner.values()]).parameters
+            return NetworkSize(weights, self.unet.forward_flops)
+        return self.autoencoder if self.classifier is None else self.classifier
 
 
 def measure_run(config: Config) -> RunSize:
@@ -61,24 +72,45 @@ def measure_run(config: Config) -> RunSize:
     resolution = config.data.resolution
     encoder, decoder, latent_shape = _measure_autoencoder(config.autoencoder, resolution)
     if config.stage == "autoencoder":
-        loss = config.autoencoder_loss
-        discriminator = None
-        if loss.adversarial_weight > 0:
-            with torch.device("meta"):
-                network = PatchDiscriminator(loss.discriminator_base_channels, loss.discriminator_layers)
-            discriminator = _measure(network, network, _meta(1, 3, resolution, resolution))
-        return RunSize(latent_shape, encoder, decoder, discriminator=discriminator)
+        return RunSize(latent_shape, encoder, decoder, discriminator=_measure_discriminator(config))
+    if config.stage == "classifier":
+        classifier = _measure_classifier(config, latent_shape)
+        return RunSize(latent_shape, encoder, decoder, classifier=classifier)
+    unet, conditioner = _measure_diffusion(config, latent_shape)
+    return RunSize(latent_shape, encoder, decoder, unet=unet, conditioner=conditioner)
+
+
+def _measure_discriminator(config: Config) -> NetworkSize | None:
+    loss, resolution = config.autoencoder_loss, config.data.resolution
+    if loss.adversarial_weight == 0:
+        return None
     with torch.device("meta"):
-        unet = build_unet(config.unet, latent_shape[0], latent_shape[0], config.conditioning.width)
-        conditioner = build_conditioner(config.conditioning)
-    text = config.conditioning
-    return RunSize(
-        latent_shape,
-        encoder,
-        decoder,
-        unet=_measure(unet, unet, _meta(1, *latent_shape), _meta(1), _meta(1, text.max_tokens, text.width)),
-        conditioner=_measure(conditioner, conditioner, _meta(1, text.max_tokens, dtype=torch.long)),
-    )
+        network = PatchDiscriminator(loss.discriminator_base_channels, loss.discriminator_layers)
+    return _measure(network, network, _meta(1, 3, resolution, resolution))
+
+
+def _measure_classifier(config: Config, latent_shape: tuple[int, int, int]) -> NetworkSize:
+    with torch.device("meta"):
+        network = LatentClassifier(config.unet, config.classifier, latent_shape[0])
+    return _measure(network, network, _meta(1, *latent_shape), _meta(1))
+
+
+def _measure_diffusion(
+    config: Config, latent_shape: tuple[int, int, int]
+) -> tuple[NetworkSize, dict[str, NetworkSize]]:
+    """The UNet, and the parts of tau_theta."""
+    channels, height, width = latent_shape
+    with torch.device("meta"):
+        conditioner = build_conditioner(config.conditioning, channels)
+        unet = build_unet(config.unet, channels + conditioner.spatial_channels, channels, conditioner.context_dim)
+        inputs = {name: part.example(1, (height, width)) for name, part in conditioner.conditions.items()}
+        context = conditioner(inputs, (height, width)).context
+    z = _meta(1, channels + conditioner.spatial_channels, height, width)
+    parts = {
+        name: _measure(part, partial(part, inputs[name], (height, width)))
+        for name, part in conditioner.conditions.items()
+    }
+    return _measure(unet, unet, z, _meta(1), *([] if context is None else [context])), parts
 
 
 def _measure_autoencoder(
@@ -117,9 +149,10 @@ def _measure(network: nn.Module, forward: Callable[..., object], *inputs: Tensor
     return NetworkSize(parameters, counter.get_total_flops())
 
 
-def _meta(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
-    return torch.empty(shape, dtype=dtype, device="meta")
+def _meta(*shape: int) -> Tensor:
+    return torch.empty(shape, device="meta")
 
 
-def _sum(first: NetworkSize, second: NetworkSize) -> NetworkSize:
-    return NetworkSize(first.parameters + second.parameters, first.forward_flops + second.forward_flops)
+def _sum(sizes: Iterable[NetworkSize]) -> NetworkSize:
+    all_sizes = list(sizes)
+    return NetworkSize(sum(size.parameters for size in all_sizes), sum(size.forward_flops for size in all_sizes))

@@ -12,7 +12,8 @@ import json
 import math
 import os
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self, TextIO
 
@@ -22,11 +23,24 @@ from torch import Tensor
 from ldm_scale.telemetry.log import get_logger
 
 if TYPE_CHECKING:
+    from matplotlib.figure import Figure
     from torch.utils.tensorboard import SummaryWriter
 
 METRICS_FILE = "metrics.jsonl"
 TENSORBOARD_FOLDER = "tensorboard"
 _RESERVED = ("images", "time")
+
+
+@dataclass(frozen=True)
+class Curves:
+    """Several lines over one axis of named places, for one picture. A value that is not finite leaves a gap."""
+
+    title: str
+    x_label: str
+    y_label: str
+    places: Sequence[str]
+    lines: Mapping[str, Sequence[float]]  # by their names, a value for each place
+    references: frozenset[str] = frozenset()  # names of lines that are only there to compare with: dashed
 
 
 class ScalarWriter:
@@ -70,6 +84,25 @@ class ScalarWriter:
         if self._events is not None:
             with self._giving_up_quietly():
                 self._events.add_image(name, image_grid(images, columns), images_seen)
+
+    def add_curves(self, name: str, curves: Curves, images_seen: int) -> None:
+        """Adds one picture of lines."""
+        if self._events is not None:
+            with self._giving_up_quietly():
+                self._events.add_figure(name, draw_curves(curves), images_seen)
+
+    def add_text(self, name: str, text: str, images_seen: int) -> None:
+        """Adds a text, in Markdown."""
+        if self._events is not None:
+            with self._giving_up_quietly():
+                self._events.add_text(name, text, images_seen)
+
+    def add_charts(self, charts: Mapping[str, Sequence[str]], category: str) -> None:
+        """Lays scalars over each other in TensorBoard's page of custom scalars: the title of a chart, and its tags."""
+        if self._events is not None and charts:
+            with self._giving_up_quietly():
+                layout = {title: ["Multiline", list(tags)] for title, tags in charts.items()}
+                self._events.add_custom_scalars({category: layout})
 
     def flush(self) -> None:
         """Puts everything on disk: before a checkpoint is published, so that it never knows more than the figures."""
@@ -130,6 +163,27 @@ def image_grid(images: Tensor, columns: int = 8, gap: int = 2) -> Tensor:
     grid[:, :, :height, :, :width] = tiles.permute(2, 0, 3, 1, 4)
     grid = grid.reshape(channels, rows * (height + gap), columns * (width + gap))
     return grid[:, : grid.shape[1] - gap, : grid.shape[2] - gap]
+
+
+def draw_curves(curves: Curves) -> Figure:
+    """The picture of lines; dashed references, and places from left to right in their order."""
+    # matplotlib takes a second to import. The figure belongs to no window, so no backend is chosen for the process.
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8, 5), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots()
+    xs = range(len(curves.places))
+    for name, values in curves.lines.items():
+        (line,) = axes.plot(xs, [value if math.isfinite(value) else math.nan for value in values], label=name)
+        line.set(**{"linestyle": "--"} if name in curves.references else {"marker": "o"})
+    axes.set_xticks(xs, curves.places, rotation=30, ha="right", fontsize=8)
+    axes.set(title=curves.title, xlabel=curves.x_label, ylabel=curves.y_label)
+    axes.set_ylim(bottom=min(0.0, axes.get_ylim()[0]))
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize=8)
+    return figure
 
 
 def _drop_rows_from(path: Path, images: int) -> None:

@@ -14,8 +14,9 @@ from torch import Tensor
 
 from ldm_scale.config.convert import config_to_dict
 from ldm_scale.data import Batch, build_loader
-from ldm_scale.engine.checkpoint import read_full_tensors
 from ldm_scale.engine.collectives import broadcast_object, gather_objects, sum_over_ranks
+from ldm_scale.engine.ema import RAW
+from ldm_scale.engine.weights import read_full_tensors
 from ldm_scale.evaluation.reconstruction import bicubic_baseline, psnr
 from ldm_scale.interchange.artifact import write_artifact
 from ldm_scale.models.autoencoder import LatentStatistics
@@ -116,7 +117,8 @@ def write(task: AutoencoderTask, checkpoint: Path, images: int) -> dict[str, Any
         "half_precision": config_to_dict(half_precision),
     }
     if task.environment.is_main:
-        weights = "raw" if task.trained["autoencoder"].ema is None else "ema"
+        ema = task.trained["autoencoder"].ema
+        weights = RAW if ema is None else ema.names[0]
         directory = Path(task.config.run_dir) / "artifact"
         digest = write_artifact(
             directory,

@@ -6,7 +6,7 @@ data/order.py), and learning rates of `cur_images` (training/optimizer.py).
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
 from ldm_scale.errors import CheckpointError
@@ -22,6 +22,7 @@ class TrainingState:
     training_s: float = 0.0  # seconds spent in training steps
     data_digest: str = ""  # of the training split's shards: what the position counts in
     autoencoder_hash: str = ""  # stage 2: content hash of the artifact that defines its latents
+    labels: dict[str, list[str]] = field(default_factory=dict)  # names of classes, objects' classes and map labels
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for a checkpoint's manifest."""
@@ -33,7 +34,7 @@ class TrainingState:
 
         Raises: CheckpointError if it was written by another version, with other fields.
         """
-        known = {field.name for field in fields(cls)}
+        known = {known_field.name for known_field in fields(cls)}
         if values.keys() != known:
             raise CheckpointError(
                 f"the checkpoint's training state has {', '.join(sorted(values)) or 'nothing'}; this version reads "

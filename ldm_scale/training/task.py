@@ -1,9 +1,9 @@
-"""What the trainer asks of a stage. The two stages are `AutoencoderTask` and `DiffusionTask`."""
+"""What the trainer asks of a stage. The stages are `AutoencoderTask`, `DiffusionTask` and `ClassifierTask`."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -13,9 +13,11 @@ from torch import Tensor
 from ldm_scale.config.schema import BatchPlan, Config
 from ldm_scale.data import Batch
 from ldm_scale.engine.checkpoint import Trained
-from ldm_scale.engine.ema import ShardedEma
+from ldm_scale.engine.ema import ShardedEma, average_names
 from ldm_scale.engine.env import Environment
 from ldm_scale.engine.zero import ShardedModel
+from ldm_scale.telemetry.tensorboard import Curves
+from ldm_scale.training.diagnosis import Finding
 from ldm_scale.training.optimizer import learning_rate
 
 
@@ -54,6 +56,20 @@ class Task(ABC):
     def finish(self, checkpoint: Path, images: int) -> dict[str, Any]:
         """What the stage leaves behind, once its last checkpoint is written. Collective: all ranks."""
 
+    def charts(self) -> dict[str, list[str]]:
+        """Figures of `validate` that belong over one another: their names, by the chart's title."""
+        return {}
+
+    def curves(self, figures: Mapping[str, float]) -> dict[str, Curves]:
+        """Named pictures of what `validate` found."""
+        return {}
+
+    def findings(
+        self, figures: Mapping[str, float], recent: Sequence[Mapping[str, float]], images: int
+    ) -> list[Finding]:
+        """What is wrong with the run, from `validate`'s figures and the metrics of the recent steps."""
+        return []
+
     @contextmanager
     def evaluating(self) -> Iterator[None]:
         """Networks without dropout inside the block."""
@@ -67,8 +83,8 @@ class Task(ABC):
                 network.train()
 
     def average(self, model: ShardedModel) -> ShardedEma | None:
-        """The moving average of a model's weights; None where the configuration switches it off."""
-        if self.config.ema.half_life_images <= 0:
+        """The moving averages of a model's weights; None where the configuration has none."""
+        if not average_names(self.config.ema):
             return None
         return ShardedEma(model, self.config.ema, self.config.kernels.ema_update)
 

@@ -1,15 +1,18 @@
-"""The training loop: one order of events for both stages.
+"""The training loop: one order of events for all stages.
 
 Per step: gradients of one global batch, one reduction of metrics over the ranks (with the request to stop riding on
 it), refusal of anything that is not finite, then the update. Everything that happens now and then (validation,
-pictures, checkpoints) happens between steps, at image counts, on all ranks.
+pictures, checkpoints, comparison of the ranks) happens between steps, at image counts, on all ranks.
 """
 
 from __future__ import annotations
 
+import dataclasses
+import hashlib
 import itertools
 import json
 import time
+from collections import deque
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -22,21 +25,26 @@ from ldm_scale.config.fit import batch_plan
 from ldm_scale.config.schema import BatchPlan, Config
 from ldm_scale.data import Batch, Loader, build_loader, open_manifest
 from ldm_scale.engine import collectives, seeding
-from ldm_scale.engine.checkpoint import latest_checkpoint, load_checkpoint, read_manifest, save_checkpoint
+from ldm_scale.engine.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
 from ldm_scale.engine.env import Environment
-from ldm_scale.engine.health import require_finite
+from ldm_scale.engine.health import RankBatch, check_ranks, require_finite
 from ldm_scale.engine.preemption import StopRequest
+from ldm_scale.engine.rank_files import read_manifest
 from ldm_scale.engine.run_lock import RunLock
+from ldm_scale.engine.snapshots import remove_snapshots_beyond, save_snapshot
+from ldm_scale.engine.weights import SNAPSHOTS
 from ldm_scale.errors import CheckpointError, ConfigError
 from ldm_scale.models.fused import describe_kernels
 from ldm_scale.telemetry.log import get_logger, say_once
 from ldm_scale.telemetry.tensorboard import ScalarWriter
 from ldm_scale.telemetry.throughput import TrainProgress
+from ldm_scale.training.diagnosis import Finding, gradient_history
 from ldm_scale.training.state import TrainingState
 from ldm_scale.training.task import Task
 
 RESULT = "result.json"
-SHOWN_LOSSES = ("loss", "loss/l1", "loss/discriminator")  # beside the progress bar; all others are in TensorBoard
+RECENT_STEPS = 200  # whose metrics a diagnosis looks at
+SHOWN_LOSSES = ("loss", "loss/l1", "loss/discriminator", "accuracy")  # beside the bar; all others: in TensorBoard
 # Settings that decide which images a step sees, and so what `cur_images` means.
 FIXED_KEYS = (
     ("train", "seed"),
@@ -44,6 +52,7 @@ FIXED_KEYS = (
     ("data", "resolution"),
     ("data", "split"),
     ("diffusion", "num_timesteps"),
+    ("diffusion", "prediction"),
 )
 
 
@@ -55,12 +64,18 @@ class Trainer:
         self.plan: BatchPlan = batch_plan(config, environment.world_size)
         self.run_dir = Path(config.run_dir)
         self.checkpoints = self.run_dir / "checkpoints"
-        self._data_digest = open_manifest(config.data.manifest, config.data.split).digest
-        self.state = TrainingState(data_digest=self._data_digest, autoencoder_hash=task.autoencoder_hash)
+        dataset = open_manifest(config.data.manifest, config.data.split)
+        self._data_digest, self._num_samples = dataset.digest, dataset.num_samples
+        self.state = TrainingState(
+            data_digest=self._data_digest, autoencoder_hash=task.autoencoder_hash, labels=dataset.labels
+        )
         self.log = get_logger(environment.rank)
         self._last_save_s = time.monotonic()
         self._saved_images = -1
         self._kernels_described = False
+        self._ranks_compared = False
+        self._recent: deque[dict[str, float]] = deque(maxlen=RECENT_STEPS)
+        self._findings: list[Finding] | None = None  # of the last validation; None before it
 
     def run(self) -> bool:
         """Whether the run reached its end (False: it was asked to stop and has saved). Collective: all ranks."""
@@ -69,6 +84,7 @@ class Trainer:
 
     def _run(self) -> bool:
         self._resume()
+        self._forget_later_snapshots()
         if self._was_finished():
             self.log.info(f"finished before, nothing to do; remove {self.run_dir / RESULT} to make the product again")
             return True
@@ -76,6 +92,7 @@ class Trainer:
         progress = TrainProgress(
             self.config.train.total_images, self.state.cur_images, self.environment.is_main, self.config.stage
         )
+        writer.add_charts(self.task.charts(), "losses")
         try:
             with StopRequest() as stop:
                 loader = self._loader()
@@ -105,6 +122,8 @@ class Trainer:
 
     def _step(self, batches: list[Batch], writer: ScalarWriter, progress: TrainProgress, stop: StopRequest) -> bool:
         """Makes one step and what falls due after it; returns whether the run shall stop."""
+        if not self._ranks_compared or self._due(self.config.train.check_ranks_every_images):
+            self._compare_ranks(batches)
         started = time.perf_counter()
         images = self.state.cur_images
         # Dropout draws from torch's own generator: other masks in each step and on each rank, the same when resumed.
@@ -112,12 +131,14 @@ class Trainer:
         torch.manual_seed(int(masks.integers(2**63)))
         metrics = self.task.accumulate(batches, images)
         means, stopping = self._reduce(metrics, stop.requested, self._name_bad_samples(batches))
-        require_finite(means, self.state.step, images)
+        norms = [step["grad_norm"] for step in self._recent if "grad_norm" in step]
+        require_finite(means, self.state.step, images, gradient_history(norms))
         means |= self.task.update(images)
         self.state.cur_images += self.plan.global_batch
         self.state.step += 1
         seconds = time.perf_counter() - started
         self.state.training_s += seconds
+        self._recent.append(means)
         if not self._kernels_described:
             self._kernels_described = True
             self.log.info(f"fused operations took, in the first step: {describe_kernels()}")
@@ -125,6 +146,8 @@ class Trainer:
         if self._due(self.config.train.log_every_images):
             rate = {"images_per_s": self.plan.global_batch / seconds, "bad_samples": float(self.state.bad_samples)}
             writer.add_scalars(means | rate, self.state.cur_images)
+        if self._due(self.config.ema.snapshot_every_images):
+            self._snapshot()
         if stopping and not self._at_end():
             return True
         with progress.paused(), self.task.evaluating():
@@ -134,13 +157,39 @@ class Trainer:
     def _now_and_then(self, writer: ScalarWriter) -> None:
         """Validation, pictures and a checkpoint, where they fall due."""
         if self._due(self.config.train.validate_every_images) or self._at_end():
-            writer.add_scalars(self.task.validate(self.state.cur_images), self.state.cur_images)
+            self._validate(writer)
         if self._due(self.config.train.sample_every_images) or self._at_end():
             for name, images in self.task.pictures().items():
                 writer.add_image_grid(name, images, self.state.cur_images)
         if self._save_is_due():
             writer.flush()  # a checkpoint never knows more than the figures
             self._save_and_go_on()
+
+    def _validate(self, writer: ScalarWriter) -> None:
+        """Figures, their pictures, and what they say is wrong, in words; the log has each finding once."""
+        images = self.state.cur_images
+        figures = self.task.validate(images)
+        writer.add_scalars(figures, images)
+        for name, curves in self.task.curves(figures).items():
+            writer.add_curves(name, curves, images)
+        known = {finding.name for finding in self._findings or ()}
+        self._findings = self.task.findings(figures, self._recent, images)
+        writer.add_text("diagnosis", "\n\n".join(map(str, self._findings)) or "nothing found", images)
+        for finding in self._findings:
+            if self.environment.is_main and finding.name not in known:  # the figures are the same on all ranks
+                self.log.warning(f"diagnosis: {finding}")
+
+    def _compare_ranks(self, batches: list[Batch]) -> None:
+        """Stops all ranks where one is not a replica of the others, or trains on the same images as another."""
+        self._ranks_compared = True
+        digest = hashlib.blake2b(repr(self.config).encode(), digest_size=8).hexdigest()
+        batch = RankBatch(
+            [number for batch in batches for number in batch.image_numbers.tolist()],
+            [key for batch in batches for key in batch.keys],
+            self._num_samples,
+        )
+        facts = {"configuration": digest, "data": self._data_digest, "autoencoder": self.task.autoencoder_hash}
+        check_ranks(self.task.trained, batch, facts, self.state.cur_images)
 
     def _reduce(self, metrics: dict[str, Tensor], stop: bool, bad: int) -> tuple[dict[str, float], bool]:
         """Metrics averaged over the ranks, and whether any was asked to stop; counts the ranks' bad samples.
@@ -184,6 +233,14 @@ class Trainer:
             self.log.error(f"{error}; training goes on")
             self._last_save_s = time.monotonic()
 
+    def _snapshot(self) -> None:
+        """Writes the averages of power-function profiles; a run without one of its snapshots goes on."""
+        root, config = self.run_dir / SNAPSHOTS, config_to_dict(self.config)
+        try:
+            save_snapshot(root, self.state.cur_images, self.task.trained, self.config.ema, config)
+        except CheckpointError as error:
+            self.log.error(f"{error}; training goes on")
+
     def _save(self) -> None:
         if self._saved_images == self.state.cur_images:
             return
@@ -218,6 +275,14 @@ class Trainer:
         self._saved_images = self.state.cur_images
         self.log.info(f"continuing at {self.state.cur_images} images from {path}")
 
+    def _forget_later_snapshots(self) -> None:
+        """Removes snapshots that a killed run took beyond its last checkpoint: the run passes there once more."""
+        if not self.environment.is_main:
+            return
+        removed = remove_snapshots_beyond(self.run_dir / SNAPSHOTS, self.state.cur_images)
+        if removed:
+            self.log.info(f"removed {removed} snapshots of more than {self.state.cur_images} images")
+
     def _was_finished(self) -> bool:
         """Whether the product of these images exists already.
 
@@ -241,7 +306,8 @@ class Trainer:
             rank=self.environment.rank,
             world_size=self.environment.world_size,
             start_image=self.state.cur_images,
-            accept_latents=self.config.stage == "diffusion",
+            accept_latents=self.config.stage != "autoencoder",
+            annotations=self.config.conditioning.annotations if self.config.stage == "diffusion" else frozenset(),
         )
 
     def _finish(self) -> None:
@@ -249,8 +315,9 @@ class Trainer:
         with self.task.evaluating():
             report = self.task.finish(path, self.state.cur_images)
         report |= {"images": self.state.cur_images, "steps": self.state.step, "training_s": self.state.training_s}
+        diagnosis = {} if self._findings is None else {"findings": [dataclasses.asdict(f) for f in self._findings]}
         if self.environment.is_main:
-            (self.run_dir / RESULT).write_text(json.dumps(report, indent=2) + "\n")
+            (self.run_dir / RESULT).write_text(json.dumps(report | diagnosis, indent=2) + "\n")
         self.log.info(f"finished: {', '.join(f'{key}={value}' for key, value in report.items())}")
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from pathlib import Path
 
 import pytest
 
@@ -10,21 +11,32 @@ from ldm_scale.config.compose import CONFIG_DIR, list_choices, list_experiments,
 from ldm_scale.config.convert import config_from_dict, config_to_dict
 from ldm_scale.config.validate import validate, validate_architecture
 from ldm_scale.errors import ConfigError
-from ldm_scale.planning.flops import measure_run
+from tests.helpers.sizes import measured
 
 # What only a user can give.
 GIVEN = ("data.manifest=data/manifest.json", "artifact=runs/autoencoder/artifact")
+# The batches that the paper prints for one GPU, which no two ranks can share.
+ODD_BATCH = ("celeba_ldm1", "celeba_ldm2", "imagenet_ldm1", "imagenet_ldm2")
 HEADER_FIELDS = ("Purpose:", "Command:", "Hardware:", "Hours:", "Expected:")
 
 
 @pytest.mark.parametrize("world_size", [1, 2])
 @pytest.mark.parametrize("name", list_experiments())
-def test_experiment_composes_and_validates(name: str, world_size: int) -> None:
+def test_experiment_composes_and_validates(name: str, world_size: int, tmp_path: Path) -> None:
     config = load_config([f"experiment={name}", *GIVEN])
+    if config.conditioning.text is not None and config.conditioning.text.tokenizer == "wordpiece":
+        vocabulary = tmp_path / "vocab.txt"
+        words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+        words += [f"word{number}" for number in range(len(words), config.conditioning.text.vocab_size)]
+        vocabulary.write_text("\n".join(words))
+        config = load_config([f"experiment={name}", *GIVEN, f"conditioning.text.vocabulary={vocabulary}"])
     if config.stage == "autoencoder" and config.autoencoder.kind == "identity":
         with pytest.raises(ConfigError, match="nothing to train"):
             validate(config, world_size=world_size)
         validate_architecture(config)
+    elif config.train.global_batch % world_size and name in ODD_BATCH:
+        with pytest.raises(ConfigError, match="does not divide by the 2 ranks"):
+            validate(config, world_size=world_size)
     else:
         validate(config, world_size=world_size)
     assert (config.experiment, config.run_dir) == (name, f"runs/{name}")
@@ -34,11 +46,12 @@ def test_experiment_composes_and_validates(name: str, world_size: int) -> None:
 @pytest.mark.parametrize("name", list_experiments())
 def test_experiment_builds_on_meta(name: str) -> None:
     config = load_config([f"experiment={name}"])
-    size = measure_run(config)
+    size = measured(f"experiment={name}")
     assert size.latent_shape[0] == config.autoencoder.latent_channels
     assert size.latent_shape[1] * config.autoencoder.downsampling_factor == config.data.resolution
-    assert (size.unet is None) == (config.stage == "autoencoder")
-    trains = config.autoencoder.kind != "identity" or config.stage == "diffusion"
+    assert (size.unet is not None) == (config.stage == "diffusion")
+    assert (size.classifier is not None) == (config.stage == "classifier")
+    trains = config.autoencoder.kind != "identity" or config.stage != "autoencoder"
     assert (size.trained.parameters > 0) == trains
     assert (size.trained.forward_flops > 0) == trains
 
@@ -83,10 +96,41 @@ def test_every_file_of_a_group_fits_the_schema(group: str, name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("first", "second"), [("demo_autoencoder", "demo_text"), ("openmoji_autoencoder", "openmoji_text")]
+    ("first", "second"),
+    [
+        ("demo_autoencoder", "demo_text"),
+        ("openmoji_autoencoder", "openmoji_text"),
+        ("gpu_demo_autoencoder", "gpu_demo_text"),
+        ("openmoji_kl_f4_small", "openmoji_text_small"),
+        ("openmoji_kl_f4_small", "openmoji_classes_small"),
+        ("openmoji_kl_f4_small", "openmoji_unconditional_small"),
+        ("openmoji_kl_f4_small", "openmoji_classifier_small"),
+        ("openmoji_scenes_kl_f4_small", "openmoji_layout_small"),
+        ("openmoji_scenes_kl_f4_small", "openmoji_semantic_small"),
+        ("openmoji_scenes_kl_f4_small", "openmoji_inpaint_small"),
+        ("openmoji_scenes_kl_f4_small", "openmoji_superres_small"),
+    ],
 )
 def test_the_second_stage_fits_the_first(first: str, second: str) -> None:
     autoencoder, text = load_config([f"experiment={first}"]), load_config([f"experiment={second}"])
     assert text.autoencoder == autoencoder.autoencoder
     assert text.artifact == f"{autoencoder.run_dir}/artifact"
     assert text.data.resolution == autoencoder.data.resolution
+
+
+@pytest.mark.parametrize(
+    ("classifier", "model"),
+    [
+        ("imagenet_ldm8_classifier", "imagenet_ldm8"),
+        ("openmoji_classifier_small", "openmoji_unconditional_small"),
+    ],
+)
+def test_a_classifier_sees_the_latents_and_the_noise_of_its_model(classifier: str, model: str) -> None:
+    guide, guided = load_config([f"experiment={classifier}"]), load_config([f"experiment={model}"])
+    assert (guide.autoencoder, guide.artifact, guide.diffusion) == (
+        guided.autoencoder,
+        guided.artifact,
+        guided.diffusion,
+    )
+    assert (guide.latents, guide.data.manifest) == (guided.latents, guided.data.manifest)
+    assert guide.data.resolution == guided.data.resolution

@@ -16,16 +16,11 @@ from torch import Tensor, nn
 
 from ldm_scale.config.convert import config_to_dict
 from ldm_scale.config.schema import Config, EmaConfig
-from ldm_scale.engine import checkpoint, collectives
-from ldm_scale.engine.checkpoint import (
-    Trained,
-    latest_checkpoint,
-    load_checkpoint,
-    read_full_tensors,
-    read_manifest,
-    save_checkpoint,
-)
+from ldm_scale.engine import collectives, rank_files
+from ldm_scale.engine.checkpoint import Trained, latest_checkpoint, load_checkpoint, save_checkpoint
 from ldm_scale.engine.ema import ShardedEma
+from ldm_scale.engine.rank_files import read_manifest
+from ldm_scale.engine.weights import read_full_tensors
 from ldm_scale.engine.zero import MOMENTS
 from ldm_scale.errors import CheckpointError
 from ldm_scale.models.build import build_seeded
@@ -43,7 +38,7 @@ from tests.helpers.sharded import (
     whole,
 )
 
-EMA = EmaConfig(half_life_images=10.0, warmup_ratio=0.0)
+EMA = EmaConfig(half_life_images=10.0, warmup_ratio=0.0, power_stds=(0.2,))
 STATE = {"cur_images": 16, "note": "as it was given"}
 
 
@@ -55,7 +50,8 @@ def _start(module: nn.Module, stage: int, precision: str = "fp32") -> dict[str, 
 def _content(item: Trained) -> dict[str, dict[str, Tensor]]:
     assert item.ema is not None
     kinds = {key: moments(item.model, key) for key in MOMENTS}
-    return kinds | {"weight": masters(item.model), "ema": whole(item.model, item.ema.values)[0]}
+    averages = {name: whole(item.model, values)[0] for name, values in item.ema.averages.items()}
+    return kinds | {"weight": masters(item.model)} | averages
 
 
 def _train(item: Trained, steps: range) -> None:
@@ -103,7 +99,8 @@ def test_any_ranks_and_stage_read_what_any_other_wrote(
 ) -> None:
     written = run_ranks(_train_and_save, saved[0], tmp_path, saved[1], precision)[0]
     content = written["content"]
-    for weights, kind in (("raw", "weight"), ("ema", "ema")):
+    assert max_difference(content["ema"], content["ema=0.2"]) > 1e-4, "the averages cannot be told apart"
+    for weights, kind in (("raw", "weight"), ("ema", "ema"), ("ema=0.20", "ema=0.2")):
         assert max_difference(read_full_tensors(written["path"], "net", weights), content[kind]) == 0
     for report in run_ranks(_load, loaded[0], written["path"], loaded[1], precision):
         assert report["state"] == STATE
@@ -139,7 +136,8 @@ def test_rows_are_written_into_masters_and_the_weights_that_compute(ranks: int, 
         expected[rows] = values
         assert torch.equal(report["content"]["weight"][name], expected)
         torch.testing.assert_close(report["computing"], expected, rtol=0, atol=1e-6)
-        for kind, value in (("ema", values), *((key, torch.zeros(())) for key in MOMENTS)):
+        zero = torch.zeros(())
+        for kind, value in (("ema", values), ("ema=0.2", values), *((key, zero) for key in MOMENTS)):
             remembered = report["before"][kind][name].clone()
             assert remembered[rows].any(), "zero before: the test shows nothing"
             if restart:
@@ -298,17 +296,38 @@ def test_another_architecture_is_refused_with_the_tensors_names(intact: Path) ->
         read_full_tensors(intact, "other", "raw")
 
 
-def _without_average(root: Path) -> Path:
-    return _save(root, 16, {"net": Trained(_start(network(), 0)["net"].model)})
+def _save_with(root: Path, ema: EmaConfig | None) -> Path:
+    model = sharded(network(), 0)
+    return _save(root, 16, {"net": Trained(model, ema and ShardedEma(model, ema))})
+
+
+def _load_with(path: Path, ema: EmaConfig) -> dict[str, Any] | str:
+    model = sharded(network(seed=12), 2)
+    trained = {"net": Trained(model, ShardedEma(model, ema))}
+    try:
+        load_checkpoint(path, trained)
+    except CheckpointError as error:
+        return str(error)
+    return _content(trained["net"])
 
 
 def test_without_an_average_the_weights_take_its_place(tmp_path: Path) -> None:
-    path = run_ranks(_without_average, 2, tmp_path)[0]
-    with pytest.raises(CheckpointError, match=r"no EMA of net .*half_life_images"):
+    path = run_ranks(_save_with, 2, tmp_path, None)[0]
+    with pytest.raises(CheckpointError, match=r"no EMA of net .*half_life_images=0\); use raw weights"):
         read_full_tensors(path, "net", "ema")
-    content = run_ranks(_load, 1, path, 0, "fp32")[0]["content"]
+    content = run_ranks(_load_with, 1, path, EmaConfig(half_life_images=10.0))[0]
     assert max_difference(content["ema"], content["weight"]) == 0
     assert max_difference(content["weight"], dict(network().named_parameters())) == 0
+
+
+def test_a_profile_cannot_be_added_to_a_run_but_left_out(tmp_path: Path) -> None:
+    path = run_ranks(_save_with, 1, tmp_path, EmaConfig(half_life_images=0.0, power_stds=(0.05, 0.1)))[0]
+    for message in run_ranks(_load_with, 2, path, EmaConfig(power_stds=(0.05, 0.07))):
+        assert f"{path} has no average ema=0.07 of the net" in message
+        assert "cannot begin at 16 images; set ema.power_stds=[0.05,0.1] and" in message
+    content = run_ranks(_load_with, 1, path, EmaConfig(half_life_images=0.0, power_stds=(0.1,)))[0]
+    assert content.keys() == {"weight", "ema=0.1", *MOMENTS}
+    assert max_difference(content["ema=0.1"], dict(network().named_parameters())) == 0
 
 
 def _fail(error: Exception) -> Callable[..., None]:
@@ -328,9 +347,9 @@ def _failing_save(root: Path, broken_rank: int, broken: str, error: Exception) -
     _train(trained["net"], range(1))
     _save(root, 8, trained)
     _train(trained["net"], range(1, 2))
-    working = getattr(checkpoint, broken)
+    working = getattr(rank_files, broken)
     if trained["net"].model.environment.rank == broken_rank:
-        setattr(checkpoint, broken, _fail(error))
+        setattr(rank_files, broken, _fail(error))
     message = "saved"
     try:
         _save(root, 16, trained)
@@ -339,7 +358,7 @@ def _failing_save(root: Path, broken_rank: int, broken: str, error: Exception) -
     left = sorted(path.name for path in root.iterdir())
     assert left == ["images-0000000008"], left
     collectives.barrier()
-    setattr(checkpoint, broken, working)
+    setattr(rank_files, broken, working)
     _save(root, 24, trained)
     return message
 

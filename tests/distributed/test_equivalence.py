@@ -95,6 +95,15 @@ def test_diffusion_losses_do_not_depend_on_ranks_or_stage(
     assert reference_losses[-1] < reference_losses[0], "20 steps did not lower the loss: the comparison shows nothing"
 
 
+@pytest.mark.parametrize(("ranks", "zero_stage"), [(1, 0), (2, 2), (2, 3)])
+def test_diffusion_losses_do_not_depend_on_checkpointing(
+    folder: Path, reference_losses: list[float], ranks: int, zero_stage: int
+) -> None:
+    config = _config(folder, "diffusion", zero_stage, train={"activation_checkpointing": True})
+    for losses in run_ranks(_diffusion_losses, ranks, config):
+        assert losses == pytest.approx(reference_losses, rel=1e-5)
+
+
 def test_accumulation_equals_a_large_batch(folder: Path, reference_losses: list[float]) -> None:
     config = _config(folder, "diffusion", 1, train={"micro_batch": 2})
     assert run_ranks(_diffusion_losses, 1, config)[0] == pytest.approx(reference_losses, rel=1e-5)

@@ -13,7 +13,8 @@ from safetensors import safe_open
 
 from ldm_scale.config.schema import Config
 from ldm_scale.engine import env
-from ldm_scale.engine.checkpoint import read_manifest, save_checkpoint
+from ldm_scale.engine.checkpoint import save_checkpoint
+from ldm_scale.engine.rank_files import complete_folders, read_manifest
 from ldm_scale.errors import CheckpointError
 from ldm_scale.operations.train import train
 from ldm_scale.training import adversary, trainer
@@ -53,7 +54,7 @@ EMA_CODES = {"codebook_update": "ema", "dead_code_images": 16}
             {"autoencoder": {"kind": "vq", "codebook_size": 64}, "autoencoder_loss": GAN | EMA_CODES},
         ),
         ("autoencoder", 1, 1, {"autoencoder_loss": GAN | {"discriminator_norm": "batch"}}),
-        ("diffusion", 2, 3, {}),
+        ("diffusion", 2, 3, {"ema": {"power_stds": (0.05, 0.1), "snapshot_every_images": 16}}),
     ],
 )
 def test_a_resumed_run_equals_an_unbroken_one_bit_for_bit(
@@ -89,6 +90,8 @@ def test_a_resumed_run_equals_an_unbroken_one_bit_for_bit(
     assert {name: r["crc32"] for name, r in after["files"].items()} == {
         name: r["crc32"] for name, r in before["files"].items()
     }
+    if "ema" in sections:
+        _require_equal_snapshots(unbroken / "snapshots", run / "snapshots")
     results = [json.loads((folder / "result.json").read_text()) for folder in (unbroken, run)]
     assert results[0].pop("training_s") > 0
     assert results[1].pop("training_s") > 0
@@ -96,6 +99,14 @@ def test_a_resumed_run_equals_an_unbroken_one_bit_for_bit(
         assert results[0] == results[1]
     else:
         assert results[0]["hash"] == results[1]["hash"]
+
+
+def _require_equal_snapshots(unbroken: Path, resumed: Path) -> None:
+    names = [folder.name for folder in complete_folders(unbroken)]
+    assert names == [f"images-{images:010d}" for images in (16, 32, 48, 64)]
+    assert [folder.name for folder in complete_folders(resumed)] == names[2:]
+    for name in names[2:]:
+        assert read_manifest(resumed / name)["files"] == read_manifest(unbroken / name)["files"]
 
 
 def _train_with_one_failing_save(config: Config) -> bool:

@@ -10,10 +10,12 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import pytest
+import scipy.optimize
 import torch
 from torch import Tensor, nn
 
 from ldm_scale.config.schema import EmaConfig
+from ldm_scale.engine.collectives import barrier
 from ldm_scale.engine.ema import ShardedEma
 from ldm_scale.engine.zero import MOMENTS, ShardedModel
 from ldm_scale.errors import NumericsError
@@ -36,7 +38,7 @@ from tests.helpers.sharded import (
 
 RATES = (1e-2, 5e-3, 2e-2)  # of the three steps
 LOSS_SCALES = (30.0, 0.05, 1.0)  # gradients far above the clipping norm, below it, between
-EMA = EmaConfig(half_life_images=10.0, warmup_ratio=0.9)
+EMA = EmaConfig(half_life_images=10.0, warmup_ratio=0.9, power_stds=(0.05, 0.2))
 STEPS_SET = 40
 
 
@@ -49,7 +51,7 @@ def _exercise(stage: int, precision: str) -> dict[str, Any]:
         report["norms"].append(train_step(model, step, lr, scale))
         ema.update((step + 1) * BATCH, BATCH)
         report["trajectory"].append(masters(model))
-        report["averages"].append(whole(model, ema.values)[0])
+        report["averages"].append({name: whole(model, values)[0] for name, values in ema.averages.items()})
     report["steps"] = model.optimizer_steps
     report["prediction"] = predict(model)
     report |= _replace(model, ema)
@@ -65,15 +67,17 @@ def _exercise(stage: int, precision: str) -> dict[str, Any]:
 def _replace(model: ShardedModel, ema: ShardedEma) -> dict[str, Any]:
     """What is computed with the average's weights, with constant ones, and after them."""
     report: dict[str, Any] = {}
+    report["prediction_of_average"] = {}
+    for name in ema.names:
+        with ema.active(name):
+            report["prediction_of_average"][name] = predict(model)
     with ema.active():
-        report["prediction_of_average"] = predict(model)
+        report["prediction_of_first_average"] = predict(model)
     with model.masters_replaced_by([torch.full((f.length,), 0.1) for f in model.fragments]):
         report["replaced"] = masters(model)
         report["prediction_of_constant"] = predict(model)
     report["restored"] = masters(model)
     report["prediction_restored"] = predict(model)
-    ema.reset()
-    report["reset_average"] = whole(model, ema.values)[0]
     return report
 
 
@@ -204,16 +208,45 @@ def test_replaced_masters_compute_and_go_back_bit_for_bit(case: Case) -> None:
     assert torch.equal(case["prediction_restored"], case["prediction"])
 
 
-def test_average_equals_a_dense_one(case: Case) -> None:
-    average = case["initial"]
+def _decay(name: str, step: int) -> float:
+    """Share that the step keeps, by the definitions: half-lives; (1 - 1/t)^(gamma + 1) for a width of gamma."""
+    if name == "ema":
+        return float(0.5 ** (BATCH / min(10.0, 0.9 * (step + 1) * BATCH)))
+    variance = float(name.removeprefix("ema=")) ** 2
+    gamma = scipy.optimize.brentq(lambda g: (g + 1) / ((g + 2) ** 2 * (g + 3)) - variance, 0.0, 1e4)
+    return float((1 - 1 / (step + 1)) ** (gamma + 1))
+
+
+@pytest.mark.parametrize("name", ["ema", "ema=0.05", "ema=0.2"])
+def test_averages_equal_dense_ones(case: Case, name: str) -> None:
+    average = {key: weight.double() for key, weight in case["initial"].items()}
     for step, (weights, actual) in enumerate(zip(case["trajectory"], case["averages"], strict=True)):
-        half_life = min(10.0, 0.9 * (step + 1) * BATCH)
-        decay = 0.5 ** (BATCH / half_life)
-        average = {name: decay * average[name] + (1 - decay) * weights[name] for name in average}
-        assert max_difference(actual, average) <= 1e-6
-    assert max_difference(average, case["trajectory"][-1]) > 1e-4, "the average is the weights themselves"
-    assert torch.allclose(case["prediction_of_average"], case.prediction(case["averages"][-1]), rtol=0, atol=1e-6)
-    assert max_difference(case["reset_average"], case["trajectory"][-1]) == 0
+        decay = _decay(name, step)
+        average = {key: decay * average[key] + (1 - decay) * weights[key].double() for key in average}
+        assert max_difference(actual[name], average) <= 1e-6
+    assert max_difference(average, case["trajectory"][-1]) > 1e-6, "the average is the weights themselves"
+    expected = case.prediction(case["averages"][-1][name])
+    assert torch.allclose(case["prediction_of_average"][name], expected, rtol=0, atol=1e-6)
+
+
+def test_the_first_average_is_the_one_that_is_shown(case: Case) -> None:
+    assert torch.equal(case["prediction_of_first_average"], case["prediction_of_average"]["ema"])
+    assert not torch.equal(case["prediction_of_first_average"], case["prediction_of_average"]["ema=0.2"])
+
+
+def _update_on_rank_0_alone(stage: int) -> bool:
+    model = sharded(network(), stage)
+    ema = ShardedEma(model, EMA)
+    train_step(model, 0, RATES[0])
+    if model.environment.is_main:  # a collective in here would wait for the other rank until the test's time is up
+        ema.update(BATCH, BATCH)
+    barrier()
+    return all(torch.equal(a, f.master) for a, f in zip(ema.averages["ema=0.05"], model.fragments, strict=True))
+
+
+@pytest.mark.parametrize("stage", range(4))
+def test_an_update_needs_no_other_rank(stage: int) -> None:
+    assert run_ranks(_update_on_rank_0_alone, 2, stage, timeout_s=30.0) == [True, False]
 
 
 def test_adam_goes_on_from_moments_and_a_step_count_that_were_set(case: Case) -> None:

@@ -55,7 +55,7 @@ def stage2(folder: Path, run_dir: Path, *more: str) -> list[str]:
         f"artifact={folder / 'artifact'}",
         "unet={base_channels: 16, channel_multipliers: [1, 2], num_res_blocks: 1, attention_levels: [1]}",
         "unet={head_dim: 16, norm_groups: 4}",
-        "conditioning={width: 16, depth: 1, num_heads: 2, max_tokens: 16}",
+        "conditioning.text={width: 16, depth: 1, num_heads: 2, max_tokens: 16}",
         "sampling.num_steps=2",
         "sampling.prompts=[a]",
         *more,

@@ -11,6 +11,7 @@ import torch
 from ldm_scale.config.schema import (
     AutoencoderConfig,
     AutoencoderLossConfig,
+    ConditioningConfig,
     Config,
     DataConfig,
     EmaConfig,
@@ -33,6 +34,7 @@ UNET = UNetConfig(
     base_channels=16, channel_multipliers=(1, 2), num_res_blocks=1, attention_levels=(1,), head_dim=16, norm_groups=4
 )
 TEXT = TextConditioningConfig(width=16, depth=1, num_heads=2, max_tokens=16)
+CONDITIONING = ConditioningConfig(text=TEXT)
 
 
 def tiny_config(stage: str, manifest: Path, run_dir: Path, **sections: dict[str, Any]) -> Config:
@@ -53,7 +55,7 @@ def tiny_config(stage: str, manifest: Path, run_dir: Path, **sections: dict[str,
         ),
         latents=LatentsConfig(statistics_images=16),
         unet=UNET,
-        conditioning=TEXT,
+        conditioning=CONDITIONING,
         data=DataConfig(manifest=str(manifest), validation_split="", resolution=16, crop_scale_min=0.9, num_workers=0),
         optimizer=OptimizerConfig(lr=1e-3),
         ema=EmaConfig(half_life_images=32.0),

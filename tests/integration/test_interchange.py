@@ -12,9 +12,10 @@ from torch import Tensor
 from transformers import CLIPTextModel
 
 from ldm_scale.conditioning.latent_diffusion import LatentDiffusion
-from ldm_scale.conditioning.text import tokenize
+from ldm_scale.conditioning.tokenizers import clip_tokenizer
 from ldm_scale.config.schema import (
     AutoencoderConfig,
+    ConditioningConfig,
     DiffusionConfig,
     SamplingConfig,
     TextConditioningConfig,
@@ -156,11 +157,12 @@ def make_model(
     statistics: LatentStatistics = LatentStatistics(scale=0.3),  # noqa: B008 (frozen)
 ) -> DiffusionArtifact:
     first = make_artifact(random_state(Autoencoder(autoencoder)), autoencoder, statistics, {"resolution": 32})
+    conditioning = ConditioningConfig(text=text)
     return make_diffusion_artifact(
-        random_state(LatentDiffusion(unet, text, autoencoder.latent_channels)),
+        random_state(LatentDiffusion(unet, conditioning, autoencoder.latent_channels)),
         first,
         unet=unet,
-        conditioning=text,
+        conditioning=conditioning,
         diffusion=DiffusionConfig(),
         sampling=SamplingConfig(),
         provenance={"resolution": 32},
@@ -278,7 +280,7 @@ def test_text_encoder(name: str, tmp_path: Path) -> None:
     theirs = opened(CLIPTextModel, tmp_path / "text_encoder")
     captions = ["", "a cat", "one " * 100]
     with torch.no_grad():
-        output = theirs(tokenize(captions, config.max_tokens)).last_hidden_state
+        output = theirs(clip_tokenizer()(captions, config.max_tokens)[0]).last_hidden_state
     assert relative_difference(output, LoadedDiffusion(artifact).encode_conditioning(captions)) < TOLERANCE
 
 

@@ -1,76 +1,202 @@
 from __future__ import annotations
 
+import dataclasses
+import json
+import re
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
+from ldm_scale import load_diffusion
 from ldm_scale.__main__ import main
-from ldm_scale.conditioning.latent_diffusion import LatentDiffusion
-from ldm_scale.config.schema import DiffusionConfig, SamplingConfig
-from ldm_scale.interchange.artifact import make_diffusion_artifact, read_artifact, write_diffusion_artifact
+from ldm_scale.config.schema import (
+    ClassConditioningConfig,
+    ClassifierConfig,
+    ConditioningConfig,
+    Config,
+    InpaintingConditioningConfig,
+    LayoutConditioningConfig,
+    LowResolutionConditioningConfig,
+    SemanticMapConditioningConfig,
+)
+from ldm_scale.interchange.classifier import LoadedClassifier
+from ldm_scale.interchange.load import LoadedDiffusion
 from ldm_scale.models.build import build_seeded
-from tests.helpers.runs import AUTOENCODER, TEXT, UNET, set_random_outputs, tiny_artifact
+from ldm_scale.models.classifier import LatentClassifier
+from tests.helpers.models import SIDE, tiny_model
+from tests.helpers.runs import TEXT, UNET, set_random_outputs
+
+LAYOUT = LayoutConditioningConfig(num_classes=3, num_tokens=64, max_objects=2, width=16, depth=1, num_heads=2)
+CLASSES = ClassConditioningConfig(num_classes=3, width=16)
+KINDS = {
+    "text": ConditioningConfig(text=TEXT),
+    "nothing": ConditioningConfig(),
+    "classes": ConditioningConfig(classes=CLASSES),
+    "layout": ConditioningConfig(layout=LAYOUT),
+    "map": ConditioningConfig(semantic_map=SemanticMapConditioningConfig(num_labels=4)),
+    "small": ConditioningConfig(low_resolution=LowResolutionConditioningConfig(factor=4)),
+    "fill": ConditioningConfig(text=TEXT, inpainting=InpaintingConditioningConfig()),
+}
+LABELS = {"classes": ["red", "green", "blue"], "object_classes": ["apple", "ball", "cat"]}
 
 
 @pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("sample")
-    autoencoder = read_artifact(tiny_artifact(folder / "autoencoder"))
-    network = build_seeded(lambda: LatentDiffusion(UNET, TEXT, AUTOENCODER.latent_channels), seed=1)
-    set_random_outputs(network, seed=2)
-    artifact = make_diffusion_artifact(
-        {name: tensor.detach() for name, tensor in network.state_dict().items()},
-        autoencoder,
-        unet=UNET,
-        conditioning=TEXT,
-        diffusion=DiffusionConfig(),
-        sampling=SamplingConfig(num_steps=3, guidance_scale=2.0),
-        provenance={"images": 0, "resolution": 16, "weights": "raw"},
-    )
-    write_diffusion_artifact(folder / "model", artifact)
-    return folder / "model"
+def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    return {
+        name: tiny_model(tmp_path_factory.mktemp(name), conditioning, LABELS) for name, conditioning in KINDS.items()
+    }
+
+
+@pytest.fixture(scope="module")
+def model(models: dict[str, Path]) -> Path:
+    return models["text"]
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """A picture, its mask, a map, a layout and others, by name."""
+    folder = tmp_path_factory.mktemp("files")
+    generator = np.random.default_rng(0)
+
+    def save(name: str, array: np.ndarray) -> None:
+        Image.fromarray(array.astype(np.uint8)).save(folder / name)
+
+    mask = np.zeros((SIDE, SIDE))
+    mask[4:12, 2:9] = 255
+    labels = np.zeros((SIDE, SIDE))
+    labels[:, 8:] = 2
+    save("picture.png", generator.integers(0, 256, (SIDE, SIDE, 3)))
+    save("wide.png", generator.integers(0, 256, (SIDE, 2 * SIDE, 3)))
+    save("odd.png", generator.integers(0, 256, (SIDE, 21, 3)))
+    save("small.png", generator.integers(0, 256, (SIDE // 4, SIDE // 4, 3)))
+    save("mask.png", mask)
+    save("map.png", labels)
+    save("unknown.png", labels + 7)
+    apple = {"class": "apple", "box": [0, 0, 32, 32]}
+    layouts: dict[str, Any] = {
+        "layout.json": {"objects": [apple, {"class": 1, "box": [32, 32, 32, 32]}], "size": [64, 64]},
+        "fractions.json": {"objects": [{"class": "apple", "box": [0.7, 0.1, 0.3, 0.9]}]},
+        "outside.json": {"objects": [{"class": "apple", "box": [40, 0, 32, 32]}], "size": [64, 64]},
+        "flat.json": {"objects": [{"class": "apple", "box": [4, 4, 0, 9]}], "size": [64, 64]},
+        "dog.json": {"objects": [{"class": "dog", "box": [0, 0, 1, 1]}]},
+        "list.json": [1, 2],
+    }
+    for name, layout in layouts.items():
+        (folder / name).write_text(json.dumps(layout))
+    return {path.name: str(path) for path in folder.iterdir()}
 
 
 def _images(folder: Path) -> list[np.ndarray]:
     return [np.asarray(Image.open(path)).astype(int) for path in sorted(folder.glob("*.png"))]
 
 
-@pytest.mark.parametrize("options", [[], ["--eta", "1"], ["--sampler", "ddpm"]])
+def _sample(source: Path, folder: Path, *arguments: str) -> list[np.ndarray]:
+    """The images that the command writes."""
+    common = ["sample", str(source), "--device", "cpu", "--out", str(folder / "grid.png")]
+    assert main([*common, *arguments, "--images-dir", str(folder / "images")]) == 0
+    return _images(folder / "images")
+
+
+def _refusal(capsys: pytest.CaptureFixture[str], source: Path, folder: Path, *arguments: str) -> str:
+    """The one line that the command prints when it refuses its arguments."""
+    capsys.readouterr()
+    assert main(["sample", str(source), "--device", "cpu", *arguments, "--out", str(folder / "x.png")]) == 2
+    output, errors = capsys.readouterr()
+    assert output == ""
+    (line,) = [line for line in errors.splitlines() if line.startswith("error:")]
+    assert "Traceback" not in errors
+    assert not (folder / "x.png").exists()
+    return line
+
+
+@pytest.mark.parametrize("options", [[], ["--eta", "1"], ["--sampler", "ddpm"], ["--sampler", "plms"]])
 def test_image_i_depends_on_its_own_seed_and_prompt_only(model: Path, tmp_path: Path, options: list[str]) -> None:
-    common = ["sample", str(model), "--device", "cpu", *options]
     together = ["--prompt", "red", "--prompt", "a blue thing", "--num-images", "3", "--seed", "7", "--batch", "2"]
-    assert main([*common, *together, "--out", str(tmp_path / "a.png"), "--images-dir", str(tmp_path / "a")]) == 0
-    alone = ["--prompt", "a blue thing", "--seed", "8"]
-    assert main([*common, *alone, "--out", str(tmp_path / "b.png"), "--images-dir", str(tmp_path / "b")]) == 0
-    first, second, third = _images(tmp_path / "a")
-    (single,) = _images(tmp_path / "b")
+    first, second, third = _sample(model, tmp_path / "a", *options, *together)
+    (single,) = _sample(model, tmp_path / "b", *options, "--prompt", "a blue thing", "--seed", "8")
     assert np.abs(second - single).max() <= 1  # a batch of another size may round differently
     assert np.abs(first - third).max() > 1, "same prompt, other seed: the images should differ"
-    with Image.open(tmp_path / "a.png") as grid:
+    with Image.open(tmp_path / "a" / "grid.png") as grid:
         assert grid.width > grid.height
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ([], "no prompt given"),
+        ([], "conditioned on text: give --prompt TEXT"),
         (["--prompt", "x", "--batch", "0"], "--batch 0"),
         (["--prompt", "x", "--num-images", "0"], "--num-images 0"),
-        (["--prompt", "x", "--steps", "2000"], "num_steps = 2000"),
+        (["--prompt", "x", "--steps", "2000"], "num_steps=2000"),
         (["--prompts-file", "/no/such/file"], "cannot be read"),
+        (["--prompt", "x", "--class", "red"], "--class: the model is conditioned on text; leave it out"),
+        (["--prompt", "x", "--map", "m.png"], "--map: the model is conditioned on text"),
+        (["--prompt", "x", "--size", "16"], "--size 16: must be height and width"),
+        (["--prompt", "x", "--size", "18x16"], "an image of 18 x 16 pixels: both sides must be multiples of 4"),
+        (["--prompt", "x", "--tile", "18"], "tile=18: must be a multiple of 4 pixels"),
+        (["--prompt", "x", "--tile", "16", "--tile-overlap", "16"], "overlap=16: must be"),
+        (["--prompt", "x", "--tile-overlap", "8"], "belong to tile"),
+        (["--prompt", "x", "--strength", "0.5"], "strength=0.5 without an image"),
+        (["--prompt", "x", "--init-image", "/no/such.png"], "cannot be read"),
+        (["--prompt", "x", "--guidance", "1", "--negative-prompt", "y"], "guidance scale of 1"),
+        (["--prompt", "x", "--guidance-interval", "2", "1"], "--guidance-interval 2 1"),
+        (["--prompt", "x", "--guidance-rescale", "2"], "--guidance-rescale 2"),
+        (["--prompt", "x", "--sampler", "heun"], "sampling.sampler=heun"),
+        (["--prompt", "x", "--sampler", "plms", "--eta", "1"], "eta belongs to"),
+        (["--prompt", "x", "--guide-scale", "2"], "--guide-scale belongs to"),
+        (["--prompt", "x", "--clip-model", "ViT-B-32"], "belong to --clip-guidance"),
+        (["--prompt", "x", "--imagenet-guidance", "goldfis"], "neither a name nor a number.*'goldfish'"),
+        (["--prompt", "x", "--clip-guidance", "y", "--clip-model", "ViT-Z"], "--clip-model=ViT-Z: OpenCLIP has no"),
+        (["--prompt", "x", "--clip-guidance", "y", "--clip-weights", "no.pt"], "--clip-weights=no.pt: neither a file"),
     ],
 )
 def test_bad_arguments_are_one_line(
     model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], message: str
 ) -> None:
-    assert main(["sample", str(model), *arguments, "--out", str(tmp_path / "x.png")]) == 2
-    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error:")]
-    assert len(lines) == 1
-    assert message in lines[0]
-    assert not (tmp_path / "x.png").exists()
+    assert re.search(message, _refusal(capsys, model, tmp_path, *arguments))
+
+
+@pytest.mark.parametrize(
+    ("kind", "arguments", "message"),
+    [
+        ("nothing", ["--prompt", "x"], "--prompt: the model is conditioned on nothing: it takes --num-images alone"),
+        ("nothing", ["--guidance", "2"], "guidance_scale=2: the model was never trained without"),
+        ("classes", [], "conditioned on classes: give --class"),
+        ("classes", ["--class", "3"], "--class '3': neither a name nor a number from 0 to 2"),
+        ("classes", ["--class", "gren"], "'green'"),
+        ("layout", ["--layout", "outside.json"], "is not within the picture of 64 x 64"),
+        ("layout", ["--layout", "flat.json"], "has no area"),
+        ("layout", ["--layout", "dog.json"], "class 'dog': neither a name"),
+        ("layout", ["--layout", "list.json"], "must be JSON like"),
+        ("layout", ["--layout", "/no/such.json"], "cannot be read"),
+        ("map", ["--map", "unknown.png"], "semantic map with label 7"),
+        ("map", ["--map", "picture.png"], "8 bits and one channel"),
+        ("map", ["--map", "layout.json"], "label map does not decode"),
+        ("small", ["--image", "small.png", "--size", "32x32"], "enlarges to 16 x 16 (4 times)"),
+        ("fill", ["--prompt", "x", "--image", "picture.png"], "conditioned on inpainting: give --mask"),
+        ("fill", ["--prompt", "x", "--image", "wide.png", "--mask", "mask.png"], "mask of 16x16 pixels for an image"),
+        ("fill", ["--prompt", "x", "--image", "odd.png", "--mask", "odd.png"], "take 20 or 24 for 21"),
+        (
+            "fill",
+            ["--prompt", "x", "--image", "picture.png", "--image", "wide.png", "--mask", "mask.png"],
+            "must have one size; give --size HxW",
+        ),
+    ],
+)
+def test_what_does_not_fit_the_model_is_one_line(
+    models: dict[str, Path],
+    files: dict[str, str],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    kind: str,
+    arguments: list[str],
+    message: str,
+) -> None:
+    given = [files.get(argument, argument) for argument in arguments]
+    assert message in _refusal(capsys, models[kind], tmp_path, *given)
 
 
 def test_an_autoencoder_is_not_sampled(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -81,7 +207,143 @@ def test_an_autoencoder_is_not_sampled(model: Path, tmp_path: Path, capsys: pyte
 
 def test_prompts_come_from_a_file(model: Path, tmp_path: Path) -> None:
     (tmp_path / "prompts.txt").write_text("eins\n\nzwei\n", encoding="utf-8")
-    arguments = ["--prompts-file", str(tmp_path / "prompts.txt"), "--out", str(tmp_path / "g.png")]
-    assert main(["sample", str(model), *arguments, "--images-dir", str(tmp_path / "i"), "--steps", "1"]) == 0
-    assert [path.stem.partition("-")[2] for path in sorted((tmp_path / "i").glob("*.png"))] == ["eins", "zwei"]
+    images = _sample(model, tmp_path, "--prompts-file", str(tmp_path / "prompts.txt"), "--steps", "1")
+    assert len(images) == 2
+    assert [path.stem.partition("-")[2] for path in sorted((tmp_path / "images").glob("*.png"))] == ["eins", "zwei"]
     assert torch.is_grad_enabled()
+
+
+def test_json_says_what_was_made(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    long = "word " * 40
+    arguments = ["--prompt", "x", "--prompt", long, "--steps", "4", "--guidance", "3", "--guidance-interval", "0", "1"]
+    _sample(model, tmp_path, *arguments, "--json", "--seed", "5")
+    document = json.loads(capsys.readouterr().out)
+    assert [image["seed"] for image in document["images"]] == [5, 6]
+    assert all(Path(image["path"]).is_file() for image in document["images"])
+    assert document["truncated"] == 1
+    assert (document["sampler"], document["num_steps"], document["guidance_scale"]) == ("ddim", 4, 3.0)
+    # Timesteps 751, 501, 251, 1: sigma / alpha is below 1 at the last two alone, which take two passes an image.
+    assert document["unet_passes"] == 2 * (2 * 1 + 2 * 2)
+    capsys.readouterr()
+    _sample(model, tmp_path, "--prompt", "x", "--guidance", "0", "--steps", "1", "--json")
+    document = json.loads(capsys.readouterr().out)
+    assert (document["unet_passes"], document["truncated"]) == (1, 0)
+
+
+def test_each_kind_is_heard(models: dict[str, Path], files: dict[str, str], tmp_path: Path) -> None:
+    calls = {
+        "classes": (["--class", "green"], ["--class", "2"], ["--class", "none"]),
+        "layout": (["--layout", files["layout.json"]], ["--layout", files["fractions.json"]]),
+        "map": (["--map", files["map.png"]], ["--map", files["mask.png"], "--size", "16x16"]),
+    }
+    # A mask's 255 is "unknown", its 0 the first label: another map.
+    for kind, variants in calls.items():
+        images = [_sample(models[kind], tmp_path / f"{kind}{i}", *given)[0] for i, given in enumerate(variants)]
+        for other in images[1:]:
+            assert np.abs(images[0] - other).max() > 0, kind
+    named = _sample(models["classes"], tmp_path / "named", "--class", "GREEN")
+    numbered = _sample(models["classes"], tmp_path / "numbered", "--class", "1")
+    assert np.array_equal(named, numbered)
+    assert len(_sample(models["nothing"], tmp_path / "nothing", "--num-images", "3")) == 3
+
+
+def test_inpainting_keeps_what_is_known(models: dict[str, Path], files: dict[str, str], tmp_path: Path) -> None:
+    arguments = ["--image", files["picture.png"], "--mask", files["mask.png"]]
+    red, blue = _sample(models["fill"], tmp_path, *arguments, "--prompt", "red", "--prompt", "blue")
+    picture = np.asarray(Image.open(files["picture.png"])).astype(int)
+    known = np.asarray(Image.open(files["mask.png"])) == 0
+    assert np.array_equal(red[known], picture[known])
+    assert np.abs(red[~known] - picture[~known]).max() > 1
+    assert np.array_equal(blue[known], picture[known])
+
+
+def test_super_resolution_enlarges(models: dict[str, Path], files: dict[str, str], tmp_path: Path) -> None:
+    (image,) = _sample(models["small"], tmp_path, "--image", files["small.png"])
+    assert image.shape == (SIDE, SIDE, 3)
+    (large,) = _sample(models["small"], tmp_path / "large", "--image", files["wide.png"], "--tile", "32")
+    assert large.shape == (4 * SIDE, 8 * SIDE, 3)
+
+
+def test_little_strength_stays_near_the_image(model: Path, files: dict[str, str], tmp_path: Path) -> None:
+    arguments = ["--prompt", "x", "--init-image", files["picture.png"], "--steps", "10"]
+    little = _sample(model, tmp_path / "little", *arguments, "--strength", "0.1")[0]
+    much = _sample(model, tmp_path / "much", *arguments, "--strength", "1")[0]
+    opened = load_diffusion(model)
+    pixels = torch.from_numpy(np.asarray(Image.open(files["picture.png"])).copy()).permute(2, 0, 1)[None] / 127.5 - 1
+    kept = opened.autoencoder.decode(opened.autoencoder.encode(pixels)).clamp(-1, 1)[0].permute(1, 2, 0).numpy()
+    kept = (kept + 1) * 127.5
+    assert np.abs(little - kept).mean() < 0.5 * np.abs(much - kept).mean()
+
+
+def test_sizes_and_tiles(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (whole,) = _sample(model, tmp_path / "whole", "--prompt", "x", "--size", "32x48")
+    assert whole.shape == (32, 48, 3)
+    (one,) = _sample(model, tmp_path / "one", "--prompt", "x", "--size", "32x48", "--tile", "48")
+    assert np.abs(whole - one).max() <= 1
+    capsys.readouterr()
+    tiled = ["--size", "32x48", "--tile", "16", "--tile-batch", "3", "--steps", "1", "--guidance", "1"]
+    _sample(model, tmp_path / "tiled", "--prompt", "x", *tiled, "--json")
+    document = json.loads(capsys.readouterr().out)
+    # Windows of 8 latents, 2 of overlap, on 16 x 24: 3 x 4 of them.
+    assert (document["height"], document["width"], document["unet_passes"]) == (32, 48, 12)
+
+
+def test_a_batch_beyond_the_memory_says_what_fits(
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain = LoadedDiffusion.sample
+
+    def limited(self: LoadedDiffusion, y: Any, seeds: Any, **options: Any) -> torch.Tensor:
+        if len(seeds) > 3:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        if len(seeds) == 3:
+            raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 1 bytes")
+        return plain(self, y, seeds, **options)
+
+    monkeypatch.setattr(LoadedDiffusion, "sample", limited)
+    line = _refusal(capsys, model, tmp_path, "--prompt", "x", "--num-images", "20", "--batch", "12")
+    assert "a batch of 12 does not fit in memory, one of 1 does: give --batch 1" in line
+    assert len(_sample(model, tmp_path, "--prompt", "x", "--num-images", "3", "--batch", "2", "--steps", "1")) == 3
+
+    def none(self: LoadedDiffusion, y: Any, seeds: Any, **options: Any) -> torch.Tensor:
+        raise MemoryError
+
+    monkeypatch.setattr(LoadedDiffusion, "sample", none)
+    assert "not even one image" in _refusal(capsys, model, tmp_path, "--prompt", "x", "--batch", "2")
+
+
+def test_a_classifier_of_latents_guides_towards_each_images_class(
+    models: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    autoencoder = load_diffusion(models["nothing"]).autoencoder
+    config = Config(
+        stage="classifier",
+        autoencoder=autoencoder.config,
+        unet=dataclasses.replace(UNET, attention="self"),
+        classifier=ClassifierConfig(num_classes=3, pool_head_dim=16),
+    )
+    network = build_seeded(
+        lambda: LatentClassifier(config.unet, config.classifier, autoencoder.config.latent_channels), 4
+    )
+    set_random_outputs(network, seed=2)
+    state = {name: tensor.detach() for name, tensor in network.state_dict().items()}
+    known = LoadedClassifier(config, state, autoencoder.content_hash, LABELS["classes"], "run")
+    monkeypatch.setattr("ldm_scale.operations.sample_guides.load_classifier", lambda path, weights: known)
+    arguments = ["--classifier", "run", "--guide-scale", "300", "--num-images", "2", "--batch", "1", "--seed", "3"]
+    mixed = _sample(models["nothing"], tmp_path / "mixed", *arguments, "--class", "red", "--class", "blue")
+    blue = _sample(models["nothing"], tmp_path / "blue", *arguments, "--class", "blue")
+    assert np.array_equal(mixed[1], blue[1])
+    assert np.abs(mixed[0] - blue[0]).max() > 1
+    assert "--classifier needs classes: give --class" in _refusal(capsys, models["nothing"], tmp_path, *arguments)
+    known.autoencoder_hash = "another"
+    line = _refusal(capsys, models["nothing"], tmp_path, *arguments, "--class", "red")
+    assert "knows latents of the autoencoder another" in line
+
+
+def test_a_classifier_of_pictures_guides_an_unconditional_model(models: dict[str, Path], tmp_path: Path) -> None:
+    plain = _sample(models["nothing"], tmp_path / "plain")[0]
+    guide = ["--imagenet-guidance", "goldfish", "--guide-scale", "20"]
+    guided = _sample(models["nothing"], tmp_path / "guided", *guide)[0]
+    off = _sample(models["nothing"], tmp_path / "off", "--imagenet-guidance", "1", "--guide-scale", "0")[0]
+    assert np.array_equal(plain, off)
+    assert np.abs(plain - guided).max() > 1

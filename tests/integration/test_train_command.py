@@ -15,7 +15,8 @@ import psutil
 import pytest
 
 import ldm_scale
-from ldm_scale.engine.checkpoint import latest_checkpoint, read_manifest
+from ldm_scale.engine.checkpoint import latest_checkpoint
+from ldm_scale.engine.rank_files import read_manifest
 from ldm_scale.engine.run_lock import LOCK
 from ldm_scale.train import main
 from tests.helpers.commands import TOTAL_IMAGES, stage1, stage2

@@ -83,7 +83,7 @@ def _train(config: Config) -> dict[str, Any]:
         task.update(step * batch)
     ema = task.trained["diffusion"].ema
     assert ema is not None
-    return {"losses": losses, "ema": [value.clone() for value in ema.values], "paths": _paths_taken()}
+    return {"losses": losses, "ema": [value.clone() for value in ema.averages["ema"]], "paths": _paths_taken()}
 
 
 @pytest.mark.slow

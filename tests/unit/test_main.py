@@ -128,7 +128,7 @@ def test_plan_does_not_import_deepspeed() -> None:
 
 
 def test_loaders_are_found_on_first_use() -> None:
-    assert set(ldm_scale.__all__) == {"__version__", "load_autoencoder", "load_diffusion"}
+    assert set(ldm_scale.__all__) == {"__version__", "load_autoencoder", "load_classifier", "load_diffusion"}
     with pytest.raises(AttributeError, match="no attribute 'load_nothing'"):
         _ = ldm_scale.load_nothing  # type: ignore[attr-defined]
     assert callable(ldm_scale.load_autoencoder)

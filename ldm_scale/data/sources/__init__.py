@@ -162,26 +162,29 @@ def write_dataset(
     heldout_percent: float,
     samples_per_shard: int,
     describe: dict[str, Any],
+    split: str = TRAIN,
 ) -> dict[str, Any]:
     """The manifest of the shards that this writes into `folder`; `describe` gives its entries besides the splits.
 
+    What is not held out goes to `split`.
+
     Raises: DataError if a split that was asked for gets no sample.
     """
-    writers = {TRAIN: _SplitWriter(folder, TRAIN, samples_per_shard)}
+    writers = {split: _SplitWriter(folder, split, samples_per_shard)}
     if heldout_percent > 0:
         writers[HELDOUT] = _SplitWriter(folder, HELDOUT, samples_per_shard)
     for sample in samples:
-        writers[HELDOUT if is_heldout(sample.family, heldout_percent) else TRAIN].write(sample)
+        writers[HELDOUT if is_heldout(sample.family, heldout_percent) else split].write(sample)
     splits: dict[str, Any] = {}
-    for split, writer in writers.items():
+    for name, writer in writers.items():
         writer.flush()
         if not writer.shards:
             raise DataError(
-                f"no sample falls into the split {split!r} with --heldout-percent {heldout_percent:g} (a hash of each "
+                f"no sample falls into the split {name!r} with --heldout-percent {heldout_percent:g} (a hash of each "
                 "name decides, so a small data set may have none): give a larger share, such as --heldout-percent 30, "
                 "or --heldout-percent 0 and train with data.validation_split="
             )
-        splits[split] = {"num_samples": sum(shard["num_samples"] for shard in writer.shards), "shards": writer.shards}
+        splits[name] = {"num_samples": sum(shard["num_samples"] for shard in writer.shards), "shards": writer.shards}
     manifest = {"format": FORMAT, "version": VERSION, **describe, "splits": splits}
     write_json(folder / MANIFEST_NAME, manifest)
     return manifest

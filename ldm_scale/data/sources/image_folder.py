@@ -1,14 +1,17 @@
-"""A folder of images as captioned, classified samples.
+"""A folder of images as captioned, classified samples, with boxes and label maps where they are asked for.
 
 Class: the image's first sub-folder (images directly in the folder have the folder's own name). Caption: the text file
 of the same name beside the image, else the words of the sub-folder's name. Images are cut to the largest centred
 square and resized once, here, so that training decodes small files. What does not decode is left out, counted and
 named, as in training.
+
+Boxes are in NAME.json beside NAME.png, {"objects": [{"class": name or number, "box": [x, y, width, height]}]} in pixels
+of the picture; a label map is NAME.seg.png. Either is read when the list of its names is given, and then no image may
+lack it: an image of unknown content is not one without objects.
 """
 
 from __future__ import annotations
 
-import io
 import json
 import os
 import re
@@ -19,9 +22,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from PIL import Image
-
-from ldm_scale.data.decode import DecodeSettings, decode_image
+from ldm_scale.data.annotations import MAP_EXTENSION, Box, read_objects
 from ldm_scale.data.order import digest
 from ldm_scale.data.policy import BadSample
 from ldm_scale.data.shards import IMAGE_EXTENSIONS
@@ -34,9 +35,26 @@ from ldm_scale.data.sources import (
     new_folder,
     write_dataset,
 )
+from ldm_scale.data.sources.squares import make_square
 from ldm_scale.errors import DataError
 
 _MAX_NAMED = 100
+
+
+@dataclass(frozen=True)
+class FolderRequest:
+    """How the images of a folder become samples."""
+
+    folder: Path
+    resolution: int
+    object_classes: tuple[str, ...] = ()  # of NAME.json; empty: boxes are not looked at
+    map_labels: tuple[str, ...] = ()  # of NAME.seg.png; empty: maps are not looked at
+
+    @property
+    def lists(self) -> dict[str, list[str]]:
+        """The manifest's entries with names, of what is looked at."""
+        lists = {"object_classes": self.object_classes, "map_labels": self.map_labels}
+        return {key: list(names) for key, names in lists.items() if names}
 
 
 @dataclass(frozen=True)
@@ -48,12 +66,14 @@ class _LeftOut:
 
 
 def list_images(folder: Path) -> list[str]:
-    """Paths of the images below a folder, relative to it, sorted; hidden files and folders are not looked at."""
+    """Paths of the images below a folder, relative to it, sorted; hidden files and label maps are not looked at."""
     found = []
     for directory, subfolders, names in os.walk(folder, followlinks=True):
         subfolders[:] = [name for name in subfolders if not name.startswith(".")]
         for name in names:
-            if not name.startswith(".") and name.rpartition(".")[2].lower() in IMAGE_EXTENSIONS:
+            if name.startswith(".") or name.lower().endswith(f".{MAP_EXTENSION}"):
+                continue
+            if name.rpartition(".")[2].lower() in IMAGE_EXTENSIONS:
                 found.append(Path(directory, name).relative_to(folder).as_posix())
     return sorted(found)
 
@@ -84,22 +104,42 @@ def _caption(folder: Path, relative: str, class_name: str) -> str:
         raise BadSample("caption is not UTF-8") from None
 
 
-def _make_sample(relative: str, folder: Path, resolution: int, class_numbers: dict[str, int]) -> Sample | _LeftOut:
-    """The sample of one image file, or why there is none."""
-    class_name = class_of(relative, folder.name)
-    settings = DecodeSettings(resolution=resolution, augment=False)
+def _objects(file: Path, object_classes: tuple[str, ...]) -> list[tuple[int, Box]]:
+    """The objects of an image by its NAME.json.
+
+    Raises: BadSample if it is no JSON object with them.
+    """
     try:
-        caption = _caption(folder, relative, class_name)
-        pixels = decode_image((folder / relative).read_bytes(), settings, 0, relative)
+        metadata = json.loads(file.read_bytes()) if file.is_file() else {}
+    except (ValueError, RecursionError):
+        raise BadSample("metadata is not JSON") from None
+    if not isinstance(metadata, dict):
+        raise BadSample("metadata is not a JSON object")
+    return read_objects(metadata, {name: number for number, name in enumerate(object_classes)})
+
+
+def _make_sample(relative: str, request: FolderRequest, class_numbers: dict[str, int]) -> Sample | _LeftOut:
+    """The sample of one image file, or why there is none."""
+    class_name, path = class_of(relative, request.folder.name), request.folder / relative
+    try:
+        caption = _caption(request.folder, relative, class_name)
+        objects = _objects(path.with_suffix(".json"), request.object_classes) if request.object_classes else None
+        label_map = None
+        if request.map_labels:
+            map_file = path.with_suffix(f".{MAP_EXTENSION}")
+            if not map_file.is_file():
+                raise BadSample(f"no label map ({MAP_EXTENSION})")
+            label_map = map_file.read_bytes()
+        square = make_square(path.read_bytes(), request.resolution, objects, label_map, len(request.map_labels))
     except BadSample as error:
         return _LeftOut(relative, str(error))
     except OSError as error:
         return _LeftOut(relative, f"file cannot be read ({error.strerror})")
-    buffer = io.BytesIO()
-    Image.fromarray(pixels).save(buffer, format="PNG")
-    metadata = {"class": class_numbers[class_name], "file": relative, "group": class_name}
+    metadata: dict[str, Any] = {"class": class_numbers[class_name], "file": relative, "group": class_name}
+    if square.objects is not None:
+        metadata["objects"] = square.objects
     members = {
-        "png": buffer.getvalue(),
+        **square.members,
         "txt": caption.encode("utf-8"),
         "json": json.dumps(metadata, ensure_ascii=False).encode("utf-8", "replace"),
     }
@@ -107,10 +147,11 @@ def _make_sample(relative: str, folder: Path, resolution: int, class_numbers: di
 
 
 def _make_all(
-    images: list[str], folder: Path, resolution: int, class_numbers: dict[str, int], left_out: list[_LeftOut]
+    images: list[str], request: FolderRequest, classes: list[str], left_out: list[_LeftOut]
 ) -> Iterator[Sample]:
     """The usable samples in order, made by one process per core; the others go to `left_out`."""
-    work = partial(_make_sample, folder=folder, resolution=resolution, class_numbers=class_numbers)
+    class_numbers = {name: number for number, name in enumerate(classes)}
+    work = partial(_make_sample, request=request, class_numbers=class_numbers)
     for result in map_in_processes(work, images, "resize"):
         if isinstance(result, _LeftOut):
             left_out.append(result)
@@ -118,42 +159,69 @@ def _make_all(
             yield result
 
 
+def _listing(images: list[str], request: FolderRequest) -> str:
+    """A digest of what is there by names and sizes: reading it all again would cost as much as preparing it."""
+    endings = [".json"] * bool(request.object_classes) + [f".{MAP_EXTENSION}"] * bool(request.map_labels)
+    entries = []
+    for image in images:
+        path = request.folder / image
+        sizes = [path.stat().st_size]
+        for annotation in (path.with_suffix(ending) for ending in endings):
+            sizes.append(annotation.stat().st_size if annotation.is_file() else -1)
+        entries.append(":".join(map(str, (image, *sizes))))
+    return digest(*entries).hex()
+
+
+def _require_images(folder: Path) -> list[str]:
+    """What `list_images` finds, at least one.
+
+    Raises: DataError otherwise.
+    """
+    if not folder.is_dir():
+        raise DataError(f"{folder}: no such folder; give the folder that holds the images")
+    images = list_images(folder)
+    if not images:
+        raise DataError(f"{folder}: no images below it; looked for {', '.join(IMAGE_EXTENSIONS)}")
+    return images
+
+
 def prepare_image_folder(
-    folder: Path, out: Path, resolution: int, heldout_percent: float, samples_per_shard: int
+    folder: Path,
+    out: Path,
+    resolution: int,
+    heldout_percent: float,
+    samples_per_shard: int,
+    object_classes: tuple[str, ...] = (),
+    map_labels: tuple[str, ...] = (),
 ) -> Prepared:
     """The data set at `out`, made now or found there.
 
     Raises: DataError if the folder has no images, none decodes, or something else lies at `out`.
     """
     folder = folder.resolve()
-    if not folder.is_dir():
-        raise DataError(f"{folder}: no such folder; give the folder that holds the images")
-    images = list_images(folder)
-    if not images:
-        raise DataError(f"{folder}: no images below it; looked for {', '.join(IMAGE_EXTENSIONS)}")
+    images = _require_images(folder)
+    how = FolderRequest(folder, resolution, object_classes, map_labels)
     request: dict[str, Any] = {
         "source": "image-folder",
         "folder": folder.name,
-        # Names and sizes, not contents: reading every image again would cost as much as preparing it.
-        "listing": digest(*(f"{image}:{(folder / image).stat().st_size}" for image in images)).hex(),
+        "listing": _listing(images, how),
         "resolution": resolution,
         "heldout_percent": heldout_percent,
         "samples_per_shard": samples_per_shard,
+        **how.lists,
     }
     if found := find_prepared(out, request):
         return found
     classes = sorted({class_of(image, folder.name) for image in images})
-    class_numbers = {name: number for number, name in enumerate(classes)}
-    left_out: list[_LeftOut] = []
     # Filled while the samples are written, so that the manifest tells what became of every image.
-    counts: Counter[str] = Counter()
-    names: list[str] = []
+    left_out: list[_LeftOut] = []
+    counts, names = Counter[str](), list[str]()
 
     def samples() -> Iterator[Sample]:
-        yield from _make_all(images, folder, resolution, class_numbers, left_out)
+        yield from _make_all(images, how, classes, left_out)
         if len(left_out) == len(images):
-            first = left_out[0]
-            raise DataError(f"{folder}: none of {len(images)} images can be used; {first.file}: {first.reason}")
+            first = f"{left_out[0].file}: {left_out[0].reason}"
+            raise DataError(f"{folder}: none of {len(images)} images can be used; {first}")
         counts.update(item.reason for item in left_out)
         names.extend(f"{item.file}: {item.reason}" for item in left_out[:_MAX_NAMED])
 
@@ -161,6 +229,7 @@ def prepare_image_folder(
         "name": folder.name,
         "resolution": resolution,
         "classes": classes,
+        **how.lists,
         "license": None,
         "attribution": None,
         "left_out": counts,

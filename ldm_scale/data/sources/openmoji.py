@@ -45,7 +45,7 @@ from ldm_scale.errors import DataError
 EXTRAS = "Extras"
 # Half of the pictures are skin-tone variants of others; a small model trained on all of them paints everything brown.
 WITHOUT_SKIN_TONES = "no-skin-tones"
-SHIPPED_SUBSETS = {"demo": "openmoji_demo.txt"}
+SHIPPED_SUBSETS = {"demo": "openmoji_demo.txt", "scenes": "openmoji_scenes.txt"}
 
 _SKIN_TONE = re.compile(r"\b(?:medium-light|medium-dark|light|medium|dark) skin tone\b")
 _HAIR = re.compile(r" (red hair|curly hair|white hair|bald)$")
@@ -210,7 +210,7 @@ def read_subset(subset: str) -> list[str]:
     return keys
 
 
-def _select(subset: str | None) -> tuple[list[Emoji], dict[str, int]]:
+def select(subset: str | None) -> tuple[list[Emoji], dict[str, int]]:
     """(what to render, number of pictures left out by reason)."""
     named, nameless = list_emoji()
     left_out = {"private-use code points without a name": len(nameless)}
@@ -230,17 +230,22 @@ def _select(subset: str | None) -> tuple[list[Emoji], dict[str, int]]:
     return [by_key[key] for key in sorted(wanted)], {}
 
 
-def render(key: str, resolution: int) -> bytes:
-    """The picture as PNG, RGB on white."""
+def render_transparent(key: str, resolution: int, background: str | None = None) -> Image.Image:
+    """The picture, RGBA, on a background (a CSS colour) if one is given."""
     rendered = resvg_py.svg_to_bytes(
         svg_path=str(_svg_folder() / f"{key}.svg"),
         width=resolution,
         height=resolution,
-        background="#ffffff",
+        background=background,
         skip_system_fonts=True,  # no drawing has text; fonts would make the result depend on the machine
     )
+    return Image.open(io.BytesIO(rendered)).convert("RGBA")
+
+
+def render(key: str, resolution: int) -> bytes:
+    """The picture as PNG, RGB on white."""
     buffer = io.BytesIO()
-    Image.open(io.BytesIO(rendered)).convert("RGB").save(buffer, format="PNG")
+    render_transparent(key, resolution, "#ffffff").convert("RGB").save(buffer, format="PNG")
     return buffer.getvalue()
 
 
@@ -276,13 +281,13 @@ def prepare_openmoji(
     request: dict[str, Any] = {
         "source": "openmoji",
         "resolution": resolution,
-        "subset": _subset_identity(subset),
+        "subset": subset_identity(subset),
         "heldout_percent": heldout_percent,
         "samples_per_shard": samples_per_shard,
     }
     if found := find_prepared(out, request):
         return found
-    items, left_out = _select(subset)
+    items, left_out = select(subset)
     describe = {
         "name": "openmoji",
         "resolution": resolution,
@@ -305,7 +310,7 @@ def prepare_openmoji(
     return Prepared(out / MANIFEST_NAME, manifest, reused=False)
 
 
-def _subset_identity(subset: str | None) -> str | None:
+def subset_identity(subset: str | None) -> str | None:
     """The subset's name and a digest of its keys, so that a changed list is another request."""
     if subset in (None, WITHOUT_SKIN_TONES):
         return subset

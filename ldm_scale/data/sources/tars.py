@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
 
-from ldm_scale.data.decode import read_class, read_metadata
 from ldm_scale.data.indexing import Members, index_shard, index_tar, write_json
+from ldm_scale.data.metadata import read_class, read_metadata
 from ldm_scale.data.policy import BadSample
 from ldm_scale.data.shards import FORMAT, IMAGE_EXTENSIONS, VERSION, RawSample, read_manifest
 from ldm_scale.data.sources import Prepared
@@ -24,8 +25,16 @@ from ldm_scale.errors import DataError
 _MAX_CLASSES = 1_000_000  # a larger number is an identifier, not a class
 
 
-def index_tars(shards: list[Path], manifest_path: Path, split: str) -> Prepared:
+def index_tars(
+    shards: list[Path],
+    manifest_path: Path,
+    split: str,
+    object_classes: Sequence[str] = (),
+    map_labels: Sequence[str] = (),
+) -> Prepared:
     """The manifest with this split of these shards; a split of other shards in an existing manifest stays.
+
+    `object_classes` and `map_labels` are the names that boxes and label maps in the shards refer to.
 
     Raises: DataError if a tar is damaged, unsafe or without images, if two shards have one name, or if the manifest
     already has this split from other shards.
@@ -33,17 +42,20 @@ def index_tars(shards: list[Path], manifest_path: Path, split: str) -> Prepared:
     if not shards:
         raise DataError("no shards given; name the tars, such as data/*.tar")
     base = manifest_path.resolve().parent
-    request = {"shards": [_relative(shard, base) for shard in sorted(shards)]}
+    shards = sorted(shards)
+    request = {"shards": [_relative(shard, base) for shard in shards]}
     existing = read_manifest(manifest_path) if manifest_path.exists() else None
     if existing and existing.get("request", {}).get("source") != "index":
         raise DataError(
             f"{manifest_path}: not made by `ldm-scale prepare index`, so it stays as it is; choose another --out"
         )
+    lists = _lists(existing, manifest_path, object_classes=object_classes, map_labels=map_labels)
+    known = existing["request"]["splits"] if existing else {}
     others = dict(existing["splits"]) if existing else {}
     if existing and split in others:
         return _reuse(existing, manifest_path, split, request, shards)
     taken = {Path(shard["file"]).stem for entry in others.values() for shard in entry["shards"]}
-    for shard in sorted(shards):
+    for shard in shards:
         if shard.stem in taken:
             raise DataError(f"{shard}: a second shard with the name {shard.stem}; keys would repeat, so rename one")
         taken.add(shard.stem)
@@ -51,13 +63,12 @@ def index_tars(shards: list[Path], manifest_path: Path, split: str) -> Prepared:
     base.mkdir(parents=True, exist_ok=True)
     entries: list[dict[str, Any]] = []
     classes = _Classes(existing["classes"] if existing else [])
-    for shard in tqdm(sorted(shards), desc="index", unit="shards", mininterval=1.0, file=sys.stderr):
+    for shard in tqdm(shards, desc="index", unit="shards", mininterval=1.0, file=sys.stderr):
         samples = index_tar(shard)
         if not any(extension in members for _, members in samples for extension in IMAGE_EXTENSIONS):
             raise DataError(f"{shard}: no image in it ({', '.join(IMAGE_EXTENSIONS)}); leave this tar out")
         classes.collect(shard, samples)
-        beside = shard.resolve().parent == base
-        folder = base if beside else base / f"{manifest_path.stem}.index"
+        folder = base if shard.resolve().parent == base else base / f"{manifest_path.stem}.index"
         entries.append(index_shard(shard.resolve(), folder / f"{shard.stem}.index.json", base, samples))
     manifest = {
         "format": FORMAT,
@@ -65,16 +76,30 @@ def index_tars(shards: list[Path], manifest_path: Path, split: str) -> Prepared:
         "name": existing["name"] if existing else base.name,
         "resolution": None,
         "classes": classes.names(),
+        **lists,
         "license": None,
         "attribution": None,
-        "request": {
-            "source": "index",
-            "splits": {**(existing["request"]["splits"] if existing else {}), split: request},
-        },
+        "request": {"source": "index", "splits": {**known, split: request}},
         "splits": {**others, split: {"num_samples": sum(entry["num_samples"] for entry in entries), "shards": entries}},
     }
     write_json(manifest_path, manifest)
     return Prepared(manifest_path, manifest, reused=False)
+
+
+def _lists(existing: dict[str, Any] | None, manifest_path: Path, **given: Sequence[str]) -> dict[str, list[str]]:
+    """The lists of names for the manifest.
+
+    Raises: DataError if it exists and has others.
+    """
+    if existing is None:
+        return {key: list(names) for key, names in given.items() if names}
+    for key, names in given.items():
+        if names and list(names) != existing.get(key):
+            raise DataError(
+                f"{manifest_path}: its {key} are not those of --{key.replace('_', '-')}; give the same list, or remove "
+                "the manifest and index all its splits anew"
+            )
+    return {key: existing[key] for key in given if key in existing}
 
 
 def _relative(shard: Path, base: Path) -> str:

@@ -1,4 +1,4 @@
-"""tau_theta for captions: causality, what tokens are, how captions that are too long end."""
+"""Captions as a condition: the null, dropping, what is cut and counted."""
 
 from __future__ import annotations
 
@@ -6,84 +6,94 @@ import dataclasses
 
 import pytest
 import torch
-from open_clip.tokenizer import SimpleTokenizer
+from torch import Tensor
 
-from ldm_scale.conditioning.build import build_conditioner
-from ldm_scale.conditioning.text import END_TOKEN, TextEncoder, tokenize
+from ldm_scale.conditioning.base import Conditioner, Conditions, Tools
+from ldm_scale.conditioning.text import TextCondition
 from ldm_scale.config.schema import TextConditioningConfig
+from ldm_scale.errors import ConfigError
+from ldm_scale.telemetry import log
+from tests.helpers.weights import random_state
 
-CONFIG = TextConditioningConfig(width=16, depth=3, num_heads=4, max_tokens=10)
-START_TOKEN = 49406
-LONG = "a photograph of " + "one red apple beside two green pears and " * 10
-
-
-def test_a_token_is_not_seen_by_those_before_it() -> None:
-    encoder = build_conditioner(CONFIG)
-    tokens = torch.randint(0, CONFIG.vocab_size, (2, CONFIG.max_tokens))
-    context = encoder(tokens)
-    assert context.shape == (2, CONFIG.max_tokens, CONFIG.width)
-    for place in range(CONFIG.max_tokens):
-        changed = tokens.clone()
-        changed[:, place] = (changed[:, place] + 1) % CONFIG.vocab_size
-        difference = (encoder(changed) - context).abs().amax(dim=-1)
-        assert not difference[:, :place].any()
-        assert difference[:, place:].min().item() > 0, "a later token does not see it"
+CLIP = TextConditioningConfig(width=16, depth=2, num_heads=4, max_tokens=10)
+BERT = dataclasses.replace(CLIP, encoder="bert", num_heads=2, head_dim=6)
+TOOLS = Tools(torch.device("cpu"))
+SIZE = (4, 4)
 
 
-def test_shorter_sequences_are_the_beginning_of_longer_ones() -> None:
-    encoder = build_conditioner(CONFIG)
-    tokens = torch.randint(0, CONFIG.vocab_size, (1, CONFIG.max_tokens))
-    assert torch.allclose(encoder(tokens[:, :4]), encoder(tokens)[:, :4], atol=1e-5)
+def make(config: TextConditioningConfig) -> TextCondition:
+    condition = TextCondition(config)
+    condition.load_state_dict(random_state(condition))
+    return condition.eval()
 
 
-def test_positions_matter_and_the_output_is_normalised() -> None:
-    encoder = build_conditioner(CONFIG)
-    context = encoder(torch.full((1, CONFIG.max_tokens), 7))
-    assert not torch.allclose(context[0, 3], context[0, 4], atol=1e-4)
-    assert torch.allclose(context.mean(dim=-1), torch.zeros(1, CONFIG.max_tokens), atol=1e-5)
-    assert torch.allclose(context.var(dim=-1, unbiased=False), torch.ones(1, CONFIG.max_tokens), atol=1e-3)
+def prepare(condition: TextCondition, *captions: str) -> Tensor:
+    return condition.prepare(Conditions(captions=captions), TOOLS)
 
 
-@pytest.mark.parametrize("activation", ["gelu", "quick_gelu"])
-def test_every_parameter_has_a_gradient(activation: str) -> None:
-    encoder = TextEncoder(dataclasses.replace(CONFIG, activation=activation))  # type: ignore[arg-type]
-    encoder(torch.randint(0, CONFIG.vocab_size, (2, CONFIG.max_tokens))).square().mul(torch.randn(16)).sum().backward()
-    assert [name for name, p in encoder.named_parameters() if p.grad is None or not p.grad.any()] == []
+@pytest.mark.parametrize("config", [CLIP, BERT], ids=["clip", "bert"])
+def test_a_caption_matters_and_the_null_is_the_empty_one(config: TextConditioningConfig) -> None:
+    condition = make(config)
+    inputs = prepare(condition, "a red apple", "", "a red apple")
+    assert inputs.shape == (3, 10)
+    null = condition.null(inputs)
+    assert torch.equal(null, inputs[1].expand(3, -1))
+    context = condition(inputs, SIZE)
+    assert context.shape == (3, 10, 16)
+    assert torch.equal(context[0], context[2])
+    assert not torch.allclose(context[0], condition(null, SIZE)[0], atol=1e-2)
 
 
-def test_the_activation_is_the_configured_one() -> None:
-    tokens = torch.tensor([[1, 2, 3]])
-    outputs = []
-    for activation in ("gelu", "quick_gelu"):
-        torch.manual_seed(0)
-        outputs.append(TextEncoder(dataclasses.replace(CONFIG, activation=activation))(tokens))
-    gelu, quick_gelu = outputs
-    assert not torch.equal(gelu, quick_gelu)
-    assert torch.allclose(gelu, quick_gelu, atol=0.1)
+def test_dropped_rows_are_null_and_the_others_as_they_were() -> None:
+    conditioner = Conditioner({"text": make(CLIP)})
+    inputs = {"text": prepare(conditioner["text"], "a", "b", "c")}  # type: ignore[arg-type]
+    dropped = conditioner.drop(inputs, torch.tensor([[0.05], [0.5], [0.0999]]))["text"]
+    null = conditioner["text"].null(inputs["text"])  # type: ignore[operator]
+    assert torch.equal(dropped[[0, 2]], null[:2])
+    assert torch.equal(dropped[1], inputs["text"][1])
+    assert torch.equal(conditioner.null_inputs(inputs)["text"], null)
 
 
-@pytest.mark.parametrize("max_tokens", [3, 10, 77])
-def test_tokens_are_start_text_and_end_to_the_last_place(max_tokens: int) -> None:
-    captions = ["", "a red apple", LONG, "ein Äpfel 🍎!"]
-    tokens = tokenize(captions, max_tokens)
-    assert tokens.shape == (4, max_tokens)
-    assert tokens.dtype == torch.int64
-    assert tokens[:, 0].tolist() == [START_TOKEN] * 4
-    assert tokens[:, -1].tolist() == [END_TOKEN] * 4, "the end token is lost where a caption was cut"
-    assert tokens[0, 1:].tolist() == [END_TOKEN] * (max_tokens - 1)
-    for row in tokens.tolist():
-        end = row.index(END_TOKEN)
-        assert set(row[end:]) == {END_TOKEN}
-        assert START_TOKEN not in row[1:]
+@pytest.mark.parametrize("config", [CLIP, BERT], ids=["clip", "bert"])
+def test_gradients_reach_every_parameter(config: TextConditioningConfig) -> None:
+    condition = make(config)
+    (condition(prepare(condition, "a red apple", "b"), SIZE).square() * torch.randn(16)).sum().backward()
+    assert [name for name, p in condition.named_parameters() if p.grad is None or not p.grad.any()] == []
 
 
-def test_text_has_open_clips_numbers() -> None:
-    tokenizer = SimpleTokenizer()
-    for caption in ("a red apple", "Grinning face with big eyes", "what?! ... 100% (sure)", LONG):
-        text = tokenizer.encode(caption)
-        row = tokenize([caption], 77)[0].tolist()
-        assert row[: row.index(END_TOKEN)] == [START_TOKEN, *text[:75]]
+def test_what_is_cut_is_said_once_and_counted(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(log, "_said", set())
+    condition = make(CLIP)
+    prepare(condition, "a", "red " * 20)
+    prepare(condition, "red " * 20, "blue " * 20, "")
+    assert condition.truncated == 3
+    said = capsys.readouterr().err
+    assert said.count("caption longer than the text encoder's 10 tokens") == 1
+    assert "red red" in said
 
 
-def test_a_caption_is_tokenised_alone() -> None:
-    assert torch.equal(tokenize(["a", LONG], 12)[0], tokenize(["a"], 12)[0])
+def test_captions_are_tokenised_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    condition = make(CLIP)
+    seen: list[str] = []
+    tokenizer = condition.tokenizer
+    monkeypatch.setattr(
+        condition,
+        "_tokenizer",
+        dataclasses.replace(tokenizer, encode=lambda text: seen.append(text) or tokenizer.encode(text)),  # type: ignore[func-returns-value]
+    )
+    first = prepare(condition, "a", "b", "a")
+    assert torch.equal(prepare(condition, "b", "a"), first[[1, 2]])
+    assert seen == ["a", "b"]
+
+
+def test_parameters_need_no_vocabulary_and_captions_do() -> None:
+    condition = TextCondition(dataclasses.replace(BERT, tokenizer="wordpiece", vocabulary="nowhere/vocab.txt"))
+    with pytest.raises(ConfigError, match=r"nowhere/vocab\.txt"):
+        prepare(condition, "a")
+
+
+def test_captions_are_needed() -> None:
+    with pytest.raises(ConfigError, match="no captions"):
+        make(CLIP).prepare(Conditions(classes=torch.tensor([1])), TOOLS)

@@ -17,7 +17,8 @@ def test_experiment_selects_groups_and_values() -> None:
     config = load_config(["experiment=sd1"])
     assert (config.experiment, config.run_dir, config.stage) == ("sd1", "runs/sd1", "diffusion")
     assert (config.unet.num_heads, config.unet.head_dim, config.unet.linear_projection) == (8, None, False)
-    assert config.conditioning.activation == "quick_gelu"
+    assert config.conditioning.text is not None
+    assert config.conditioning.text.activation == "quick_gelu"
     assert config.train.global_batch == 2048
 
 
@@ -31,13 +32,15 @@ def test_values_win_over_the_experiment_and_the_later_over_the_earlier() -> None
 def test_groups_win_over_the_experiment() -> None:
     config = load_config(["experiment=sd2", "model=sd1"])
     assert config.unet.num_heads == 8
-    assert config.conditioning.width == 1024
+    assert config.conditioning.text is not None
+    assert config.conditioning.text.width == 1024
 
 
 def test_without_an_experiment_the_defaults_stand() -> None:
     config = load_config([])
     assert (config.experiment, config.run_dir) == ("", "")
-    assert config.conditioning.width == 1024
+    assert config.conditioning.text is not None
+    assert config.conditioning.text.width == 1024
 
 
 def test_run_dir_given_is_kept() -> None:
@@ -68,7 +71,7 @@ def test_lists_and_sections() -> None:
     ("override", "message"),
     [
         ("experiment=demo_txt", "did you mean experiment=demo_text?"),
-        ("experiment=nothing", "choose demo_autoencoder, demo_text,"),
+        ("experiment=nothing", "choose bedrooms_ldm4, celeba_ldm1,"),
         ("model=sd3", "there is no configs/model/sd3.yaml"),
         ("unet=demo", "choose a file of configs/model with model=demo"),
         ("unet.base_chanels=3", "did you mean unet.base_channels?"),

@@ -73,7 +73,7 @@ def test_whole_numbers_become_floats_and_lists_become_tuples() -> None:
         ({"data": {"horizontal_flip": 1}}, "data.horizontal_flip=1: must be true or false, not int"),
         ({"data": {"manifest": 3}}, "data.manifest=3: must be a text in quotes, not int"),
         ({"train": {"device": "gpu"}}, "train.device='gpu': must be one of auto, cpu, cuda"),
-        ({"diffusion": {"schedule": "cosine"}}, "diffusion.schedule='cosine': must be one of linear"),
+        ({"diffusion": {"schedule": "sqrt"}}, "diffusion.schedule='sqrt': must be one of linear, cosine"),
         ({"data": {"manifest": "${oc.env:HOME}"}}, "interpolations are refused"),
         ({"unet": {"_target_": "os.system"}}, "config values never name code to run"),
     ],

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import dataclasses
 import re
+from typing import get_args, get_type_hints
 
 import pytest
 
 from ldm_scale.config.compose import load_config
-from ldm_scale.config.convert import config_to_dict
+from ldm_scale.config.convert import config_to_dict, key_type
 from ldm_scale.config.fit import batch_plan, check_artifact_fits
 from ldm_scale.config.ranges import _RANGES
-from ldm_scale.config.schema import BatchPlan, Config
+from ldm_scale.config.schema import BatchPlan, ConditioningConfig, Config
 from ldm_scale.config.validate import validate, validate_architecture
 from ldm_scale.errors import ConfigError
 
@@ -29,8 +29,8 @@ TEXT = (
     "unet.channel_multipliers=[1,2,2]",
     "unet.attention_levels=[1,2]",
     "unet.head_dim=32",
-    "conditioning.width=128",
-    "conditioning.num_heads=4",
+    "conditioning.text.width=128",
+    "conditioning.text.num_heads=4",
 )
 AUTOENCODER = ("experiment=demo_autoencoder", "data.manifest=m.json")
 
@@ -59,17 +59,35 @@ AUTOENCODER = ("experiment=demo_autoencoder", "data.manifest=m.json")
         (["unet.attention_levels=[2,1]"], "must rise, without repetition; write [1, 2]"),
         (["unet.channel_multipliers=[]"], "must have at least one level"),
         (["unet.channel_multipliers=[1,0,2]"], "unet.channel_multipliers=[1, 0, 2]: must be at least 1"),
-        (["conditioning.num_heads=3"], "conditioning.width=128 does not divide by conditioning.num_heads=3"),
-        (["conditioning.max_tokens=2"], "conditioning.max_tokens=2: must be at least 3"),
-        (["conditioning.vocab_size=49407"], "set conditioning.vocab_size=49408"),
-        (["conditioning.drop_probability=1.5"], "must be at least 0 and at most 1"),
+        (["conditioning.text.num_heads=3"], "conditioning.text.width=128 does not divide by conditioning.text.num_he"),
+        (["conditioning.text.max_tokens=2"], "conditioning.text.max_tokens=2: must be at least 3"),
+        (["conditioning.text.vocab_size=49407"], "set conditioning.text.vocab_size=49408"),
+        (["conditioning.text.drop_probability=1.5"], "must be at least 0 and at most 1"),
+        (["conditioning.text.head_dim=32"], "heads of encoder=clip are width / num_heads wide"),
+        (["conditioning.text.vocabulary=v.txt"], "tokenizer=clip brings its own vocabulary"),
+        (["conditioning.text.tokenizer=wordpiece"], "conditioning.text.vocabulary=null: conditioning.text.tokenizer=w"),
+        (["conditioning.classes.width=64"], "conditioning.text.width=128, conditioning.classes.width=64: the tokens"),
+        (["conditioning.layout.num_classes=8192"], "set conditioning.layout.num_tokens to at least 8193"),
+        (["conditioning.layout.num_classes=3", "conditioning.layout.num_tokens=4"], "must be at least 5, for a grid"),
+        (
+            ["conditioning.layout.width=128", "conditioning.layout.head_dim=null", "conditioning.layout.num_heads=3"],
+            "conditioning.layout.width=128 does not divide by conditioning.layout.num_heads=3",
+        ),
+        (["conditioning.semantic_map.num_labels=256"], "must be at least 1 and at most 255"),
+        (["conditioning.inpainting.drop_probability=2"], "must be at least 0 and at most 1"),
+        (["conditioning.low_resolution.factor=1"], "conditioning.low_resolution.factor=1: must be at least 2"),
+        (["conditioning.low_resolution.factor=2"], "is below the autoencoder's f=4: the small image would be larger"),
+        (["conditioning.low_resolution.factor=5"], "set data.resolution to a multiple of 5 (30 or 35)"),
         (["zero.stage=4"], "zero.stage=4: must be at least 0 and at most 3"),
         (["zero.discriminator_stage=2"], "zero.discriminator_stage=2: must be at least 0 and at most 1"),
         (["optimizer.betas=[0.9,1.0]"], "optimizer.betas=[0.9, 1.0]: must be at least 0 and below 1"),
         (["optimizer.lr=0"], "optimizer.lr=0.0: must be above 0"),
         (["optimizer.warmup_images=40000000"], "is not below train.total_images"),
-        (["diffusion.beta_start=0.5"], "diffusion.beta_start=0.5 must be below diffusion.beta_end=0.012"),
-        (["sampling.num_steps=1001"], "sampling.num_steps=1001 exceeds diffusion.num_timesteps=1000"),
+        (["diffusion.beta_start=0.5"], "diffusion.beta_start=0.5, diffusion.beta_end=0.012: must satisfy"),
+        (["diffusion.prediction=flow"], "sampling.sampler=ddim: visits timesteps, which diffusion.prediction=flow"),
+        (["sampling.sampler=heun"], "sampling.sampler=heun: needs continuous time, and diffusion.prediction=eps"),
+        (["sampling.guidance_interval=[5.0,1.0]"], "sampling.guidance_interval=[5.0, 1.0]: must be two rising"),
+        (["sampling.num_steps=1001"], "sampling.num_steps=1001: must be between 1 and diffusion.num_timesteps=1000"),
         (["artifact="], "stage=diffusion works in the latent space of a trained autoencoder"),
         (["data.manifest="], "data.manifest='': training needs a data set"),
     ],
@@ -133,6 +151,9 @@ BATCH_NORM = ("autoencoder_loss.discriminator_norm=batch", "train.global_batch=3
             "discriminator_pretrain_images=9 exceeds autoencoder_loss.discriminator_start_images=8",
         ),
         ([*BATCH_NORM], "those of 16 of the 32 images of a step (2 ranks, 1 forward pass each)"),
+        (["ema.power_stds=[0.05,0.1,0.05]"], "ema.power_stds=[0.05, 0.1, 0.05]: a profile occurs twice"),
+        (["ema.power_stds=[0.05,0.3]"], "ema.power_stds=[0.05, 0.3]: must be above 0 and at most 0.28"),
+        (["ema.snapshot_every_images=64"], "ema.power_stds=[] has none; set ema.power_stds=[0.05, 0.1]"),
     ],
 )
 def test_breaches_of_stage_1_are_one_line(overrides: list[str], message: str) -> None:
@@ -162,6 +183,7 @@ def test_what_the_kinds_allow() -> None:
     options = ("codebook_update=ema", "dead_code_images=64", "learned_variance=true")
     validate(load_config([*AUTOENCODER, *VQ, *(f"autoencoder_loss.{option}" for option in options)]), world_size=2)
     validate(load_config([*AUTOENCODER, "train.activation_checkpointing=true"]), world_size=1)
+    validate(load_config([*TEXT, "train.activation_checkpointing=true"]), world_size=1)
 
 
 def test_identity_is_for_plans_exports_and_stage_2() -> None:
@@ -169,9 +191,32 @@ def test_identity_is_for_plans_exports_and_stage_2() -> None:
     validate(load_config([*TEXT, *IDENTITY]), world_size=1)
 
 
-def test_stage_2_has_no_activation_checkpointing() -> None:
-    with pytest.raises(ConfigError, match=r"train\.activation_checkpointing=true: only stage=autoencoder has it"):
-        validate(load_config([*TEXT, "train.activation_checkpointing=true"]), world_size=1)
+def test_transformers_need_a_context_and_self_attention_has_no_use_for_one() -> None:
+    with pytest.raises(ConfigError, match=r"unet\.attention=transformer: cross-attention needs a context.*=self, or"):
+        validate(load_config([*TEXT, "conditioning.text=null"]), world_size=1)
+    with pytest.raises(ConfigError, match=r"unet\.attention=self: .*conditioning\.text; .*conditioning\.text=null"):
+        validate(load_config([*TEXT, "unet.attention=self"]), world_size=1)
+    without = [override for override in TEXT if not override.startswith("conditioning.text")]
+    alone = [*without, "conditioning=none", "unet.attention=self"]
+    validate(load_config(alone), world_size=1)
+    validate(load_config([*alone, "conditioning.inpainting.masks=mixed"]), world_size=1)
+
+
+def test_a_classifier_has_no_context_and_its_pooling_whole_heads() -> None:
+    without = [override for override in TEXT if not override.startswith("conditioning.text")]
+    classifier = [*without, "stage=classifier", "conditioning=none", "unet.attention=self", "classifier.num_classes=3"]
+    validate(load_config(classifier), world_size=1)
+    for override, message in (
+        ("conditioning=classes", r"conditioning\.classes: a classifier of latents sees nothing beside them; set cond"),
+        ("conditioning.inpainting.masks=mixed", r"conditioning\.inpainting: .* or conditioning\.inpainting=null"),
+        ("unet.attention=transformer", r"unet\.attention=transformer: .* set unet\.attention=self"),
+        ("classifier.pool_head_dim=48", r"does not divide the 128 channels .* set classifier\.pool_head_dim=32"),
+        ("classifier.num_classes=0", r"classifier\.num_classes=0: must be at least 1"),
+        ("diffusion.beta_end=1.5", r"diffusion\.beta"),
+        ("artifact=", r"artifact='': stage=classifier works in the latent space"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            validate(load_config([*classifier, override]), world_size=1)
 
 
 def test_stage_1_does_not_care_about_the_unet() -> None:
@@ -222,19 +267,19 @@ def _number_keys(section: dict[str, object], prefix: str = "") -> set[str]:
 
 def test_every_number_of_the_schema_has_bounds() -> None:
     bounded = {key for rule in _RANGES for key in rule.keys}
-    # Bounded elsewhere: by the number of levels, and by the tokenizer.
+    kinds = {name: get_args(hint)[0]() for name, hint in get_type_hints(ConditioningConfig).items()}
+    config = Config(conditioning=ConditioningConfig(**kinds))
+    # Bounded elsewhere: by the number of levels, by the tokenizer, and by what is to be numbered.
     elsewhere = {
         "autoencoder.attention_levels",
         "unet.attention_levels",
-        "conditioning.max_tokens",
-        "conditioning.vocab_size",
+        "conditioning.text.max_tokens",
+        "conditioning.layout.num_tokens",
     }
-    assert _number_keys(config_to_dict(Config())) - bounded == elsewhere
+    assert _number_keys(config_to_dict(config)) - bounded == elsewhere
 
 
 def test_every_bound_names_a_field_once() -> None:
     keys = [key for rule in _RANGES for key in rule.keys]
     assert len(keys) == len(set(keys))
-    for key in keys:
-        section, name = key.split(".")
-        assert name in {field.name for field in dataclasses.fields(getattr(Config(), section))}
+    assert [key for key in keys if key_type(key) is None] == []

@@ -7,8 +7,8 @@ import pytest
 import torch
 from PIL import Image
 
+from ldm_scale.data.annotations import Vocabulary
 from ldm_scale.data.decode import (
-    NO_CLASS,
     DecodeSettings,
     crop_box,
     decode_image,
@@ -16,6 +16,7 @@ from ldm_scale.data.decode import (
     open_rgb,
     to_pixels,
 )
+from ldm_scale.data.metadata import NO_CLASS
 from ldm_scale.data.policy import BadSample
 from tests.helpers.pictures import save
 from tests.helpers.shards import png
@@ -99,7 +100,7 @@ def test_pixels_span_minus_one_to_one() -> None:
 
 
 IMAGE = png(Image.new("RGB", (4, 4)))
-NAMES = {"bar": 0, "foo": 1}
+NAMES = Vocabulary({"bar": 0, "foo": 1})
 
 
 @pytest.mark.parametrize(
@@ -109,6 +110,8 @@ NAMES = {"bar": 0, "foo": 1}
         ({"json": b'{"caption": "from json", "class": 0}'}, "from json", 0),
         ({"txt": b"text wins", "json": b'{"caption": "json", "class": "foo"}'}, "text wins", 1),
         ({"json": b'{"caption": null}'}, "", NO_CLASS),
+        ({"txt": b"one", "json": b'{"captions": [" several "], "class": 1}'}, "several", 1),
+        ({"txt": b"one", "json": b'{"captions": []}'}, "one", NO_CLASS),
         ({}, "", NO_CLASS),
     ],
 )
@@ -125,6 +128,8 @@ def test_captions_and_classes(members: dict[str, bytes], caption: str, label: in
         ({"png": IMAGE, "json": b'{"caption": "\xff"}'}, "metadata is not JSON"),
         ({"png": IMAGE, "json": b"[]"}, "metadata is not a JSON object"),
         ({"png": IMAGE, "json": b'{"caption": 3}'}, "caption is not a string"),
+        ({"png": IMAGE, "json": b'{"captions": "ab"}'}, "captions are not a list of strings"),
+        ({"png": IMAGE, "json": b'{"captions": [1]}'}, "captions are not a list of strings"),
         ({"png": IMAGE, "json": b'{"class": 2}'}, "class is not in the manifest's list"),
         ({"png": IMAGE, "json": b'{"class": -1}'}, "class is not in the manifest's list"),
         ({"png": IMAGE, "cls": b"baz"}, "class is not in the manifest's list"),

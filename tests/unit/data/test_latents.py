@@ -146,7 +146,7 @@ def test_only_the_variant_that_is_used_is_read(folder: Path, monkeypatch: pytest
     dataset = open_manifest(folder / "cache", "train")
     assert dataset.latents is not None
     whole = dataset.read(3)
-    monkeypatch.setattr("ldm_scale.data.shards._MAX_GAP", 600)
+    monkeypatch.setattr("ldm_scale.data.members.MAX_GAP", 600)
     lengths: list[int] = []
     plain = os.pread
     monkeypatch.setattr(os, "pread", lambda fd, n, at: lengths.append(n) or plain(fd, n, at))

@@ -64,12 +64,11 @@ def _same(one: Batch, other: Batch) -> bool:
 def test_batches_hold_what_order_and_decoder_say(manifest: Path) -> None:
     dataset = open_manifest(manifest, "train")
     settings = DecodeSettings(8, 0.7, True, seed=3)
-    numbers = {name: number for number, name in enumerate(dataset.class_names)}
     for batch_index, batch in enumerate(islice(_load(manifest), 7)):
         assert batch.images.shape == (8, 3, 8, 8)
         for row in range(8):
             position = 8 * batch_index + row
-            wanted = decode_sample(dataset.read(sample_at(position, 22, 3)), settings, numbers, position)
+            wanted = decode_sample(dataset.read(sample_at(position, 22, 3)), settings, dataset.vocabulary, position)
             picture = torch.tensor(wanted.image.transpose(2, 0, 1) / 127.5 - 1.0, dtype=torch.float32)
             torch.testing.assert_close(batch.images[row], picture, atol=1e-6, rtol=0)
             assert batch.image_numbers[row] == position

@@ -218,7 +218,7 @@ def test_an_empty_folder_is_filled_and_a_failure_leaves_nothing(
         ("1F34E\n99999\n", "1 keys are not among OpenMoji's named emoji: 99999"),
         ("1F34E\n1f34e\n", "holds a key twice"),
         ("# nothing\n", "holds no key"),
-        (None, r"neither a file nor a shipped list \(demo, no-skin-tones\)"),
+        (None, r"neither a file nor a shipped list \(demo, scenes, no-skin-tones\)"),
     ],
 )
 def test_subsets_that_cannot_be_used(tmp_path: Path, text: str | None, message: str) -> None:
@@ -230,8 +230,8 @@ def test_subsets_that_cannot_be_used(tmp_path: Path, text: str | None, message: 
 
 
 def test_without_skin_tones_one_picture_of_each_family_stays() -> None:
-    everything, _ = openmoji._select(None)
-    plain, left_out = openmoji._select(openmoji.WITHOUT_SKIN_TONES)
+    everything, _ = openmoji.select(None)
+    plain, left_out = openmoji.select(openmoji.WITHOUT_SKIN_TONES)
     families = [openmoji.family_of(item.key) for item in plain]
     assert len(set(families)) == len(families)
     assert not any("skin tone" in item.caption for item in plain if "-" in item.key)

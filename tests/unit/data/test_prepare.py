@@ -75,6 +75,94 @@ def test_a_folder_becomes_captioned_classified_squares(tmp_path: Path, pictures:
     assert prepare_image_folder(pictures, tmp_path / "out", 8, 0.0, 100).reused
 
 
+@pytest.fixture
+def annotated(pictures: Path) -> Path:
+    """The pictures with boxes and label maps, and the files that name them in `pictures`' parent."""
+    for image in ("cats/a.b", "cats/c", "big-dogs/old/rex", "root"):
+        box = {"class": "ear", "box": [12, 5, 8, 10]}
+        (pictures / f"{image}.json").write_text(json.dumps({"objects": [box, {"class": 1, "box": [0, 0, 5, 5]}]}))
+        labels = Image.new("L", (40, 20))
+        labels.paste(1, (12, 5, 20, 15))
+        labels.save(pictures / f"{image}.seg.png")
+    (pictures.parent / "objects.txt").write_text("tail\near\n")
+    (pictures.parent / "labels.txt").write_text("nothing\near\n")
+    return pictures
+
+
+def _lists(folder: Path) -> list[str]:
+    parent = folder.parent
+    return ["--object-classes", str(parent / "objects.txt"), "--map-labels", str(parent / "labels.txt")]
+
+
+def test_boxes_and_maps_of_a_folder_follow_its_squares(tmp_path: Path, annotated: Path) -> None:
+    arguments = ["image-folder", str(annotated), "--resolution", "10", "--heldout-percent", "0"]
+    assert main([*arguments, "--out", str(tmp_path / "out"), *_lists(annotated)]) == 0
+    dataset = open_manifest(tmp_path / "out", "train")
+    assert dataset.num_samples == 4  # no map is taken for a picture
+    assert (dataset.object_classes, dataset.map_labels) == (("tail", "ear"), ("nothing", "ear"))
+    for sample in map(dataset.read, range(4)):
+        # The square is x from 10 to 30, at half the size; the other box is outside it.
+        assert json.loads(sample["json"])["objects"] == [{"class": 1, "box": [1.0, 2.5, 4.0, 5.0]}]
+        labels = np.asarray(Image.open(io.BytesIO(_bytes(sample["seg.png"]))))
+        assert (labels[3:7, 1:5] == 1).all()
+        assert labels.sum() <= 4 * 6
+    (annotated / "root.json").write_text('{"objects": []}')
+    with pytest.raises(DataError, match="listing="):
+        main([*arguments, "--out", str(tmp_path / "out"), *_lists(annotated)])
+    assert main([*arguments, "--out", str(tmp_path / "plain")]) == 0
+    dataset = open_manifest(tmp_path / "plain", "train")
+    assert (dataset.num_samples, dataset.object_classes, dataset.map_labels) == (4, (), ())
+    assert "seg.png" not in dataset.read(0)
+
+
+def test_images_whose_annotations_cannot_be_used_are_left_out(tmp_path: Path, annotated: Path) -> None:
+    (annotated / "root.json").unlink()
+    (annotated / "cats" / "a.b.json").write_text("[]")
+    Image.new("L", (20, 40)).save(annotated / "cats" / "c.seg.png")
+    arguments = ["image-folder", str(annotated), "--resolution", "10", "--heldout-percent", "0"]
+    assert main([*arguments, "--out", str(tmp_path / "out"), *_lists(annotated)]) == 0
+    manifest = json.loads((tmp_path / "out" / "manifest.json").read_text())
+    assert manifest["left_out_names"] == [
+        "cats/a.b.png: metadata is not a JSON object",
+        "cats/c.JPG: label map has another size than its picture",
+        'root.png: no "objects" in its .json',
+    ]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (b"", "holds no name; give each name once, one per line"),
+        (b"a\nb\na\n", "has 'a' twice"),
+        (b"\xff", "cannot be read as UTF-8 text"),
+        (None, "cannot be read as UTF-8 text .*No such file"),
+        ("\n".join(map(str, range(256))).encode(), "256 names, and a map of 8 bits tells 255 apart"),
+    ],
+)
+def test_lists_of_names_that_cannot_be_used(tmp_path: Path, annotated: Path, text: bytes | None, message: str) -> None:
+    path = tmp_path / "names.txt"
+    if text is not None:
+        path.write_bytes(text)
+    arguments = ["image-folder", str(annotated), "--resolution", "10", "--out", str(tmp_path / "out")]
+    with pytest.raises(DataError, match=f"--map-labels .*names.txt: {message}"):
+        main([*arguments, "--map-labels", str(path)])
+
+
+def test_tars_with_boxes_and_maps_get_their_names(tmp_path: Path, annotated: Path) -> None:
+    members = {"png": png(Image.new("RGB", (4, 4))), "json": b'{"objects": []}'}
+    tars = [write_tar(tmp_path / f"{name}.tar", [(name, members)]) for name in ("one", "two")]
+    out = tmp_path / "m.json"
+    names = (["tail", "ear"], ["nothing", "ear"])
+    index_tars(tars[:1], out, "train", *names)
+    index_tars(tars[1:], out, "heldout")  # as the first split says
+    for split in ("train", "heldout"):
+        dataset = open_manifest(out, split)
+        assert (dataset.object_classes, dataset.map_labels) == (("tail", "ear"), ("nothing", "ear"))
+    assert index_tars(tars[:1], out, "train", *names).reused
+    with pytest.raises(DataError, match="its object_classes are not those of --object-classes; give the same list"):
+        index_tars(tars[:1], out, "train", ["ear"])
+
+
 def test_names_of_samples_are_safe_unique_and_stable() -> None:
     names = [sample_name(path) for path in ("a/b.png", "a/b.jpg", "a-b.png", "a/\u00e9 .x.png", "l" * 300 + ".png")]
     assert len(set(names)) == 5

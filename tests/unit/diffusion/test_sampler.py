@@ -1,174 +1,116 @@
-"""Samplers against diffusers' schedulers, step by step and over trajectories, and against Gaussian closed forms."""
+"""Samplers: image by image, against Gaussian closed forms, at the edges, and in their refusals."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any
 
 import pytest
 import torch
-from diffusers import DDIMScheduler, DDPMScheduler
-from diffusers.schedulers import scheduling_ddpm
 from torch import Tensor
 
-from ldm_scale.config.schema import DiffusionConfig
-from ldm_scale.diffusion.sampler import ImageNoise, ddim_step, sample
-from ldm_scale.diffusion.schedule import NoiseSchedule, build_schedule, sampling_timesteps
+from ldm_scale.diffusion.process import DiscreteProcess, Level, Process
+from ldm_scale.diffusion.sampler import ImageNoise, Start, check_sampler, sample
+from ldm_scale.diffusion.schedule import sampling_timesteps
+from ldm_scale.diffusion.steps import ddim_step
 from ldm_scale.errors import ConfigError
+from tests.helpers.processes import KINDS, mixture_denoiser, process_of, toy_denoiser
 
 SHAPE = (2, 4, 8, 8)
-SCHEDULE = build_schedule(DiffusionConfig())
+NOISE = ImageNoise((11, 12), SHAPE[1:])
+TIMESTEP_SAMPLERS = ("ddim", "ddpm", "plms", "dpmpp_2m", "dpmpp_2m_sde")
+CONTINUOUS_SAMPLERS = ("euler", "heun", "dpmpp_2m", "dpmpp_2m_sde")
 
 
-def toy_denoiser(z: Tensor, t: Tensor) -> Tensor:
-    """A smooth, bounded function of latents and time that is no noise predictor."""
-    phase = t.reshape(-1, 1, 1, 1).to(z.dtype) / 150.0
-    return torch.tanh(z + 0.3 * z.roll(1, dims=-1)) + 0.2 * torch.sin(phase)
+def samplers_of(process: Process) -> tuple[str, ...]:
+    return TIMESTEP_SAMPLERS if isinstance(process, DiscreteProcess) else CONTINUOUS_SAMPLERS
 
 
-def gaussian_denoiser(schedule: NoiseSchedule, mean: float, std: float) -> Callable[[Tensor, Tensor], Tensor]:
-    """The exact E[eps | z_t] for data N(mean, std^2)."""
-
-    def predict(z: Tensor, t: Tensor) -> Tensor:
-        alpha_bar = schedule.alphas_cumprod[t].to(z.dtype).reshape(-1, 1, 1, 1)
-        variance = alpha_bar * std**2 + 1 - alpha_bar
-        return (1 - alpha_bar).sqrt() * (z - alpha_bar.sqrt() * mean) / variance
-
-    return predict
+ALL_PAIRS = [(kind, sampler) for kind in KINDS for sampler in samplers_of(process_of(kind))]
 
 
-def diffusers_scheduler(scheduler_class: Any, num_steps: int, **options: Any) -> Any:
-    """A scheduler with Stable Diffusion's settings, ready for `num_steps` steps."""
-    scheduler = scheduler_class(
-        num_train_timesteps=1000,
-        beta_start=0.00085,
-        beta_end=0.012,
-        beta_schedule="scaled_linear",
-        clip_sample=False,
-        # At 1000 steps an offset of 1 would index timestep 1000, where diffusers fails.
-        steps_offset=int(num_steps < 1000),
-        timestep_spacing="leading",
-        **options,
-    )
-    scheduler.set_timesteps(num_steps)
-    return scheduler
+@pytest.mark.parametrize("num_steps", [1, 2, 5])
+@pytest.mark.parametrize(("kind", "sampler"), ALL_PAIRS)
+def test_the_right_denoiser_of_one_point_ends_at_it(kind: str, sampler: Any, num_steps: int) -> None:
+    """Data that are one number: every step, however long, has x0 right, so that only the end's noise remains."""
+    process = process_of(kind)
+    point = torch.tensor([0.7], dtype=torch.float64)
+    denoiser = mixture_denoiser(process, point, 0.0)
+    initial = NOISE.initial().double()
+    end = sample(denoiser, initial, process, sampler=sampler, num_steps=num_steps, step_noise=NOISE.step)
+    alpha, sigma = process.levels(num_steps, keep_first_noise=sampler in ("ddim", "plms"))[-1][1:]
+    if sigma == 0.0:
+        torch.testing.assert_close(end, torch.full_like(end, 0.7), rtol=0, atol=1e-6)
+    else:
+        first = process.levels(num_steps)[0]
+        eps = (initial - first.alpha * 0.7) / first.sigma
+        torch.testing.assert_close(end, alpha * 0.7 + sigma * eps, rtol=0, atol=1e-6)
 
 
-def relative_error(ours: Tensor, theirs: Tensor) -> float:
-    return float((ours.double() - theirs.double()).norm() / theirs.double().norm())
-
-
-@pytest.mark.parametrize("eta", [0.0, 0.5, 1.0])
-@pytest.mark.parametrize("num_steps", [1, 7, 20, 50, 999, 1000])
-def test_ddim_follows_diffusers(num_steps: int, eta: float) -> None:
-    noise = ImageNoise((11, 12), SHAPE[1:])
-    trajectory: list[Tensor] = []
-
-    def recording_denoiser(z: Tensor, t: Tensor) -> Tensor:
-        trajectory.append(z)
-        return toy_denoiser(z, t)
-
-    ours = sample(
-        recording_denoiser,
-        noise.initial(),
-        SCHEDULE,
-        sampler="ddim",
-        num_steps=num_steps,
-        eta=eta,
-        step_noise=noise.step,
-    )
-    trajectory.append(ours)
-
-    scheduler = diffusers_scheduler(DDIMScheduler, num_steps, set_alpha_to_one=False)
-    z = noise.initial()
-    for index, t in enumerate(scheduler.timesteps):
-        variance_noise = noise.step(index)
-
-        def diffusers_step(z: Tensor, t: Tensor = t, variance_noise: Tensor = variance_noise) -> Tensor:
-            eps = toy_denoiser(z, t.expand(z.shape[0]))
-            result: Tensor = scheduler.step(eps, int(t), z, eta=eta, variance_noise=variance_noise).prev_sample
-            return result
-
-        assert relative_error(trajectory[index + 1], diffusers_step(trajectory[index])) < 1e-5, f"step {index}"
-        z = diffusers_step(z)
-        assert relative_error(trajectory[index + 1], z) < 1e-5, f"trajectory up to step {index}"
-
-
-@pytest.mark.parametrize("num_steps", [1, 7, 20, 50, 999, 1000])
-def test_ddpm_follows_diffusers(num_steps: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    noise = ImageNoise((11, 12), SHAPE[1:])
-    ours = sample(toy_denoiser, noise.initial(), SCHEDULE, sampler="ddpm", num_steps=num_steps, step_noise=noise.step)
-
-    scheduler = diffusers_scheduler(DDPMScheduler, num_steps, variance_type="fixed_small")
-    if num_steps > 50:
-        # diffusers rounds 1 - abar_t / abar_prev, some 1e-3, in float32; a thousand such steps drift by 2e-5.
-        scheduler.alphas_cumprod = SCHEDULE.alphas_cumprod.double()
-    z = noise.initial()
-    for index, t in enumerate(scheduler.timesteps):
-        step_noise = noise.step(index)
-        monkeypatch.setattr(scheduling_ddpm, "randn_tensor", lambda *_, step_noise=step_noise, **__: step_noise)
-        z = scheduler.step(toy_denoiser(z, t.expand(z.shape[0])), t, z).prev_sample
-    assert relative_error(ours, z) < 1e-5
+@pytest.mark.parametrize(
+    ("kind", "sampler"), [pair for pair in ALL_PAIRS if pair[0] in ("eps", "zero_v", "edm", "flow")]
+)
+def test_samples_of_a_mixture_have_its_moments(kind: str, sampler: Any) -> None:
+    """Of the best denoiser, the samples are the data: two normals, of unit variance together."""
+    process = process_of(kind)
+    means, std = torch.tensor([-0.9, 0.9]), math.sqrt(1 - 0.81)
+    noise = ImageNoise((0, 1, 2, 3), (1, 32, 32))
+    denoiser = mixture_denoiser(process, means, std)
+    num_steps = 50 if sampler in ("plms", "dpmpp_2m", "heun") else 200
+    ends = sample(denoiser, noise.initial(), process, sampler=sampler, num_steps=num_steps, step_noise=noise.step)
+    assert ends.mean().item() == pytest.approx(0.0, abs=0.04)
+    assert ends.var().item() == pytest.approx(1.0, rel=0.04)
+    # The fourth moment tells two modes (1.92) from one normal (3).
+    exact = 0.9**4 + 6 * 0.81 * std**2 + 3 * std**4
+    assert ends.pow(4).mean().item() == pytest.approx(exact, rel=0.08)
 
 
 def test_ddim_converges_to_the_gaussian_it_samples() -> None:
     """With the exact eps, deterministic DDIM is an affine map of z_T: its slope and offset give std and mean."""
-    mean, std = 0.7, 0.4
-    denoiser = gaussian_denoiser(SCHEDULE, mean, std)
-    alpha_bar = SCHEDULE.alphas_cumprod[0].item()  # DDIM ends at the noise level of t = 0
-    final_mean = math.sqrt(alpha_bar) * mean
-    final_std = math.sqrt(alpha_bar * std**2 + 1 - alpha_bar)
+    process, mean, std = process_of("eps"), 0.7, 0.4
+    end = process.levels(1, keep_first_noise=True)[-1]
+    final_std = math.sqrt((end.alpha * std) ** 2 + end.sigma**2)
     errors = []
-    for num_steps in (10, 100, 1000):
+    for num_steps in (10, 50, 250):
         ends = sample(
-            denoiser,
+            mixture_denoiser(process, torch.tensor([mean], dtype=torch.float64), std),
             torch.tensor([0.0, 1.0], dtype=torch.float64).reshape(2, 1, 1, 1),
-            SCHEDULE,
+            process,
             sampler="ddim",
             num_steps=num_steps,
         ).flatten()
-        errors.append(max(abs((ends[1] - ends[0]).item() / final_std - 1), abs(ends[0].item() - final_mean)))
-    # The offset keeps a floor: z_T is drawn from N(0, 1), but the exact marginal there still holds sqrt(abar_T) mean.
+        errors.append(max(abs((ends[1] - ends[0]).item() / final_std - 1), abs(ends[0].item() - end.alpha * mean)))
+    # The offset keeps a floor: z_T is drawn from N(0, 1), but the exact marginal there still holds alpha_T mean.
     assert errors[0] > 2 * errors[1] > 2 * errors[2]
-    assert errors[2] < 0.03
+    assert errors[2] < 0.05
 
 
-def test_ddpm_samples_have_the_mean_and_variance_of_the_data() -> None:
-    mean, std = 0.7, 0.4
-    noise = ImageNoise((0, 1), (4, 32, 64))
-    ends = sample(
-        gaussian_denoiser(SCHEDULE, mean, std),
-        noise.initial(),
-        SCHEDULE,
-        sampler="ddpm",
-        num_steps=1000,
-        step_noise=noise.step,
-    )
-    assert ends.mean().item() == pytest.approx(mean, abs=0.02)
-    assert ends.std().item() == pytest.approx(std, rel=0.03)
+def test_only_zero_terminal_snr_reaches_the_mean_of_the_data() -> None:
+    """The flaw that arXiv:2305.08891 describes, in numbers: data of mean 3 and deviation 0.1, from N(0, 1)."""
+    means = {}
+    for kind in ("v", "zero_v"):
+        process = process_of(kind)
+        denoiser = mixture_denoiser(process, torch.tensor([3.0]), 0.1)
+        means[kind] = sample(denoiser, torch.zeros(1, 1, 1, 1), process, sampler="ddim", num_steps=250).item()
+    assert abs(means["zero_v"] - 3.0) < 0.01
+    assert abs(means["v"] - 3.0) > 0.02
 
 
-def test_a_full_ddim_step_with_the_true_noise_returns_the_data() -> None:
-    z0 = torch.full(SHAPE, 0.3, dtype=torch.float64)
-    eps = torch.linspace(-1, 1, z0.numel(), dtype=torch.float64).reshape(SHAPE)
-    z_t = math.sqrt(0.1) * z0 + math.sqrt(0.9) * eps
-    torch.testing.assert_close(ddim_step(z_t, eps, 0.1, 1.0, 0.0, None), z0)
+@pytest.mark.parametrize("kind", ["zero_v", "zero_x0"])
+@pytest.mark.parametrize("num_steps", [1, 3, 20])
+def test_zero_terminal_snr_is_sampled_from_the_last_timestep(kind: str, num_steps: int) -> None:
+    levels = process_of(kind).levels(num_steps)
+    assert (levels[0].t, levels[0].alpha, levels[0].sigma) == (999, 0.0, 1.0)
 
 
-@pytest.mark.parametrize(("sampler", "eta"), [("ddim", 0.0), ("ddim", 1.0), ("ddpm", 0.0)])
-def test_an_image_depends_on_its_own_seed_only(sampler: Literal["ddim", "ddpm"], eta: float) -> None:
+@pytest.mark.parametrize(("kind", "sampler"), [pair for pair in ALL_PAIRS if pair[0] in ("eps", "edm", "flow")])
+def test_an_image_depends_on_its_own_seed_only(kind: str, sampler: Any) -> None:
+    process = process_of(kind)
+
     def run(*seeds: int) -> Tensor:
         noise = ImageNoise(seeds, SHAPE[1:])
-        return sample(
-            toy_denoiser,
-            noise.initial(),
-            SCHEDULE,
-            sampler=sampler,
-            num_steps=5,
-            eta=eta,
-            step_noise=noise.step,
-        )
+        denoiser = toy_denoiser(process)
+        return sample(denoiser, noise.initial(), process, sampler=sampler, num_steps=5, step_noise=noise.step)
 
     batch = run(3, 4, 5)
     assert torch.equal(run(4)[0], batch[1])
@@ -186,10 +128,11 @@ def test_image_noise_draws_are_independent() -> None:
 def test_progress_counts_the_steps_and_no_gradients_are_recorded() -> None:
     done: list[int] = []
     weight = torch.ones((), requires_grad=True)
+    process = process_of("eps")
     result = sample(
-        lambda z, t: weight * toy_denoiser(z, t),
-        ImageNoise((0,), SHAPE[1:]).initial(),
-        SCHEDULE,
+        lambda z, t: weight * toy_denoiser(process)(z, t),
+        NOISE.initial(),
+        process,
         sampler="ddim",
         num_steps=4,
         progress=done.append,
@@ -198,19 +141,100 @@ def test_progress_counts_the_steps_and_no_gradients_are_recorded() -> None:
     assert not result.requires_grad
 
 
-def test_the_denoiser_sees_one_timestep_per_image() -> None:
-    seen: list[list[int]] = []
+@pytest.mark.parametrize(
+    ("kind", "sampler", "calls"),
+    [("eps", "ddim", 20), ("eps", "plms", 21), ("v", "dpmpp_2m", 20), ("edm", "heun", 39), ("flow", "euler", 20)],
+)
+def test_the_denoiser_sees_one_time_per_image_as_often_as_the_configuration_says(
+    kind: str, sampler: Any, calls: int
+) -> None:
+    process = process_of(kind)
+    seen: list[float] = []
 
     def denoiser(z: Tensor, t: Tensor) -> Tensor:
-        assert t.dtype == torch.int64
-        seen.append(t.tolist())
+        assert t.dtype == process.time_dtype
+        assert t.shape == (2,)
+        assert t[0] == t[1]
+        seen.append(t[0].item())
         return z
 
-    sample(denoiser, torch.zeros(SHAPE), SCHEDULE, sampler="ddim", num_steps=20)
-    assert seen == [[t, t] for t in sampling_timesteps(1000, 20)]
+    sample(denoiser, torch.zeros(SHAPE), process, sampler=sampler, num_steps=20)
+    assert len(seen) == calls
+    if sampler == "ddim":
+        assert seen == sampling_timesteps(1000, 20)
 
 
-@pytest.mark.parametrize(("sampler", "eta"), [("ddim", -0.1), ("ddim", 1.1), ("ddpm", 0.5)])
-def test_unusable_eta_is_named(sampler: Literal["ddim", "ddpm"], eta: float) -> None:
-    with pytest.raises(ConfigError, match=f"sampling.eta = {eta}"):
-        sample(toy_denoiser, torch.zeros(SHAPE), SCHEDULE, sampler=sampler, num_steps=5, eta=eta)
+@pytest.mark.parametrize("kind", ["eps", "zero_v", "edm", "flow"])
+@pytest.mark.parametrize(("strength", "taken"), [(0.01, 1), (0.5, 5), (0.79, 7), (1.0, 10)])
+def test_a_start_takes_its_share_of_the_steps_from_its_own_level(kind: str, strength: float, taken: int) -> None:
+    process = process_of(kind)
+    z0 = torch.linspace(-1, 1, 512).reshape(SHAPE)
+    seen: list[tuple[float, Tensor]] = []
+
+    def denoiser(z: Tensor, t: Tensor) -> Tensor:
+        seen.append((t[0].item(), z))
+        return toy_denoiser(process)(z, t)
+
+    done: list[int] = []
+    sample(
+        denoiser,
+        NOISE.initial(),
+        process,
+        sampler="dpmpp_2m",
+        num_steps=10,
+        start=Start(z0, strength),
+        progress=done.append,
+    )
+    assert done == list(range(1, taken + 1))
+    level = process.levels(10)[10 - taken]
+    assert seen[0][0] == pytest.approx(level.t)
+    torch.testing.assert_close(seen[0][1], level.alpha * z0 + level.sigma * NOISE.initial())
+
+
+@pytest.mark.parametrize("kind", ["v", "edm", "flow"])
+def test_a_start_keeps_as_much_of_its_image_as_its_noise_left(kind: str) -> None:
+    process = process_of(kind)
+    denoiser = mixture_denoiser(process, torch.tensor([-1.0, 1.0]), 0.1)
+    z0 = torch.where(torch.rand(SHAPE, generator=torch.Generator().manual_seed(0)) < 0.5, -1.0, 1.0)
+
+    for strength in (0.2, 0.6):
+        start = Start(z0, strength)
+        end = sample(denoiser, NOISE.initial(), process, sampler="dpmpp_2m", num_steps=40, start=start)
+        # Elements keep their sign where the noise of the first level did not overcome it.
+        level = process.levels(40)[40 - int(40 * strength)]
+        expected = torch.special.ndtr(torch.tensor(level.alpha / level.sigma)).item()
+        assert (end.sign() == z0).float().mean().item() == pytest.approx(expected, abs=0.06)
+        assert expected < 1 if strength == 0.6 else expected > 0.9
+
+
+@pytest.mark.parametrize("strength", [0.0, 1.1, -0.2])
+def test_unusable_strengths_are_named(strength: float) -> None:
+    start = Start(torch.zeros(SHAPE), strength)
+    with pytest.raises(ConfigError, match=f"strength={strength}: must be above 0"):
+        sample(lambda z, t: z, torch.zeros(SHAPE), process_of("eps"), sampler="ddim", num_steps=5, start=start)
+
+
+def test_a_full_ddim_step_with_the_true_noise_returns_the_data() -> None:
+    z0 = torch.full(SHAPE, 0.3, dtype=torch.float64)
+    eps = torch.linspace(-1, 1, z0.numel(), dtype=torch.float64).reshape(SHAPE)
+    now, then = Level(500, math.sqrt(0.1), math.sqrt(0.9)), Level(None, 1.0, 0.0)
+    torch.testing.assert_close(ddim_step(z0, eps, now, then), z0)
+
+
+@pytest.mark.parametrize(("kind", "sampler"), [("eps", "euler"), ("v", "heun"), ("edm", "ddim"), ("flow", "plms")])
+def test_samplers_that_do_not_fit_the_process_name_those_that_do(kind: str, sampler: Any) -> None:
+    with pytest.raises(ConfigError, match=rf"sampling.sampler={sampler}: .*set sampling.sampler=.*dpmpp_2m") as caught:
+        check_sampler(sampler, process_of(kind))
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(("sampler", "eta"), [("ddim", -0.1), ("ddim", 1.1), ("ddpm", 0.5), ("plms", 1.0)])
+def test_unusable_eta_is_named(sampler: Any, eta: float) -> None:
+    with pytest.raises(ConfigError, match=f"sampling.eta={eta}"):
+        sample(lambda z, t: z, torch.zeros(SHAPE), process_of("eps"), sampler=sampler, num_steps=5, eta=eta)
+
+
+@pytest.mark.parametrize("kind", ["eps", "edm", "flow"])
+def test_no_steps_are_refused(kind: str) -> None:
+    with pytest.raises(ConfigError, match=r"sampling.num_steps=0"):
+        process_of(kind).levels(0)

@@ -1,118 +1,105 @@
-"""The noise schedule against diffusers' tables and against arithmetic in Python floats."""
+"""Discrete schedules against diffusers' tables and against arithmetic in Python floats."""
 
 from __future__ import annotations
 
 import math
-from typing import Any, Literal
+from typing import Any
 
 import pytest
 import torch
 from diffusers import DDIMScheduler
+from diffusers.schedulers.scheduling_ddim import rescale_zero_terminal_snr
 
 from ldm_scale.config.schema import DiffusionConfig
-from ldm_scale.diffusion.loss import diffusion_loss
-from ldm_scale.diffusion.prediction import eps_from_x0, training_target, x0_from_eps
-from ldm_scale.diffusion.schedule import build_schedule, sampling_timesteps
+from ldm_scale.diffusion.schedule import alphas_cumprod, sampling_timesteps
 from ldm_scale.errors import ConfigError
 
 CFG = DiffusionConfig()
 
 
-def diffusers_scheduler(num_timesteps: int = 1000) -> Any:
+def diffusers_scheduler(num_timesteps: int = 1000, **options: Any) -> Any:
     scheduler_class: Any = DDIMScheduler
-    return scheduler_class(
-        num_timesteps,
-        CFG.beta_start,
-        CFG.beta_end,
-        beta_schedule="scaled_linear",
-        steps_offset=1,
-        timestep_spacing="leading",
-    )
+    settings = {"beta_schedule": "scaled_linear", "steps_offset": 1, "timestep_spacing": "leading"} | options
+    return scheduler_class(num_timesteps, CFG.beta_start, CFG.beta_end, **settings)
 
 
-def test_linear_schedule_equals_diffusers_scaled_linear() -> None:
-    schedule = build_schedule(CFG)
-    reference = diffusers_scheduler()
-    torch.testing.assert_close(schedule.betas, reference.betas, rtol=1e-6, atol=0)
-    torch.testing.assert_close(schedule.alphas_cumprod, reference.alphas_cumprod, rtol=1e-5, atol=0)
+@pytest.mark.parametrize(("schedule", "theirs"), [("linear", "scaled_linear"), ("cosine", "squaredcos_cap_v2")])
+@pytest.mark.parametrize("num_timesteps", [10, 1000])
+def test_schedules_equal_diffusers(schedule: Any, theirs: str, num_timesteps: int) -> None:
+    ours = alphas_cumprod(DiffusionConfig(schedule=schedule, num_timesteps=num_timesteps))
+    reference = diffusers_scheduler(num_timesteps, beta_schedule=theirs)
+    assert ours.dtype == torch.float64
+    # At the end of the cosine schedule 1 - beta is 0.001, of which float32 betas know four digits.
+    torch.testing.assert_close(ours.float(), reference.alphas_cumprod, rtol=1e-4, atol=1e-7)
 
 
-def test_tables_are_exact_to_float32() -> None:
-    schedule = build_schedule(CFG)
+def test_tables_are_exact() -> None:
     roots = [math.sqrt(0.00085) + (math.sqrt(0.012) - math.sqrt(0.00085)) * i / 999 for i in range(1000)]
     exact = math.prod(1.0 - root**2 for root in roots)
-    assert schedule.alphas_cumprod.dtype == torch.float32
-    assert schedule.alphas_cumprod[-1].item() == pytest.approx(exact, rel=6e-8)
+    assert alphas_cumprod(CFG)[-1].item() == pytest.approx(exact, rel=1e-12)
 
 
-def test_add_noise_equals_diffusers_and_keeps_unit_variance() -> None:
-    schedule = build_schedule(CFG)
-    generator = torch.Generator().manual_seed(0)
-    z0 = torch.randn(5, 4, 64, 64, generator=generator)
-    noise = torch.randn(5, 4, 64, 64, generator=generator)
-    t = torch.tensor([0, 1, 500, 998, 999])
-    z_t = schedule.add_noise(z0, noise, t)
-    reference = diffusers_scheduler().add_noise(z0, noise, t)
-    torch.testing.assert_close(z_t, reference, rtol=0, atol=1e-5)
-    torch.testing.assert_close(z_t.var(dim=(1, 2, 3)), torch.ones(5), rtol=0.05, atol=0)
+def test_cosine_follows_its_closed_form() -> None:
+    products = alphas_cumprod(DiffusionConfig(schedule="cosine"))
+
+    def f(t: float) -> float:
+        return math.cos((t + 0.008) / 1.008 * math.pi / 2) ** 2
+
+    for t in (0, 100, 500, 900):
+        assert products[t].item() == pytest.approx(f((t + 1) / 1000) / f(0), rel=1e-10)
+    assert products[-1] > 0
 
 
-def test_snr_is_that_of_the_noised_latents() -> None:
-    schedule = build_schedule(CFG)
-    t = torch.tensor([0, 250, 999])
-    signal = schedule.add_noise(torch.ones(3, 1), torch.zeros(3, 1), t)
-    noise = schedule.add_noise(torch.zeros(3, 1), torch.ones(3, 1), t)
-    torch.testing.assert_close(schedule.snr(t), (signal / noise).square().squeeze(1), rtol=1e-5, atol=0)
+@pytest.mark.parametrize("schedule", ["linear", "cosine"])
+def test_zero_terminal_snr_keeps_the_first_timestep_and_ends_in_noise(schedule: Any) -> None:
+    plain = alphas_cumprod(DiffusionConfig(prediction="v", schedule=schedule))
+    rescaled = alphas_cumprod(DiffusionConfig(prediction="v", schedule=schedule, zero_terminal_snr=True))
+    assert rescaled[-1] == 0.0
+    assert rescaled[0].item() == pytest.approx(plain[0].item(), rel=1e-14)
+    assert (rescaled.diff() < 0).all()
+    roots = plain.sqrt()
+    betas = 1 - plain / torch.cat([torch.ones(1, dtype=torch.float64), plain[:-1]])
+    theirs: torch.Tensor = rescale_zero_terminal_snr(betas)
+    torch.testing.assert_close(rescaled, torch.cumprod(1 - theirs, 0), rtol=1e-9, atol=1e-12)
+    # The straight line through (root_0, root_0) and (root_T, 0).
+    slope = roots[0] / (roots[0] - roots[-1])
+    assert rescaled.sqrt()[500].item() == pytest.approx((slope * (roots[500] - roots[-1])).item())
 
 
 @pytest.mark.parametrize("num_steps", [1, 7, 20, 50, 333, 500, 999])
 @pytest.mark.parametrize("num_timesteps", [1000, 1500])
-def test_sampling_timesteps_equal_diffusers(num_timesteps: int, num_steps: int) -> None:
-    reference = diffusers_scheduler(num_timesteps)
+@pytest.mark.parametrize("spacing", ["leading", "trailing"])
+def test_sampling_timesteps_equal_diffusers(num_timesteps: int, num_steps: int, spacing: str) -> None:
+    reference = diffusers_scheduler(num_timesteps, timestep_spacing=spacing)
     reference.set_timesteps(num_steps)
-    assert sampling_timesteps(num_timesteps, num_steps) == reference.timesteps.tolist()
+    ours = sampling_timesteps(num_timesteps, num_steps, trailing=spacing == "trailing")
+    # Its floating-point range runs one too far for 999 of 1500, to timestep -1.
+    assert ours == reference.timesteps.tolist()[:num_steps]
 
 
-def test_sampling_all_timesteps_stays_inside_the_schedule() -> None:
-    assert sampling_timesteps(1000, 1000) == list(reversed(range(1000)))
-    assert sampling_timesteps(1, 1) == [0]
+@pytest.mark.parametrize("trailing", [False, True])
+def test_sampling_all_timesteps_stays_inside_the_schedule(trailing: bool) -> None:
+    assert sampling_timesteps(1000, 1000, trailing) == list(reversed(range(1000)))
+    assert sampling_timesteps(1, 1, trailing) == [0]
 
 
 @pytest.mark.parametrize("num_steps", [0, -1, 1001])
 def test_impossible_step_counts_are_named(num_steps: int) -> None:
-    with pytest.raises(ConfigError, match=f"num_steps = {num_steps}.*num_timesteps = 1000"):
+    with pytest.raises(ConfigError, match=rf"num_steps={num_steps}.*num_timesteps=1000"):
         sampling_timesteps(1000, num_steps)
 
 
 @pytest.mark.parametrize(
     ("overrides", "key"),
-    [({"beta_start": 0.0}, "beta_start"), ({"beta_end": 1.0}, "beta_end"), ({"num_timesteps": 0}, "num_timesteps")],
+    [
+        ({"beta_start": 0.0}, "beta_start=0.0"),
+        ({"beta_start": 0.02}, "beta_start=0.02"),
+        ({"beta_end": 1.0}, "beta_start=0.00085, diffusion.beta_end=1.0"),
+        ({"num_timesteps": 0}, "num_timesteps=0"),
+        ({"zero_terminal_snr": True}, "zero_terminal_snr=true.*prediction=v or x0"),
+        ({"zero_terminal_snr": True, "prediction": "v", "num_timesteps": 1}, "zero_terminal_snr=true.*at least 2"),
+    ],
 )
-def test_impossible_schedules_are_named(overrides: dict[str, float], key: str) -> None:
+def test_impossible_schedules_are_named(overrides: dict[str, Any], key: str) -> None:
     with pytest.raises(ConfigError, match=f"diffusion.{key}"):
-        build_schedule(DiffusionConfig(**overrides))  # type: ignore[arg-type]
-
-
-def test_x0_and_eps_are_recovered_from_the_noised_latents() -> None:
-    schedule = build_schedule(CFG)
-    generator = torch.Generator().manual_seed(1)
-    z0 = torch.randn(3, 4, 8, 8, generator=generator)
-    noise = torch.randn(3, 4, 8, 8, generator=generator)
-    t = torch.tensor([0, 400, 999])
-    z_t = schedule.add_noise(z0, noise, t)
-    alpha_bar = schedule.alphas_cumprod[t].reshape(-1, 1, 1, 1)
-    torch.testing.assert_close(x0_from_eps(z_t, noise, alpha_bar), z0, rtol=0, atol=1e-5)
-    torch.testing.assert_close(eps_from_x0(z_t, z0, alpha_bar), noise, rtol=0, atol=1e-4)
-    assert training_target("eps", z0, noise) is noise
-
-
-@pytest.mark.parametrize("kind", ["l2", "l1"])
-def test_loss_is_each_images_mean_in_float32(kind: Literal["l2", "l1"]) -> None:
-    generator = torch.Generator().manual_seed(2)
-    prediction = torch.randn(3, 4, 8, 8, generator=generator).bfloat16()
-    target = torch.randn(3, 4, 8, 8, generator=generator)
-    loss = diffusion_loss(prediction, target, kind)
-    reference = torch.nn.functional.mse_loss if kind == "l2" else torch.nn.functional.l1_loss
-    expected = torch.stack([reference(p.double(), q.double()) for p, q in zip(prediction, target, strict=True)])
-    assert loss.dtype == torch.float32
-    torch.testing.assert_close(loss, expected.float())
+        alphas_cumprod(DiffusionConfig(**overrides))

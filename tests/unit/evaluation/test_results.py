@@ -33,7 +33,7 @@ def test_a_result_is_read_from_its_file_or_folder(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("content", "expected"),
     [
-        (None, "no such file; `ldm-scale evaluate autoencoder"),
+        (None, "no such file; `ldm-scale evaluate "),
         ("{", "cannot be read"),
         ("[]", "not a result of"),
         ('{"format": "other"}', "not a result of"),

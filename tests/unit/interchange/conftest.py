@@ -7,6 +7,7 @@ import pytest
 from ldm_scale.conditioning.latent_diffusion import LatentDiffusion
 from ldm_scale.config.schema import (
     AutoencoderConfig,
+    ConditioningConfig,
     DiffusionConfig,
     SamplingConfig,
     TextConditioningConfig,
@@ -23,6 +24,7 @@ UNET = UNetConfig(
     base_channels=16, channel_multipliers=(1, 2), num_res_blocks=1, attention_levels=(1,), head_dim=8, norm_groups=4
 )
 TEXT = TextConditioningConfig(width=16, depth=1, num_heads=2)
+CONDITIONING = ConditioningConfig(text=TEXT)
 
 
 @pytest.fixture(scope="session")
@@ -34,10 +36,10 @@ def autoencoder_artifact() -> Artifact:
 @pytest.fixture(scope="session")
 def diffusion_artifact(autoencoder_artifact: Artifact) -> DiffusionArtifact:
     return make_diffusion_artifact(
-        random_state(LatentDiffusion(UNET, TEXT, AUTOENCODER.latent_channels)),
+        random_state(LatentDiffusion(UNET, CONDITIONING, AUTOENCODER.latent_channels)),
         autoencoder_artifact,
         unet=UNET,
-        conditioning=TEXT,
+        conditioning=CONDITIONING,
         diffusion=DiffusionConfig(),
         sampling=SamplingConfig(num_steps=3, guidance_scale=2.0),
         provenance={"resolution": 16},

@@ -216,9 +216,9 @@ def test_untrained_models(tmp_path: Path) -> None:
         "unet.base_channels=16",
         "unet.norm_groups=4",
         "unet.head_dim=16",
-        "conditioning.width=16",
-        "conditioning.num_heads=2",
-        "conditioning.depth=1",
+        "conditioning.text.width=16",
+        "conditioning.text.num_heads=2",
+        "conditioning.text.depth=1",
     ]
     for name, seed in (("a", "1"), ("b", "1"), ("c", "2")):
         out = str(tmp_path / name)

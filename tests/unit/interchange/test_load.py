@@ -277,7 +277,7 @@ def test_sampling_defaults_are_the_models(diffusion_artifact: DiffusionArtifact)
     explicit = model.sample(["a"], [0], num_steps=3, guidance_scale=2.0, eta=0.0, sampler="ddim")
     assert torch.equal(images, explicit)
     assert not torch.allclose(images, model.sample(["a"], [0], guidance_scale=1.0))
-    with pytest.raises(ConfigError, match="2 captions and 1 seeds"):
+    with pytest.raises(ConfigError, match="2 rows of text and 1 seeds"):
         model.sample(["a", "b"], [0])
 
 

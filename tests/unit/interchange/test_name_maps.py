@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from diffusers import FlowMatchEulerDiscreteScheduler
 from torch import nn
 
 from ldm_scale.config.schema import AutoencoderConfig, DiffusionConfig, TextConditioningConfig, UNetConfig
@@ -18,14 +19,11 @@ from ldm_scale.interchange.artifact import (
     make_artifact,
     make_diffusion_artifact,
 )
-from ldm_scale.interchange.diffusers import (
-    clip_text_config,
-    empty_unet,
-    fill_diffusers_folder,
-    make_scheduler,
-)
+from ldm_scale.interchange.diffusers import fill_diffusers_folder, make_scheduler
 from ldm_scale.interchange.diffusers_autoencoder import empty_autoencoder
+from ldm_scale.interchange.diffusers_unet import empty_unet
 from ldm_scale.interchange.name_maps import autoencoder_names, restore, translate, unet_names
+from ldm_scale.interchange.text_encoder import text_model_config
 from ldm_scale.models.autoencoder import LatentStatistics
 from ldm_scale.models.build import build_unet
 
@@ -96,6 +94,17 @@ def test_scheduler_has_stable_diffusions_settings() -> None:
     assert {name: config[name] for name in published} == published
 
 
+def test_processes_without_an_equal_pipeline_have_no_scheduler() -> None:
+    edm = DiffusionConfig(prediction="edm")
+    assert type(make_scheduler(edm)).__name__ == "EDMEulerScheduler"
+    with pytest.raises(CheckpointError, match=r"diffusion.prediction=edm: LDMTextToImagePipeline scales neither"):
+        make_scheduler(edm, "LDMTextToImagePipeline")
+    with pytest.raises(CheckpointError, match=r"diffusion.prediction=flow: FlowMatchEulerDiscreteScheduler"):
+        make_scheduler(DiffusionConfig(prediction="flow"))
+    # If diffusers' class gains it, the refusal can go.
+    assert not hasattr(FlowMatchEulerDiscreteScheduler, "init_noise_sigma")
+
+
 def test_translate_uses_every_tensor_once(autoencoder_artifact: Artifact) -> None:
     config = autoencoder_artifact.config
     names, state = autoencoder_names(config), autoencoder_artifact.state
@@ -136,8 +145,8 @@ def test_models_that_diffusers_cannot_hold_are_refused(tmp_path: Path, diffusion
         empty_autoencoder(AutoencoderConfig(channel_multipliers=(2, 4)), LatentStatistics(), 64)
     with pytest.raises(CheckpointError, match=r"unet\.channel_multipliers\[0\]=2"):
         empty_unet(UNetConfig(channel_multipliers=(2, 4), attention_levels=()), 4, 768, 32)
-    with pytest.raises(CheckpointError, match=r"conditioning\.vocab_size=50000"):
-        clip_text_config(TextConditioningConfig(vocab_size=50_000))
+    with pytest.raises(CheckpointError, match=r"conditioning\.text\.vocab_size=50000"):
+        text_model_config(TextConditioningConfig(vocab_size=50_000))
     first = diffusion_artifact.autoencoder
     shifted = make_artifact(first.state, first.config, LatentStatistics(shift=0.1), first.provenance)
     model = make_diffusion_artifact(

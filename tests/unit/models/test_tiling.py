@@ -128,7 +128,7 @@ def test_moments_of_all_tiles_are_the_whole_images() -> None:
     norm = GroupNorm(4, 8, 1e-6)
     norm.channel_bias = nn.Parameter(torch.randn(8))
     x = torch.randn(1, 8, 26, 40) * 3 + 100
-    plan = tiling._Plan(13, 20, 6, 2)
+    plan = tiling.TilePlan(13, 20, 6, 2)
     moments = tiling._Moments()
     for row, column in plan:
         tiling._measure(norm, tiling._own_part(tiling._cut(x, row, column, 2), row, column), moments)
@@ -153,7 +153,7 @@ def test_a_fixed_norm_with_the_whole_images_moments_is_the_norm() -> None:
     ("size", "tile", "overlap"), [(20, 8, 2), (21, 8, 6), (9, 8, 0), (17, 8, 7), (8, 8, 4), (5, 8, 4)]
 )
 def test_weights_add_up_to_one_and_own_parts_cover_once(size: int, tile: int, overlap: int) -> None:
-    plan = tiling._Plan(size, size, tile, overlap)
+    plan = tiling.TilePlan(size, size, tile, overlap)
     assert (plan.rows[0].start, plan.rows[-1].stop) == (0, size)
     total, owned = torch.zeros(3 * size), torch.zeros(size)
     for span in plan.rows:

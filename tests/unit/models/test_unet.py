@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ldm_scale.config.schema import UNetConfig
 from ldm_scale.models.attention import image_from_tokens, tokens_from_image
 from ldm_scale.models.embedding import sinusoidal_embedding
-from ldm_scale.models.unet import UNet, num_heads
+from ldm_scale.models.unet import UNet, UNetEncoder, num_heads
 from tests.helpers.runs import set_random_outputs
 
 CONTEXT = 6
@@ -28,23 +28,38 @@ ODD = [
 ]
 
 
+PLAIN = dataclasses.replace(SMALL, attention="self")
+WITHOUT_CONTEXT = [
+    PLAIN,
+    dataclasses.replace(PLAIN, attention_levels=(), head_dim=None, num_heads=2),
+    dataclasses.replace(PLAIN, scale_shift_norm=True, residual_resampling=True, num_res_blocks=2),
+]
+EVERY = [*ODD, *WITHOUT_CONTEXT, dataclasses.replace(ODD[2], scale_shift_norm=True, residual_resampling=True)]
+
+
 def _inputs(channels: int, side: int, batch: int = 2) -> tuple[Tensor, Tensor, Tensor]:
     return torch.randn(batch, channels, side, side), torch.arange(batch) * 300 + 5, torch.randn(batch, 3, CONTEXT)
 
 
-@pytest.mark.parametrize("config", ODD)
+def _unet(config: UNetConfig, in_channels: int, out_channels: int) -> tuple[UNet, int | None]:
+    """The UNet, and the number of tensors it takes: z and t, and a context where it has transformers."""
+    transformers = config.attention == "transformer"
+    return UNet(config, in_channels, out_channels, CONTEXT if transformers else None), None if transformers else 2
+
+
+@pytest.mark.parametrize("config", EVERY)
 @pytest.mark.parametrize(("in_channels", "out_channels"), [(4, 4), (7, 3)])
 def test_output_has_the_latents_shape_in_channels_last(config: UNetConfig, in_channels: int, out_channels: int) -> None:
-    unet = UNet(config, in_channels, out_channels, CONTEXT)
+    unet, taken = _unet(config, in_channels, out_channels)
     set_random_outputs(unet, seed=1)
     side = 3 * 2 ** (len(config.channel_multipliers) - 1)
-    z, t, context = _inputs(in_channels, side)
-    y = unet(z, t, context)
+    z, *others = _inputs(in_channels, side)[:taken]
+    y = unet(z, *others)
     assert y.shape == (2, out_channels, side, side)
     assert y.is_contiguous(memory_format=torch.channels_last)
     assert y.std() > 0
     wide = torch.randn(2, in_channels, side, 2 * side)
-    assert unet(wide, t, context).shape == (2, out_channels, side, 2 * side)
+    assert unet(wide, *others).shape == (2, out_channels, side, 2 * side)
 
 
 @pytest.mark.parametrize("config", ODD)
@@ -71,20 +86,74 @@ def test_every_skip_connection_is_used_once(config: UNetConfig) -> None:
     assert stack == []
 
 
-@pytest.mark.parametrize("config", ODD)
+@pytest.mark.parametrize("config", EVERY)
 def test_every_parameter_has_a_gradient(config: UNetConfig) -> None:
-    unet = UNet(config, 4, 4, CONTEXT)
+    unet, taken = _unet(config, 4, 4)
     set_random_outputs(unet, seed=1)
-    unet(*_inputs(4, 2 ** (len(config.channel_multipliers) + 1))).square().sum().backward()
+    unet(*_inputs(4, 2 ** (len(config.channel_multipliers) + 1))[:taken]).square().sum().backward()
     without = [n for n, p in unet.named_parameters() if p.grad is None or not p.grad.isfinite().all()]
     assert without == []
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.4])
+@pytest.mark.parametrize("config", [ODD[2], EVERY[-1], *WITHOUT_CONTEXT])
+def test_gradients_do_not_depend_on_checkpointing(config: UNetConfig, dropout: float) -> None:
+    unet, taken = _unet(dataclasses.replace(config, dropout=dropout), 4, 4)
+    set_random_outputs(unet.double(), seed=1)
+    inputs = [x.double() for x in _inputs(4, 2 ** (len(config.channel_multipliers) + 1))[:taken]]
+    watched = [*unet.parameters(), *(x.requires_grad_() for x in inputs[2:])]
+    calls: list[str] = []
+    unet.middle.block1.register_forward_hook(lambda *_: calls.append("middle"))
+    found = []
+    for checkpointing in (False, True):
+        unet.checkpoint_activations = checkpointing
+        torch.manual_seed(3)
+        y = unet(*inputs)
+        y.square().sum().backward()
+        found.append([y.detach(), *(tensor.grad for tensor in watched)])
+        for tensor in watched:
+            tensor.grad = None
+    for plain, again in zip(*found, strict=True):
+        torch.testing.assert_close(again, plain, rtol=1e-9, atol=1e-9)
+    assert len(calls) == 3, "with checkpointing the middle is computed twice"
+    with torch.no_grad():
+        unet(*inputs)
+    assert len(calls) == 4
+
+
+def test_the_encoder_half_stands_alone() -> None:
+    config = dataclasses.replace(ODD[2], num_res_blocks=1)
+    whole = UNet(config, 4, 4, CONTEXT)
+    set_random_outputs(whole, seed=1)
+    half = UNetEncoder(config, 4, CONTEXT)
+    names = half.state_dict().keys()
+    state = {name: tensor for name, tensor in whole.state_dict().items() if name in names}
+    rows = half.context_projection.to_kv.weight.shape[0]
+    state["context_projection.to_kv.weight"] = state["context_projection.to_kv.weight"][:rows]
+    half.load_state_dict(state)
+    z, t, context = _inputs(4, 8)
+    found, skips = half.encode(z, half.time_embedding(t), half.keys_values(context))
+    expected, _ = whole.encode(z, whole.time_embedding(t), whole.keys_values(context))
+    assert torch.equal(found, expected)
+    assert found.shape == (2, 8 * config.channel_multipliers[-1], 2, 2)
+    assert [skip.shape[2] for skip in skips] == [8, 8, 4, 4, 2, 2]
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.float32, torch.float64])
+def test_time_may_be_any_number(dtype: torch.dtype) -> None:
+    unet, _ = _unet(PLAIN, 4, 4)
+    set_random_outputs(unet, seed=1)
+    z, t, _ = _inputs(4, 8)
+    assert torch.equal(unet(z, t.to(dtype)), unet(z, t))
+    if dtype.is_floating_point:
+        assert not torch.allclose(unet(z, t.to(dtype) + 0.25), unet(z, t), atol=1e-6)
 
 
 def test_output_is_zero_at_initialisation() -> None:
     unet = UNet(ODD[2], 4, 4, CONTEXT)
     assert not unet(*_inputs(4, 8)).any()
     # With the last layer drawn at random, its input must be what conv_in and the resamplings alone make of z: the
-    # residual branches and the transformers add nothing.
+    # residual branches and the attention add nothing.
     nn.init.normal_(unet.conv_out.weight)
     z, t, context = _inputs(4, 8)
     y = unet(z, t, context)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import importlib.metadata
 import os
 import re
@@ -17,6 +18,7 @@ import pytest
 import torch
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
+from ldm_scale.config.compose import load_config
 from ldm_scale.config.schema import Config
 from ldm_scale.engine import env
 from ldm_scale.engine.ops import read_ops
@@ -196,6 +198,11 @@ def test_a_full_or_slow_or_closed_disk_is_told(tmp_path: Path, config: Config, m
     assert findings(12 * weights, fast).findings[0].level == "ok"
     assert "checkpoints take" in _lines(findings(12 * weights - 1, fast), "warning")[0]
     assert findings(4 * weights - 1, fast).exit_code == 1
+    # Two profiles, snapshot twice in fp16: two more averages in three checkpoints, and as much again on disk.
+    ema = dataclasses.replace(config.ema, power_stds=(0.05, 0.1), snapshot_every_images=config.train.total_images // 2)
+    config = dataclasses.replace(config, ema=ema)
+    assert findings(20 * weights, fast).findings[0].level == "ok"
+    assert "3 checkpoints and all snapshots take" in _lines(findings(20 * weights - 1, fast), "warning")[0]
     assert len(_lines(findings(2**40, slow), "warning")) == 2
     report = findings(2**40, closed)
     assert [line[: len("run_dir")] for line in _lines(report, "error")] == ["run_dir"]
@@ -224,7 +231,7 @@ def test_the_step_is_clocked_against_the_plan(stage: str, tmp_path: Path) -> Non
     doctor_machine.check_step(report, config, size, CPU)
     step = report.facts["step"]
     assert step["batch"] == 8
-    forward = size.trained.forward_flops + (size.conditioner.forward_flops if size.conditioner else 0)
+    forward = size.trained.forward_flops + (size.tau_theta.forward_flops if size.tau_theta else 0)
     assert step["planned_forward_flops"] == forward
     assert step["images_per_s"] == pytest.approx(8 / step["step_s"], rel=0.02)
     assert step["tflops"] * 1e12 == pytest.approx(3 * forward * 8 / step["step_s"], rel=0.1, abs=1e8)
@@ -267,6 +274,12 @@ def test_a_large_batch_is_halved_until_a_step_takes_seconds(config: Config) -> N
     assert doctor_speed.choose_batch(config, 10**9, 1, 1e9) == 0
     assert doctor_speed.choose_batch(config, 10**9, 1, 1e10) == 4
     assert doctor_speed.choose_batch(config, 10**9, 2, 1e12) == 4
+
+
+def test_the_step_of_a_classifier_is_clocked_too() -> None:
+    overrides = ["stage=classifier", "unet.attention=self", "conditioning=none", "classifier.num_classes=3"]
+    config = load_config(["experiment=demo_text", "data.resolution=32", *overrides])
+    assert doctor_speed.measure_step(config, measure_run(config), CPU, 2).images_per_s > 0
 
 
 def test_a_gpu_that_is_too_small_gets_smaller_batches(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:

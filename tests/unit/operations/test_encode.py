@@ -73,7 +73,8 @@ def test_the_cache_has_the_source_s_samples_in_its_order_and_their_moments(folde
             with torch.no_grad():
                 moments = torch.cat(list(network.encode_moments(x)), dim=1)[0].numpy()
             np.testing.assert_allclose(array(ours["latents.center.npy"]), moments, atol=1e-5)
-            assert json.loads(ours["latents.json"]) == {"variants": {"center": {"box": [0, 0, 20, 20], "flip": False}}}
+            variants = {"center": {"box": [0, 0, 20, 20], "flip": False}}
+            assert json.loads(ours["latents.json"]) == {"size": [20, 20], "variants": variants}
 
 
 def test_variants_are_recorded_and_are_what_their_record_says(tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """What a run's figures look like to TensorBoard's own reader and to a JSON parser."""
 
 import json
+import math
 import subprocess
 import sys
 from pathlib import Path
@@ -8,7 +9,19 @@ from pathlib import Path
 import pytest
 import torch
 
-from ldm_scale.telemetry.tensorboard import METRICS_FILE, TENSORBOARD_FOLDER, ScalarWriter, image_grid, read_metrics
+from ldm_scale.telemetry.tensorboard import (
+    METRICS_FILE,
+    TENSORBOARD_FOLDER,
+    Curves,
+    ScalarWriter,
+    draw_curves,
+    image_grid,
+    read_metrics,
+)
+
+CURVES = Curves(
+    "losses", "noise", "error", ("low", "high"), {"raw": (0.5, 0.2), "zero": (1.0, math.inf)}, frozenset({"zero"})
+)
 
 
 def scalars_seen_by_tensorboard(run_dir: Path, name: str) -> list[tuple[int, float]]:
@@ -75,6 +88,9 @@ def test_a_disabled_writer_writes_nothing(tmp_path: Path) -> None:
     with ScalarWriter(tmp_path / "run", enabled=False) as writer:
         writer.add_scalars({"loss": 1.0}, 64)
         writer.add_image_grid("samples", torch.zeros(1, 3, 4, 4), 64)
+        writer.add_curves("curves", CURVES, 64)
+        writer.add_text("words", "x", 64)
+        writer.add_charts({"chart": ["loss"]}, "losses")
         writer.flush()
     assert not (tmp_path / "run").exists()
     assert read_metrics(tmp_path / "run") == []
@@ -131,3 +147,35 @@ def test_a_full_disk_ends_the_figures_and_not_the_training(tmp_path: Path, monke
     writer.flush()
     writer.close()
     assert [row["images"] for row in read_metrics(tmp_path)] == [64]
+
+
+def test_charts_curves_and_texts_reach_tensorboard(tmp_path: Path) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+    from tensorboard.plugins.custom_scalar import layout_pb2
+
+    with ScalarWriter(tmp_path, enabled=True) as writer:
+        writer.add_charts({"bin 0": ["raw/bin0", "zero/bin0"], "bin 1": ["raw/bin1", "zero/bin1"]}, "noise levels")
+        writer.add_curves("curves", CURVES, 64)
+        writer.add_text("diagnosis", "**stuck**: the loss", 128)
+    events = EventAccumulator(str(tmp_path / TENSORBOARD_FOLDER)).Reload()
+    (picture,) = events.Images("curves")
+    assert picture.step == 64
+    (text,) = events.Tensors("diagnosis/text_summary")
+    assert (text.step, text.tensor_proto.string_val[0]) == (128, b"**stuck**: the loss")
+    (stored,) = events.Tensors("custom_scalars__config__")
+    layout = layout_pb2.Layout.FromString(stored.tensor_proto.string_val[0])
+    (category,) = layout.category
+    assert category.title == "noise levels"
+    charts = {chart.title: list(chart.multiline.tag) for chart in category.chart}
+    assert charts == {"bin 0": ["raw/bin0", "zero/bin0"], "bin 1": ["raw/bin1", "zero/bin1"]}
+
+
+def test_curves_are_drawn_as_they_are() -> None:
+    (axes,) = draw_curves(CURVES).axes
+    raw, zero = axes.lines
+    assert list(raw.get_ydata()) == [0.5, 0.2]
+    assert math.isnan(zero.get_ydata()[1])
+    assert (raw.get_linestyle(), zero.get_linestyle()) == ("-", "--")
+    assert [label.get_text() for label in axes.get_xticklabels()] == ["low", "high"]
+    assert [text.get_text() for text in axes.get_legend().get_texts()] == ["raw", "zero"]
+    assert axes.get_ylim()[0] == 0

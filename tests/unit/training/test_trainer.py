@@ -8,7 +8,7 @@ import math
 import os
 import signal
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -20,8 +20,10 @@ from torch import Tensor
 from ldm_scale.config.schema import BatchPlan, Config
 from ldm_scale.data import Batch
 from ldm_scale.engine.env import Environment, Launch
+from ldm_scale.engine.health import RankBatch
 from ldm_scale.errors import CheckpointError, NumericsError
 from ldm_scale.training import trainer
+from ldm_scale.training.diagnosis import Finding
 from ldm_scale.training.state import TrainingState
 from ldm_scale.training.task import Task
 from ldm_scale.training.trainer import Trainer
@@ -54,6 +56,14 @@ class NotingTask(Task):
     def validate(self, images: int) -> dict[str, float]:
         self.events.append(("validate", images))
         return {"validation/x": 2.0}
+
+    def findings(
+        self, figures: Mapping[str, float], recent: Sequence[Mapping[str, float]], images: int
+    ) -> list[Finding]:
+        assert figures == {"validation/x": 2.0}
+        self.recent = [step["lr"] for step in recent]
+        late = [Finding("late", "seen", "matters", "advice")] if images >= 32 else []
+        return [Finding("early", "seen", "matters", "advice"), *late]
 
     def pictures(self) -> dict[str, Tensor]:
         self.events.append(("pictures", self.numbers[-1] + 1))
@@ -155,3 +165,41 @@ def test_saves_by_the_clock_as_well(config: Config, saved: list[int], monkeypatc
 def test_a_state_of_another_version_is_refused() -> None:
     with pytest.raises(CheckpointError, match="continue with the version that wrote it"):
         TrainingState.from_dict({"cur_images": 8})
+
+
+def test_findings_reach_log_and_result_and_the_log_has_each_once(
+    config: Config, saved: list[int], capsys: pytest.CaptureFixture[str]
+) -> None:
+    task = NotingTask(config)
+    assert Trainer(config, task, ENVIRONMENT).run()
+    logged = capsys.readouterr().err
+    assert logged.count("diagnosis: early: seen. matters. What to do: advice") == 1
+    assert logged.count("diagnosis: late: seen") == 1
+    findings = json.loads((Path(config.run_dir) / "result.json").read_text())["findings"]
+    assert [finding["name"] for finding in findings] == ["early", "late"]
+    assert findings[0] == {"name": "early", "seen": "seen", "matters": "matters", "advice": "advice"}
+    assert task.recent == [0.5] * 6
+
+
+@pytest.mark.parametrize(("every_images", "compared"), [(0, [0]), (24, [0, 24]), (8, [0, 8, 16, 24, 32, 40])])
+def test_ranks_are_compared_before_the_first_step_and_at_intervals(
+    config: Config, saved: list[int], monkeypatch: pytest.MonkeyPatch, every_images: int, compared: list[int]
+) -> None:
+    seen: list[tuple[int, list[int], int]] = []
+
+    def note(trained: object, batch: RankBatch, facts: Mapping[str, str], images: int) -> None:
+        assert facts.keys() == {"configuration", "data", "autoencoder"}
+        assert len(batch.keys) == BATCH
+        seen.append((images, list(batch.image_numbers), batch.num_samples))
+
+    monkeypatch.setattr(trainer, "check_ranks", note)
+    timed = dataclasses.replace(config, train=dataclasses.replace(config.train, check_ranks_every_images=every_images))
+    assert Trainer(timed, NotingTask(timed), ENVIRONMENT).run()
+    assert seen == [(images, list(range(images, images + BATCH)), 12) for images in compared]
+
+
+def test_a_loss_that_is_not_finite_is_told_with_the_norms_before(config: Config, saved: list[int]) -> None:
+    task = NotingTask(config, lambda images: math.nan if images == 24 else 1.0)
+    task.update = lambda images: {"lr": 0.5, "grad_norm": 1.0 + images}  # type: ignore[method-assign]
+    with pytest.raises(NumericsError, match=r"\(gradient norm of the last 3 steps: median 9, last 17\)"):
+        Trainer(config, task, ENVIRONMENT).run()

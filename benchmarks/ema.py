@@ -1,0 +1,169 @@
+"""What averages of the weights cost: time of a stage-2 training step with 0, 1 and 3 of them, and their memory.
+
+A step is what the trainer does after the data: forward, eps loss, backward and AdamW under ZeRO on one rank, then the
+update of the averages (exponential alone; exponential and two power-function profiles), all in one process on the same
+network. Steps take turns (0, 1, 3, 0, 1, 3, ...), and the result is the median over rounds of the ratio to the step
+without an average, so that whatever else slows the machine down hits all of a round. A share of a few percent is below
+what a busy machine lets one see in whole steps, so the update is timed alone too. On one CPU thread the clock is the
+process's own time.
+
+    python -m benchmarks.ema [--device cuda] [--case demo] [--stage 1] [--rounds 20]
+
+Memory is counted, not estimated: bytes of every tensor that ZeRO's rank holds of weights, moments and averages.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from tqdm import tqdm
+
+from benchmarks.unet_step import Case, cases, environment, random_batch, spread
+from ldm_scale.config.schema import EmaConfig, OptimizerConfig, TrainConfig, ZeroConfig
+from ldm_scale.engine import env
+from ldm_scale.engine.ema import ShardedEma
+from ldm_scale.engine.zero import ShardedModel
+from ldm_scale.models.build import build_seeded, build_unet
+
+RESULTS = Path(__file__).resolve().parent / "results"
+MIN_ROUNDS = 10  # fewer are a trial: printed, not written
+WARMUP_ROUNDS = 3
+LEARNING_RATE = 1e-5
+AVERAGES = {"1": EmaConfig(), "3": EmaConfig(power_stds=(0.05, 0.1))}
+
+
+def main(argv: Sequence[str]) -> int:
+    """0."""
+    parser = argparse.ArgumentParser(description="Time and memory of averages of the weights.")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--case", choices=tuple(cases()), action="append", help="default: all")
+    parser.add_argument("--stage", type=int, choices=range(4), default=1, help="of ZeRO")
+    parser.add_argument("--rounds", type=int, default=20, help=f"timed rounds of steps (below {MIN_ROUNDS}: a trial)")
+    parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the JSON file")
+    arguments = parser.parse_args(argv)
+    if arguments.device == "cuda" and not torch.cuda.is_available():
+        parser.error("--device cuda: torch sees no CUDA device")
+    here = env.start(env.read_launch(), TrainConfig(device=arguments.device))
+    results: dict[str, Any] = {}
+    for name in arguments.case or cases():
+        case = cases()[name]
+        results[name] = {"case": asdict(case)} | measure(case, here, arguments.stage, arguments.rounds, name)
+    print(table(results))
+    env.stop()
+    if arguments.rounds < MIN_ROUNDS:
+        print(f"a trial: below {MIN_ROUNDS} rounds nothing is written")
+        return 0
+    date = datetime.now(UTC).date().isoformat()
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    path = arguments.out / f"ema-{here.device.type}-{date}.json"
+    document = {"benchmark": "ema", "environment": environment(here.device, date), "results": results}
+    path.write_text(json.dumps(document, indent=2) + "\n")
+    print(f"written to {path}")
+    return 0
+
+
+def measure(case: Case, here: env.Environment, stage: int, num_rounds: int, name: str) -> dict[str, Any]:
+    """Times, ratios and bytes of a case."""
+    module = build_seeded(
+        lambda: build_unet(case.unet, case.latent_channels, case.latent_channels, case.context_width), seed=0
+    )
+    model = ShardedModel(
+        module.train(),
+        optimizer=OptimizerConfig(),
+        zero=ZeroConfig(),
+        stage=stage,
+        micro_batch=case.batch,
+        accumulation_steps=1,
+        environment=here,
+    )
+    averages = {count: ShardedEma(model, config) for count, config in AVERAGES.items()}
+    batch = random_batch(case, here.device)
+    images = 0
+
+    def train() -> None:
+        prediction = model(batch.z_t, batch.t, batch.context)
+        model.backward(F.mse_loss(prediction.float(), batch.noise))
+        model.step(LEARNING_RATE)
+
+    clock = _clock(here.device)
+    seconds: dict[str, list[float]] = {count: [] for count in ("0", *averages)}
+    updates: dict[str, list[float]] = {count: [] for count in averages}
+    for turn in tqdm(range(WARMUP_ROUNDS + num_rounds), desc=name, unit="round", mininterval=1.0):
+        for count in seconds:
+            images += case.batch
+            begin_s = clock()
+            train()
+            middle_s = clock()
+            if count in averages:
+                averages[count].update(images, case.batch)
+            end_s = clock()
+            if turn >= WARMUP_ROUNDS:
+                seconds[count].append(end_s - begin_s)
+                if count in averages:
+                    updates[count].append(end_s - middle_s)
+    parameters = sum(fragment.length for fragment in model.fragments)
+    return {
+        "zero_stage": stage,
+        "parameters_of_the_rank": parameters,
+        "rounds": num_rounds,
+        "clock": "wall time" if here.device.type == "cuda" or torch.get_num_threads() > 1 else "process time",
+        "step_s": {count: spread(values) for count, values in seconds.items()},
+        "ratio_to_no_average": {
+            count: spread([b / a for a, b in zip(seconds["0"], seconds[count], strict=True)]) for count in averages
+        },
+        "update_s": {count: spread(values) for count, values in updates.items()},
+        "update_share_of_step": {
+            count: spread(values)["median"] / spread(seconds["0"])["median"] for count, values in updates.items()
+        },
+        "bytes_per_parameter": _bytes_per_parameter(model, averages, parameters),
+    }
+
+
+def table(results: dict[str, Any]) -> str:
+    """A line per case and number of averages."""
+    lines = [f"{'step / step without average':<40}{'median':>8}{'quartiles':>18}{'update alone':>14}{'B/par.':>8}"]
+    for name, result in results.items():
+        for count, ratio in result["ratio_to_no_average"].items():
+            quartiles = f"{ratio['lower_quartile']:.3f} .. {ratio['upper_quartile']:.3f}"
+            share = f"{result['update_share_of_step'][count]:.2%}"
+            size = result["bytes_per_parameter"]["averages"][count]
+            label = f"{name} ({result['parameters_of_the_rank'] / 1e6:.1f}M), averages: {count}"
+            lines.append(f"{label:<40}{ratio['median']:>8.3f}{quartiles:>18}{share:>14}{size:>8.1f}")
+    return "\n".join(lines)
+
+
+def _bytes_per_parameter(model: ShardedModel, averages: dict[str, ShardedEma], parameters: int) -> dict[str, Any]:
+    masters = sum(fragment.master.nbytes for fragment in model.fragments)
+    moments = sum(moment.nbytes for fragment in model.fragments for moment in model.moments(fragment).values())
+    return {
+        "masters_and_moments": (masters + moments) / parameters,
+        "averages": {
+            count: sum(tensor.nbytes for values in ema.averages.values() for tensor in values) / parameters
+            for count, ema in averages.items()
+        },
+    }
+
+
+def _clock(device: torch.device) -> Callable[[], float]:
+    if device.type == "cuda":
+
+        def synchronized() -> float:
+            torch.cuda.synchronize(device)
+            return time.perf_counter()
+
+        return synchronized
+    return time.process_time if torch.get_num_threads() == 1 else time.perf_counter
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

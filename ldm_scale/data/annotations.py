@@ -1,0 +1,164 @@
+"""What is known of a picture beside its caption and class: boxes of objects, a label map, the square that is shown.
+
+In a shard, boxes are in the .json, in pixels of the upright picture: {"objects": [{"class": name or number, "box":
+[x, y, width, height]}]}; the map is the member seg.png of the picture's size, whose values are numbers in the
+manifest's `map_labels`. Both go through the crop and the mirroring of their picture.
+"""
+
+from __future__ import annotations
+
+import io
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from ldm_scale.data.policy import BadSample
+
+Box = tuple[float, float, float, float]  # left, top, right, bottom
+
+LAYOUT, MAP = "layout", "map"  # what `build_loader(annotations=)` may ask for
+TEXT = "text"  # it may ask for this too: contexts of the captions, of the samples whose cache holds them
+
+MAP_EXTENSION = "seg.png"
+UNKNOWN = 255  # value of a map where the label is not known
+MAX_MAP_LABELS = UNKNOWN  # labels are 0 .. 254
+
+# Share of the shown square: smaller objects are left out, as in the data set of the paper's layout models
+# (`min_object_area` in its configurations).
+MIN_OBJECT_AREA = 1e-4
+
+
+@dataclass(frozen=True)
+class SceneObject:
+    """One object in the square that is shown."""
+
+    label: int  # number in the manifest's `object_classes`
+    box: Box  # fractions of the square, clipped to it
+
+
+@dataclass(frozen=True)
+class Layout:
+    """The objects of one image, and which part of the whole picture it shows."""
+
+    objects: tuple[SceneObject, ...] = ()
+    crop: Box = (0.0, 0.0, 1.0, 1.0)  # fractions of the picture, before mirroring
+
+
+@dataclass(frozen=True)
+class Vocabulary:
+    """The numbers of the names that a manifest lists."""
+
+    classes: Mapping[str, int] = field(default_factory=dict)
+    objects: Mapping[str, int] = field(default_factory=dict)  # classes of objects
+    num_map_labels: int = 0
+
+
+@dataclass(frozen=True)
+class View:
+    """The part of a picture that is shown."""
+
+    size: tuple[int, int]  # of the whole upright picture, (width, height) in pixels
+    box: Box  # of the square, in pixels of the picture
+    mirror: bool
+
+
+def read_objects(metadata: Mapping[str, Any], numbers: Mapping[str, int]) -> list[tuple[int, Box]]:
+    """(class, box in pixels) of every object in a sample's metadata; `numbers` are the manifest's classes of objects.
+
+    Raises: BadSample if there is no list, or one of its entries is malformed.
+    """
+    if "objects" not in metadata:
+        raise BadSample('no "objects" in its .json')
+    entries = metadata["objects"]
+    if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
+        raise BadSample('"objects" is not a list of objects with "class" and "box"')
+    return [(_label(entry.get("class"), numbers), _box(entry.get("box"))) for entry in entries]
+
+
+def _label(stored: Any, numbers: Mapping[str, int]) -> int:
+    """The number of an object's class."""
+    if isinstance(stored, str) and stored in numbers:
+        return numbers[stored]
+    if isinstance(stored, int) and not isinstance(stored, bool) and 0 <= stored < len(numbers):
+        return stored
+    raise BadSample("an object's class is not in the manifest's object_classes")
+
+
+def _box(stored: Any) -> Box:
+    """(left, top, right, bottom) of [x, y, width, height]."""
+    numbers = isinstance(stored, list) and all(
+        isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value) for value in stored
+    )
+    if not numbers or len(stored) != 4:
+        raise BadSample("an object's box is not [x, y, width, height] in finite numbers")
+    x, y, width, height = (float(value) for value in stored)
+    if width <= 0 or height <= 0:
+        raise BadSample("an object's box has no area: width and height must be above 0")
+    return x, y, x + width, y + height
+
+
+def layout_of(objects: Sequence[tuple[int, Box]], view: View) -> Layout:
+    """The objects that can be seen, in their order: boxes clipped, tiny and invisible ones left out."""
+    left, top, right, bottom = view.box
+    width, height = right - left, bottom - top
+    seen = []
+    for label, box in objects:
+        # x1 > x2 or y1 > y2 where nothing of it is in the square
+        x1, x2 = max((box[0] - left) / width, 0.0), min((box[2] - left) / width, 1.0)
+        y1, y2 = max((box[1] - top) / height, 0.0), min((box[3] - top) / height, 1.0)
+        if x1 < x2 and y1 < y2 and (x2 - x1) * (y2 - y1) >= MIN_OBJECT_AREA:
+            seen.append(SceneObject(label, (1.0 - x2, y1, 1.0 - x1, y2) if view.mirror else (x1, y1, x2, y2)))
+    across, down = view.size
+    return Layout(tuple(seen), (left / across, top / down, right / across, bottom / down))
+
+
+def open_map(data: bytes, size: tuple[int, int] | None) -> Image.Image:
+    """A label map, 8 bits and one channel, of its picture's size if that is given.
+
+    Raises: BadSample otherwise.
+    """
+    try:
+        image: Image.Image = Image.open(io.BytesIO(data), formats=("PNG",))
+        # On the header, before a pixel is decoded. A palette's numbers are labels (VOC and others colour them so).
+        if image.mode not in ("L", "P"):
+            raise BadSample("label map is not a PNG of 8 bits and one channel")
+        if size is not None and image.size != size:
+            raise BadSample("label map has another size than its picture")
+        image.load()
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):
+        raise BadSample("label map does not decode") from None
+    return image
+
+
+def check_labels(labels: NDArray[np.uint8], num_labels: int) -> None:
+    """Nothing.
+
+    Raises: BadSample if a value is neither the number of a label nor UNKNOWN.
+    """
+    if ((labels >= num_labels) & (labels != UNKNOWN)).any():
+        raise BadSample("label map has a value that is neither in the manifest's map_labels nor 255 (unknown)")
+
+
+def render_map(image: Image.Image, view: View, resolution: int) -> NDArray[np.uint8]:
+    """The shown square of a map, by nearest neighbours. Shapes: returns (resolution, resolution)."""
+    shown = image.resize((resolution, resolution), Image.Resampling.NEAREST, box=view.box)
+    if view.mirror:
+        shown = shown.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+    return np.array(shown, dtype=np.uint8)
+
+
+def read_map(data: bytes | None, num_labels: int, view: View, resolution: int) -> NDArray[np.uint8]:
+    """The labels of the shown square, from the bytes of the member seg.png. Shapes: returns (resolution, resolution).
+
+    Raises: BadSample if it is missing, malformed, of another size than the picture or of unknown labels.
+    """
+    if data is None:
+        raise BadSample(f"no label map ({MAP_EXTENSION})")
+    labels = render_map(open_map(data, view.size), view, resolution)
+    check_labels(labels, num_labels)
+    return labels

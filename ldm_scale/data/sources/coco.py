@@ -1,0 +1,216 @@
+"""Images with COCO's annotations: boxes, all captions, and label maps from the instances or from COCO-Stuff's pictures.
+
+One call makes one split in a folder of its own; the manifest above them lists every split that is there. Classes of
+the objects are the file's categories in the order of their numbers. Crowds are no objects (their box is around many),
+and in a map drawn from instances they are unknown. The caption that training shows of a picture is a function of its
+place in the stream, as a crop is; everything else takes the first.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from ldm_scale.data.indexing import write_json
+from ldm_scale.data.policy import BadSample
+from ldm_scale.data.shards import FORMAT, VERSION, read_manifest
+from ldm_scale.data.sources import (
+    MANIFEST_NAME,
+    Prepared,
+    Sample,
+    find_prepared,
+    map_in_processes,
+    new_folder,
+    write_dataset,
+)
+from ldm_scale.data.sources.coco_files import CocoImage, draw_map, read_captions_file, read_instances
+from ldm_scale.data.sources.image_folder import sample_name
+from ldm_scale.data.sources.squares import make_square
+from ldm_scale.errors import DataError
+
+NO_INSTANCE = "background"  # label 0 of maps that are drawn from instances
+_MAX_NAMED = 100
+
+
+@dataclass(frozen=True)
+class CocoRequest:
+    """What to make a split from."""
+
+    images: Path  # folder with the pictures
+    instances: Path
+    captions: Path | None
+    stuff: Path | None  # folder with COCO-Stuff's label maps, NAME.png for NAME.jpg
+    map_labels: tuple[str, ...]  # names of their values
+    instance_maps: bool  # maps drawn from the instances' outlines instead
+    resolution: int
+    min_objects: int  # images with fewer that can be seen are left out
+    samples_per_shard: int
+
+
+@dataclass(frozen=True)
+class _LeftOut:
+    """An image that cannot be used."""
+
+    file: str
+    reason: str
+
+
+def prepare_coco(out: Path, split: str, request: CocoRequest) -> Prepared:
+    """The data set at `out` with this split, made now or found there; other splits of the same lists stay.
+
+    Raises: DataError if a file is not COCO's or lies elsewhere, no image can be used, or something else lies at `out`.
+    """
+    for option, folder in (("--images", request.images), ("--stuff", request.stuff)):
+        if folder is not None and not folder.is_dir():
+            raise DataError(f"{option} {folder}: no such folder")
+    if out.is_dir() and any(out.iterdir()) and not any(out.glob(f"*/{MANIFEST_NAME}")):
+        raise DataError(f"{out}: exists and is not a data set of `ldm-scale prepare coco`; choose another --out")
+    described: dict[str, Any] = {"source": "coco", "split": split, **_identity(request)}
+    part = find_prepared(out / split, described)
+    if part is None:
+        part = _write(out / split, split, request, described)
+    return Prepared(out / MANIFEST_NAME, _publish(out), part.reused)
+
+
+def _identity(request: CocoRequest) -> dict[str, Any]:
+    """What decides the samples, as plain values. Pictures by their list in the instances' file alone."""
+    files = {"instances": request.instances, "captions": request.captions}
+    return {
+        **{name: None if path is None else _file_digest(path) for name, path in files.items()},
+        "stuff": None if request.stuff is None else request.stuff.name,
+        "map_labels": list(request.map_labels),
+        "instance_maps": request.instance_maps,
+        "resolution": request.resolution,
+        "min_objects": request.min_objects,
+        "samples_per_shard": request.samples_per_shard,
+    }
+
+
+def _file_digest(path: Path) -> str:
+    """Name and digest of a file's content. Raises: DataError if it cannot be read."""
+    try:
+        with path.open("rb") as stream:
+            return f"{path.name}@{hashlib.file_digest(stream, 'sha256').hexdigest()[:16]}"
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read ({error.strerror})") from None
+
+
+def _write(folder: Path, split: str, request: CocoRequest, described: dict[str, Any]) -> Prepared:
+    """The part of one split, made now."""
+    instances = read_instances(request.instances, with_outlines=request.instance_maps)
+    images = instances.images
+    if request.captions is not None:
+        captions = read_captions_file(request.captions)
+        images = [replace(image, captions=captions.get(image.number, ())) for image in images]
+    labels = [NO_INSTANCE, *instances.names] if request.instance_maps else list(request.map_labels)
+    counts: Counter[str] = Counter()
+    names: list[str] = []
+
+    def samples() -> Iterator[Sample]:
+        work = partial(_make_sample, request=request, num_labels=len(labels))
+        for result in map_in_processes(work, images, "resize"):
+            if isinstance(result, Sample):
+                yield result
+                continue
+            counts[result.reason] += 1
+            if len(names) < _MAX_NAMED:
+                names.append(f"{result.file}: {result.reason}")
+        if counts.total() == len(images):
+            raise DataError(f"{request.instances}: none of its {len(images)} images can be used; {names[0]}")
+        counts.update({reason: count for reason, count in instances.dropped.items() if count})
+
+    describe = {
+        "name": "coco",
+        "resolution": request.resolution,
+        "classes": [],
+        "object_classes": instances.names,
+        **({"map_labels": labels} if labels else {}),
+        "license": None,
+        "attribution": None,
+        "left_out": counts,
+        "left_out_names": names,
+        "request": described,
+    }
+    _check_lists(folder, describe)
+    with new_folder(folder) as temporary:
+        manifest = write_dataset(
+            temporary,
+            samples(),
+            split=split,
+            heldout_percent=0.0,
+            samples_per_shard=request.samples_per_shard,
+            describe=describe,
+        )
+    return Prepared(folder / MANIFEST_NAME, manifest, reused=False)
+
+
+def _make_sample(image: CocoImage, request: CocoRequest, num_labels: int) -> Sample | _LeftOut:
+    """The sample of one image, or why there is none."""
+    try:
+        label_map: bytes | Image.Image | None = None
+        if request.stuff is not None:
+            label_map = (request.stuff / image.file).with_suffix(".png").read_bytes()
+        elif request.instance_maps:
+            label_map = draw_map(image)
+        content = (request.images / image.file).read_bytes()
+        square = make_square(content, request.resolution, image.boxes, label_map, num_labels, image.size)
+    except BadSample as error:
+        return _LeftOut(image.file, str(error))
+    except OSError as error:
+        return _LeftOut(image.file, f"file cannot be read ({error.strerror})")
+    assert square.objects is not None, "boxes were given"
+    if len(square.objects) < request.min_objects:
+        return _LeftOut(image.file, f"fewer objects than --min-objects {request.min_objects}")
+    metadata = {"id": image.number, "file": image.file, "captions": list(image.captions), "objects": square.objects}
+    members = {**square.members, "json": json.dumps(metadata, ensure_ascii=False).encode("utf-8")}
+    return Sample(sample_name(image.file), image.file, members)
+
+
+def _parts(out: Path) -> dict[str, dict[str, Any]]:
+    """The manifest of each split that is there."""
+    return {path.parent.name: read_manifest(path) for path in sorted(out.glob(f"*/{MANIFEST_NAME}"))}
+
+
+def _check_lists(folder: Path, described: dict[str, Any]) -> None:
+    """Nothing, if the splits beside `folder` have the names that it is going to have.
+
+    Raises: DataError otherwise: one manifest has one list for all.
+    """
+    for name, part in _parts(folder.parent).items():
+        for key in ("object_classes", "map_labels", "resolution"):
+            if part.get(key) != described.get(key):
+                raise DataError(
+                    f"{folder.parent}: its split {name} and {folder.name} differ in {key}; choose another --out"
+                )
+
+
+def _publish(out: Path) -> dict[str, Any]:
+    """The manifest at `out`, written anew from those of its splits."""
+    parts = _parts(out)
+    first = next(iter(parts.values()))
+    left_out: Counter[str] = Counter()
+    splits: dict[str, Any] = {}
+    for name, part in parts.items():
+        left_out.update(part["left_out"])
+        (entry,) = part["splits"].values()
+        shards = [{**shard, **{key: f"{name}/{shard[key]}" for key in ("file", "index")}} for shard in entry["shards"]]
+        splits[name] = {**entry, "shards": shards}
+    manifest = {
+        **{key: value for key, value in first.items() if key not in ("request", "left_out", "left_out_names")},
+        "format": FORMAT,
+        "version": VERSION,
+        "left_out": dict(left_out),
+        "left_out_names": [line for part in parts.values() for line in part["left_out_names"]],
+        "request": {"source": "coco", "splits": {name: part["request"] for name, part in parts.items()}},
+        "splits": splits,
+    }
+    write_json(out / MANIFEST_NAME, manifest)
+    return manifest

@@ -1,0 +1,93 @@
+"""What the evaluations of both stages share: device, features for Frechet distances, and parts of their documents."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from ldm_scale.data.policy import BadSampleLog
+from ldm_scale.errors import ConfigError
+from ldm_scale.evaluation.features import FEATURE_RESOLUTION, NUM_COMPONENTS, EfficientNetFeatures, ImageFeatures
+from ldm_scale.evaluation.frechet import frechet_protocol
+from ldm_scale.evaluation.inception import NUM_FEATURES, InceptionFeatures
+
+EFFICIENTNET_FEATURES = 1280
+
+
+class FrechetSpace(NamedTuple):
+    """Features and what a distance of reconstructions in them is called."""
+
+    name: str
+    features: ImageFeatures
+    num_features: int
+    num_components: int | None  # None = all features
+
+    def protocol(self, num_images: int) -> dict[str, Any]:
+        """What a distance over so many images depends on."""
+        return {
+            "name": self.name,
+            **self.features.protocol,
+            "weights_sha256": self.features.weights_hash,
+            **frechet_protocol(num_images, self.num_features, self.num_components),
+        }
+
+
+def check_request(arguments: argparse.Namespace, picture: str) -> None:
+    """Nothing, if --batch and --out can be used.
+
+    Raises: ConfigError.
+    """
+    if arguments.batch < 1:
+        raise ConfigError(f"--batch {arguments.batch}: must be at least 1")
+    out: Path | None = arguments.out
+    if out is not None and out.exists() and not out.is_dir():
+        raise ConfigError(f"--out {out} is a file; give a folder for result.json and {picture}")
+
+
+def choose_device(name: str) -> torch.device:
+    """The device of --device.
+
+    Raises: ConfigError if there is none such.
+    """
+    if name == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("--device cuda but torch sees no CUDA device; use --device auto or cpu")
+    device = torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")
+    if device.type == "cuda":
+        # By default cuDNN's convolutions of fp32 numbers round to 10 bits: other figures than a CPU's.
+        torch.backends.cudnn.allow_tf32 = False
+    return device
+
+
+def open_features(arguments: argparse.Namespace, resolution: int, device: torch.device) -> FrechetSpace:
+    """The features of --features and --features-weights for images of so many pixels.
+
+    Raises: ConfigError if they are not there, or do not go together.
+    """
+    if arguments.features == "inception_v3":
+        inception = InceptionFeatures(arguments.features_weights, device)
+        return FrechetSpace(inception.name, inception, NUM_FEATURES, num_components=None)
+    if arguments.features_weights is not None:
+        raise ConfigError(
+            f"--features-weights {arguments.features_weights}: efficientnet_lite0 brings its own; leave it out, or add "
+            "--features inception_v3"
+        )
+    features = EfficientNetFeatures(device, resolution=max(resolution, FEATURE_RESOLUTION))
+    name = f"FD-EffNetLite0-PCA{NUM_COMPONENTS}"
+    return FrechetSpace(name, features, EFFICIENTNET_FEATURES, NUM_COMPONENTS)
+
+
+def describe_bad(bad: BadSampleLog) -> dict[str, Any]:
+    """What was left out, for a document."""
+    return {"count": bad.counts.total(), "reasons": dict(bad.counts), "names": bad.names}
+
+
+def describe_machine(device: torch.device, images_per_s: float) -> dict[str, Any]:
+    """Where it ran, for a document."""
+    return {
+        "device": torch.cuda.get_device_name() if device.type == "cuda" else "cpu",
+        "torch": torch.__version__,
+        "images_per_s": images_per_s,
+    }

@@ -1,0 +1,169 @@
+"""Ranks that should agree and do not are found on all of them, by name; ranks that do agree pass at every stage."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+from ldm_scale.config.schema import EmaConfig
+from ldm_scale.engine.checkpoint import Trained
+from ldm_scale.engine.ema import ShardedEma
+from ldm_scale.engine.health import RankBatch, check_ranks
+from ldm_scale.errors import NumericsError
+from tests.helpers.ranks import run_ranks
+from tests.helpers.sharded import network, sharded, train_step
+
+EMA = EmaConfig(half_life_images=10.0, power_stds=(0.1,))
+Fault = Callable[[Trained], None]
+
+
+def _start(stage: int, precision: str) -> Trained:
+    model = sharded(network(), stage, precision)
+    ema = ShardedEma(model, EMA)
+    for step in range(2):
+        train_step(model, step, 1e-2)
+        ema.update((step + 1) * 8, 8)
+    return Trained(model, ema, {"usage": torch.arange(5)})
+
+
+def _batch(rank: int) -> RankBatch:
+    return RankBatch([16 + 2 * rank, 17 + 2 * rank], [f"s/{2 * rank}", f"s/{2 * rank + 1}"], num_samples=100)
+
+
+def _message(item: Trained, batch: RankBatch | None = None, facts: dict[str, str] | None = None) -> str:
+    try:
+        check_ranks({"net": item}, batch or _batch(item.model.environment.rank), facts or {}, 16)
+    except NumericsError as error:
+        return str(error)
+    return ""
+
+
+def _faulty(stage: int, precision: str, ranks: list[int], faults: dict[str, Fault]) -> dict[str, str]:
+    """What is said of each fault on `ranks` alone, after a check that must pass."""
+    item = _start(stage, precision)
+    messages = {"": _message(item)}
+    for name, fault in faults.items():
+        if item.model.environment.rank in ranks:
+            fault(item)
+        messages[name] = _message(item)
+        if item.model.environment.rank in ranks:
+            fault(item)  # each undoes itself
+    messages["after"] = _message(item)
+    return messages
+
+
+def _flip(x: torch.Tensor) -> None:
+    """Negates the last element, in place, whatever the type."""
+    with torch.no_grad():
+        x.view(-1)[-1].neg_()
+
+
+def _parameter(item: Trained) -> None:
+    _flip(dict(item.model.module.named_parameters())["first.weight"])
+
+
+def _average(item: Trained) -> None:
+    assert item.ema is not None
+    _flip(item.ema.averages["ema=0.1"][0])
+
+
+def _moment(item: Trained) -> None:
+    _flip(item.model.moments(item.model.fragments[-1])["exp_avg"])
+
+
+def _buffer(item: Trained) -> None:
+    _flip(item.buffers["usage"])
+
+
+def _run(function: Callable[..., Any], ranks: int, *args: Any) -> Any:
+    """The ranks' common result."""
+    results = run_ranks(function, ranks, *args)
+    assert all(result == results[0] for result in results), "the ranks were told different things"
+    return results[0]
+
+
+@pytest.mark.parametrize(("stage", "precision"), [(0, "fp32"), (0, "bf16")])
+def test_copies_that_differ_are_named(stage: int, precision: str) -> None:
+    faults: dict[str, Fault] = {"parameter": _parameter, "average": _average, "moment": _moment, "buffer": _buffer}
+    found = _run(_faulty, 2, stage, precision, [1], faults)
+    assert found[""] == found["after"] == ""
+    for name, tensor in (
+        ("parameter", r"net/parameter/first\.weight"),
+        ("average", r"net/ema=0\.1/first\.weight"),
+        ("moment", r"net/exp_avg/last\.bias"),
+        ("buffer", "net/buffer/usage"),
+    ):
+        tensors = 2 if (name, precision) == ("parameter", "fp32") else 1  # in fp32 the masters are the parameters
+        assert re.search(
+            rf"at 16 images: ranks disagree about {tensor}, the first of {tensors} tensors of \d+: "
+            r"rank\(s\) 0 against 1;",
+            found[name],
+        ), (name, found[name])
+
+
+@pytest.mark.parametrize(("stage", "precision"), [(1, "fp32"), (1, "bf16"), (2, "bf16")])
+def test_divided_masters_and_whole_parameters(stage: int, precision: str) -> None:
+    found = _run(_faulty, 2, stage, precision, [1], {"parameter": _parameter, "buffer": _buffer})
+    assert found[""] == found["after"] == ""
+    assert "net/parameter/first.weight" in found["parameter"]
+    assert "net/buffer/usage" in found["buffer"]
+    # On all ranks alike: nothing differs, yet the rank that owns the masters sees it.
+    everywhere = _run(_faulty, 2, stage, precision, [0, 1], {"parameter": _parameter})["parameter"]
+    assert re.search(r"on rank \d net/parameter/first\.weight is not what its fp32 masters say", everywhere)
+
+
+def test_parameters_divided_at_stage_3() -> None:
+    found = _run(_faulty, 2, 3, "fp32", [1], {"buffer": _buffer})
+    assert found[""] == found["after"] == ""
+    assert "net/buffer/usage" in found["buffer"]
+
+
+def _lost_piece(stage: int, shift: int | None) -> str:
+    item = _start(stage, "fp32")
+    if item.model.environment.rank == 1:
+        last = item.model.fragments.pop()
+        if shift is not None:
+            moved = type(last)(last.name, last.shape, last.offset + shift, last.owner, last.start, last.length)
+            item.model.fragments.append(moved)
+    return _message(item)
+
+
+@pytest.mark.parametrize("stage", [2, 3])
+def test_a_piece_that_no_rank_holds(stage: int) -> None:
+    message = _run(_lost_piece, 2, stage, None)
+    assert re.search(
+        r"net/last\.\w+ is not divided among the ranks: at element \d+ the parameter's end leaves", message
+    )
+
+
+def test_a_piece_that_two_ranks_hold() -> None:
+    message = _run(_lost_piece, 2, 3, -1)
+    assert re.search(r"net/last\.weight .* at element 3 the piece of rank 1 begins before rank 0's piece ends", message)
+
+
+def _batches(batches: list[RankBatch], facts: list[dict[str, str]] | None = None) -> str:
+    item = Trained(sharded(network(), 0))
+    rank = item.model.environment.rank
+    return _message(item, batches[rank], facts[rank] if facts else None)
+
+
+def test_the_same_images_on_two_ranks() -> None:
+    message = _run(_batches, 3, [_batch(0), _batch(1), _batch(1)])
+    assert "ranks 1 and 2 both train on image 18 of the run; start each rank with its own RANK" in message
+
+
+def test_the_same_samples_under_other_numbers() -> None:
+    again = RankBatch([20, 21], _batch(0).keys, num_samples=100)
+    assert "ranks 0 and 1 train on the same samples, s/0 ..." in _run(_batches, 2, [_batch(0), again])
+    next_epoch = RankBatch([100, 101], _batch(0).keys, num_samples=100)
+    assert _run(_batches, 2, [_batch(0), next_epoch]) == ""
+
+
+def test_facts_in_common() -> None:
+    facts = [{"autoencoder": "aa"}, {"autoencoder": "bb"}, {"autoencoder": "aa"}]
+    message = _run(_batches, 3, [_batch(rank) for rank in range(3)], facts)
+    assert "the autoencoder differs between ranks: rank(s) 0, 2 against 1;" in message
