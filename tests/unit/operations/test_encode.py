@@ -282,6 +282,7 @@ def test_a_killed_run_s_partial_files_go_whatever_is_encoded_next(folder: Path) 
     process = subprocess.Popen([sys.executable, "-c", SLOW, *arguments], cwd=ROOT, stdout=subprocess.PIPE, text=True)
     assert process.stdout is not None
     process.stdout.readline()
+    process.send_signal(signal.SIGSTOP)  # so that it lives and gets no further
     (partial,) = contents(folder / "cache")
     assert partial == f".train-000000.tar.partial-{socket.gethostname()}-{process.pid}"
     encode(folder, "--split", "heldout", "--max-shards", "1")
