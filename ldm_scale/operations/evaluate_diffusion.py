@@ -40,7 +40,7 @@ from ldm_scale.operations.evaluation_setup import (
     describe_machine,
     open_features,
 )
-from ldm_scale.operations.sample import check_sampling, sample_images
+from ldm_scale.operations.sample import check_sampling, sample_images, sampler_options
 from ldm_scale.telemetry.log import get_logger, shows_progress
 
 PICTURE_FILE = "samples.png"
@@ -69,7 +69,7 @@ def evaluate_diffusion(arguments: argparse.Namespace) -> dict[str, Any]:
     kinds = tuple(model.network.conditioner.conditions)
     dataset = open_split(arguments.data, arguments.split)
     _check_names(model, dataset, kinds)
-    options = _options(arguments)
+    options = sampler_options(arguments)
     sampling = chosen_sampling(model, options)
     if not can_be_guided(model.network):
         sampling = dataclasses.replace(sampling, guidance_scale=1.0)
@@ -164,18 +164,6 @@ def _check_names(model: LoadedDiffusion, dataset: Dataset, kinds: tuple[str, ...
                 f"--data {dataset.manifest_path}: its {key} are not those that the model was trained with: number "
                 f"{number} is {theirs} where the model knows {ours}; give data of the same names in the same order"
             )
-
-
-def _options(arguments: argparse.Namespace) -> SampleOptions:
-    interval = arguments.guidance_interval
-    return {
-        "sampler": arguments.sampler,
-        "num_steps": arguments.steps,
-        "eta": arguments.eta,
-        "guidance_scale": arguments.guidance,
-        "guidance_rescale": arguments.guidance_rescale,
-        "guidance_interval": None if interval is None else (interval[0], interval[1]),
-    }
 
 
 def _judge(model: LoadedDiffusion, dataset: Dataset, kinds: tuple[str, ...], space: FrechetSpace) -> Judge:

@@ -193,8 +193,8 @@ def _rows(y: Conditions, part: slice) -> Conditions:
     return Conditions(**{name: None if values is None else values[part] for name, values in given.items()})
 
 
-def _options(arguments: argparse.Namespace, request: SampleRequest) -> SampleOptions:
-    height, width = request.size or (None, None)
+def sampler_options(arguments: argparse.Namespace) -> SampleOptions:
+    """The sampler and its guidance as a command line chose them; what it left out is the model's own."""
     interval = arguments.guidance_interval
     return {
         "sampler": arguments.sampler,
@@ -203,6 +203,13 @@ def _options(arguments: argparse.Namespace, request: SampleRequest) -> SampleOpt
         "guidance_scale": arguments.guidance,
         "guidance_rescale": arguments.guidance_rescale,
         "guidance_interval": None if interval is None else (interval[0], interval[1]),
+    }
+
+
+def _options(arguments: argparse.Namespace, request: SampleRequest) -> SampleOptions:
+    height, width = request.size or (None, None)
+    return {
+        **sampler_options(arguments),
         "negative": arguments.negative_prompt,
         "height": height,
         "width": width,
