@@ -57,8 +57,8 @@ types: $(STAMP) ## mypy, strict
 
 # Three processes: Triton interprets all kernels of a process or none, and ahead-of-time compilation needs real ones.
 test: lint types ## lint, types and the whole test suite (no GPU and no root needed)
-	$(BIN)/python -m pytest
-	TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/kernels
+	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest --numprocesses 2 --dist load tests/kernels
 	$(BIN)/python -m ldm_kernels.common.aot
 
 aot: $(STAMP) ## compile every kernel for sm_80, sm_90 and sm_100 and compare with the committed table (no GPU needed)

@@ -70,7 +70,7 @@ def _parser() -> argparse.ArgumentParser:
         "--backgrounds",
         choices=tuple(BACKGROUNDS),
         default="all",
-        help="all, or plain: colours and gradients without stripes, checks and dots, which small models can learn",
+        help="all; plain: colours and gradients, no stripes, checks and dots; white: what small models can learn (all)",
     )
     scenes.add_argument(
         "--subset", default=DEFAULT_SUBSET, help=f"emoji that are its classes, as for openmoji ({DEFAULT_SUBSET})"

@@ -28,7 +28,7 @@ def x0_weight(cfg: DiffusionConfig, log_snr: Tensor) -> Tensor:
 
     Shapes: log_snr (B,), returns (B,).
     Source: arXiv:2303.09556, section 3.4 (min_snr); arXiv:2401.11605, section 3.5 (soft_min_snr: 1 / (1/SNR +
-    1/gamma)); arXiv:2204.00227, eq. 8 (p2, there for the error of the noise, which is SNR times that of x0).
+    1/gamma)); arXiv:2204.00227 (p2, there for the error of the noise, which is SNR times that of x0).
     """
     if cfg.weighting == "min_snr":
         return log_snr.exp().clamp(max=cfg.snr_gamma)

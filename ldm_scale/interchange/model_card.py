@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import fields
 from typing import Literal
 
 from ldm_scale.interchange.artifact import Artifact, DiffusionArtifact
@@ -23,9 +24,21 @@ autoencoder = {model_class}.from_pretrained("path/of/this/folder")
 """
 _OWN_DIFFUSION = """\
 from ldm_scale import load_diffusion
+from ldm_scale.conditioning.base import Conditions
 
-images = load_diffusion("path/of/this/folder").sample(["a caption"], seeds=[0])  # (1, 3, H, W) in [-1, 1]
+y = Conditions({given})
+images = load_diffusion("path/of/this/folder").sample(y, seeds=[0])  # (1, 3, H, W) in [-1, 1]
 """
+# Kind of conditioning -> what `Conditions` is given for it.
+_GIVEN = {
+    "text": 'captions=["a caption"]',
+    "frozen_text": 'captions=["a caption"]',
+    "classes": "classes=torch.tensor([0])",
+    "layout": "layouts=[layout]",
+    "semantic_map": "maps=labels",
+    "low_resolution": "low_resolution=small",
+    "inpainting": "images=pixels, masks=masks",
+}
 _OWN_AUTOENCODER = """\
 from ldm_scale import load_autoencoder
 
@@ -86,7 +99,9 @@ def _usage(artifact: Artifact | DiffusionArtifact, target: Target) -> str:
             return _OWN_AUTOENCODER
         return _DIFFUSERS_AUTOENCODER.format(model_class="VQModel" if artifact.config.kind == "vq" else "AutoencoderKL")
     if target == "safetensors":
-        return _OWN_DIFFUSION
+        conditioning = artifact.conditioning
+        kinds = [field.name for field in fields(conditioning) if getattr(conditioning, field.name) is not None]
+        return _OWN_DIFFUSION.format(given=", ".join(_GIVEN[kind] for kind in kinds))
     sampling = artifact.sampling
     return _DIFFUSERS_PIPELINE.format(num_steps=sampling.num_steps, guidance_scale=sampling.guidance_scale)
 

@@ -198,13 +198,17 @@ def _ema_lags(figures: Figures) -> Iterator[Finding]:
     if figures.ema is None or figures.images < EMA_JUDGED_SHARE * figures.total_images:
         return
     if figures.ema > EMA_LAG * figures.raw:
+        kept = "its width is the first of ema.power_stds"
+        advice = "train on, begin ema.power_stds with a smaller width in the next run"
+        if figures.ema_half_life_images > 0:
+            kept = f"its half-life is {figures.ema_half_life_images:g} images"
+            advice = "lower ema.half_life_images to a twentieth of the run or less, set ema.warmup_ratio=0.05"
         yield Finding(
             "EMA lags",
             f"after {figures.images} images the averaged weights' loss is {figures.ema:.4f}, the raw ones' "
-            f"{figures.raw:.4f}; the half-life is {figures.ema_half_life_images:g} images",
+            f"{figures.raw:.4f}; {kept}",
             "The average still holds weights of the early training, and it is what sampling and export take",
-            "lower ema.half_life_images to a twentieth of the run or less, set ema.warmup_ratio=0.05, or sample and "
-            "export with --weights raw",
+            f"{advice}, or sample and export with --weights raw",
         )
 
 

@@ -6,9 +6,9 @@ have different classes, so that a caption can name each of them, and lie wholly 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -45,10 +45,21 @@ _COLOURS: dict[str, Colour] = {
 _SHADES = 12  # of 255: how far a scene's colour lies from the named one, at most
 
 Pattern = Literal["flat", "fade", "stripes", "checks", "dots"]
+
+
+class _Backgrounds(NamedTuple):
+    """What a scene's background is drawn from."""
+
+    patterns: tuple[Pattern, ...]
+    colours: Mapping[str, Colour] = _COLOURS
+    shades: int = _SHADES
+
+
 # What `--backgrounds` chooses from.
-BACKGROUNDS: dict[str, tuple[Pattern, ...]] = {
-    "all": ("flat", "flat", "fade", "stripes", "checks", "dots"),
-    "plain": ("flat", "flat", "fade"),
+BACKGROUNDS: dict[str, _Backgrounds] = {
+    "all": _Backgrounds(("flat", "flat", "fade", "stripes", "checks", "dots")),
+    "plain": _Backgrounds(("flat", "flat", "fade")),
+    "white": _Backgrounds(("flat",), {"white": (255, 255, 255)}, shades=0),
 }
 _STRIPES = ("horizontal", "vertical", "diagonal")
 # (across, down) of the axis along which each of them changes.
@@ -180,21 +191,22 @@ def paste_mask(mask: Mask, left: int, top: int, resolution: int) -> Mask:
     return whole
 
 
-def _background(seed: int, number: int, patterns: Sequence[Pattern]) -> Background:
+def _background(seed: int, number: int, choice: _Backgrounds) -> Background:
     """The background of a number."""
     pattern, first, second, axis, period = uniforms(5, "background", seed, number)
     shades = uniforms(6, "shade", seed, number)
-    names = list(_COLOURS)
-    chosen = (names.pop(int(first * len(names))), names[int(second * len(names))])
+    names = list(choice.colours)
+    one = names.pop(int(first * len(names)))
+    chosen = (one, names[int(second * len(names))] if names else one)
     colours = [
         tuple(
-            min(255, max(0, channel + round((2.0 * shade - 1.0) * _SHADES)))
-            for channel, shade in zip(_COLOURS[name], shades[3 * n : 3 * n + 3], strict=True)
+            min(255, max(0, channel + round((2.0 * shade - 1.0) * choice.shades)))
+            for channel, shade in zip(choice.colours[name], shades[3 * n : 3 * n + 3], strict=True)
         )
         for n, name in enumerate(chosen)
     ]
     return Background(
-        patterns[int(pattern * len(patterns))],
+        choice.patterns[int(pattern * len(choice.patterns))],
         chosen,
         (colours[0], colours[1]),  # type: ignore[arg-type]  # three channels each
         int(axis * len(_AXES)),

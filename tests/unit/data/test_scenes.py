@@ -23,8 +23,8 @@ EMOJI = select("demo")[0]
 KEYS, NAMES = tuple(item.key for item in EMOJI), tuple(item.caption for item in EMOJI)
 
 
-def request(resolution: int = 64, seed: int = 0, max_objects: int = 4) -> SceneRequest:
-    return SceneRequest(KEYS, NAMES, resolution, seed, max_objects)
+def request(resolution: int = 64, seed: int = 0, max_objects: int = 4, backgrounds: str = "all") -> SceneRequest:
+    return SceneRequest(KEYS, NAMES, resolution, seed, max_objects, backgrounds)
 
 
 def opened(sample: Sample) -> tuple[NDArray[np.uint8], NDArray[np.uint8], dict[str, Any], str]:
@@ -176,6 +176,15 @@ def test_backgrounds(pattern: Any, axis: int, rows: int, columns: int) -> None:
     picture = background.draw(64)
     assert len(np.unique(picture[:, 0], axis=0)) == rows
     assert len(np.unique(picture[0], axis=0)) == columns
+
+
+def test_white_backgrounds_change_nothing_else() -> None:
+    for number in range(8):
+        plain, white = (opened(make_scene(number, request(max_objects=3, backgrounds=b))) for b in ("plain", "white"))
+        assert plain[3].rpartition(" on ")[0] == white[3].rpartition(" on ")[0]
+        assert white[3].endswith(" on a white background")
+        assert (white[1] == plain[1]).all()
+        assert (white[0][white[1] == 0] == 255).mean() > 0.8  # all but the objects' rims
 
 
 def test_the_data_set(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

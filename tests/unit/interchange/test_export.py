@@ -11,7 +11,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from ldm_scale.config.schema import AutoencoderConfig
+from ldm_scale.conditioning.base import Conditions
+from ldm_scale.config.schema import AutoencoderConfig, ConditioningConfig
 from ldm_scale.errors import CheckpointError, ConfigError
 from ldm_scale.export import main
 from ldm_scale.interchange import load, verify
@@ -31,6 +32,7 @@ from ldm_scale.interchange.artifact import (
 )
 from ldm_scale.interchange.diffusers import fill_diffusers_folder
 from ldm_scale.interchange.load import read_source
+from ldm_scale.interchange.model_card import _GIVEN
 from ldm_scale.interchange.publish import publish
 from ldm_scale.models.autoencoder import Autoencoder, LatentStatistics
 from tests.helpers.weights import random_state
@@ -68,6 +70,7 @@ def test_diffusers_export_reports_its_differences(
 def test_there_and_back(tmp_path: Path, model: Path, diffusion_artifact: DiffusionArtifact) -> None:
     assert main([str(model), "--to", "diffusers", "--out", str(tmp_path / "a")]) == 0
     assert main([str(tmp_path / "a"), "--to", "safetensors", "--out", str(tmp_path / "b")]) == 0
+    assert 'y = Conditions(captions=["a caption"])\n' in (tmp_path / "b" / "README.md").read_text()
     back = read_diffusion_artifact(tmp_path / "b")
     assert back.content_hash == diffusion_artifact.content_hash
     assert all(torch.equal(back.state[name], tensor) for name, tensor in diffusion_artifact.state.items())
@@ -340,3 +343,9 @@ def test_missing_libraries_are_named(
     monkeypatch.setattr(load, "find_spec", lambda name: None)
     with pytest.raises(ConfigError, match=r"needs diffusers and transformers.*ldm-scale\[interchange\]"):
         publish(autoencoder_artifact, "diffusers", tmp_path / "out")
+
+
+def test_the_card_of_every_kind_shows_fields_that_conditions_have() -> None:
+    assert set(_GIVEN) == {field.name for field in dataclasses.fields(ConditioningConfig)}
+    named = {part.partition("=")[0] for given in _GIVEN.values() for part in given.split(", ")}
+    assert named <= {field.name for field in dataclasses.fields(Conditions)}

@@ -109,6 +109,10 @@ def test_ignored_conditioning_is_named_by_kind() -> None:
 def test_a_lagging_average() -> None:
     assert _names(ema=0.32) == ["EMA lags"]
     assert _names(ema=0.31) == _names(ema=None) == _names(ema=0.9, images=49_000) == []
+    assert "lower ema.half_life_images" in _text("EMA lags", ema=0.32)
+    profiles_alone = _text("EMA lags", ema=0.32, ema_half_life_images=0.0)
+    assert "ema.power_stds" in profiles_alone
+    assert "half" not in profiles_alone
 
 
 def test_overfitting_needs_a_factor_and_certainty() -> None:
