@@ -24,7 +24,7 @@ COMMANDS = {
     "encode": "turn image shards into latent shards for stage 2, with provenance",
     "train": "train an autoencoder or a diffusion model: ldm-scale train experiment=NAME [key=value ...]",
     "sample": "draw images from a trained model",
-    "evaluate": "measure trained autoencoders, compare results, draw distortion over rate",
+    "evaluate": "measure autoencoders and diffusion models, compare results, draw distortion over rate",
     "export": "turn a run or a checkpoint into a diffusers folder or plain safetensors",
     "doctor": "look at data, machine or latent caches before money is spent",
     "demo": "both stages on OpenMoji, from shards to samples and an export",

@@ -18,12 +18,22 @@ from ldm_scale.data.sources.squares import read_names
 from ldm_scale.data.sources.tars import index_tars
 from ldm_scale.errors import DataError
 
+_MAX_RESOLUTION = 8192  # of one picture in memory: 200 MB
+
 
 def _positive(text: str) -> int:
     """An argument that is a whole number above 0."""
     number = int(text)
     if number < 1:
         raise argparse.ArgumentTypeError(f"{text} must be at least 1")
+    return number
+
+
+def _resolution(text: str) -> int:
+    """An argument that is a side of pictures in pixels."""
+    number = _positive(text)
+    if number > _MAX_RESOLUTION:
+        raise argparse.ArgumentTypeError(f"{text} must be at most {_MAX_RESOLUTION}")
     return number
 
 
@@ -43,7 +53,7 @@ def _parser() -> argparse.ArgumentParser:
     sources = parser.add_subparsers(dest="source", required=True)
 
     written = argparse.ArgumentParser(add_help=False)
-    written.add_argument("--resolution", type=_positive, required=True, help="pixels along each side")
+    written.add_argument("--resolution", type=_resolution, required=True, help="pixels along each side")
     written.add_argument("--out", type=Path, required=True, help="folder to make; reused if it answers this request")
     written.add_argument("--samples-per-shard", type=_positive, default=256, help="default 256")
     rendered = argparse.ArgumentParser(add_help=False, parents=[written])

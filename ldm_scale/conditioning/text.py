@@ -113,3 +113,8 @@ def warn_of_truncation(caption: str, max_tokens: int) -> None:
         f"caption longer than the text encoder's {max_tokens} tokens, its end is not read: {caption[:60]!r}... "
         "(said once; all of them are counted)",
     )
+
+
+def num_truncated(*encoders: object) -> int:
+    """Captions and layouts that conditions and frozen encoders had to cut so far; others count none."""
+    return sum(getattr(encoder, "truncated", 0) for encoder in encoders)

@@ -203,7 +203,8 @@ class _Run:
 
 
 def _initial(noise: Tensor, level: Level, start: Start | None) -> Tensor:
-    if start is None:
+    """Where sampling begins. A strength of 1 is noise alone, also where the first level would leave some image."""
+    if start is None or start.strength == 1.0:
         return noise * math.hypot(level.alpha, level.sigma)
     return level.alpha * start.z0.to(noise.dtype) + level.sigma * noise
 
@@ -215,4 +216,4 @@ def steps_taken(num_steps: int, strength: float) -> int:
     """
     if not 0.0 < strength <= 1.0:
         raise ConfigError(f"strength={strength}: must be above 0 (keep the image) and at most 1 (noise alone)")
-    return max(1, int(num_steps * strength))
+    return max(1, int(num_steps * strength + 1e-9))  # 100 * 0.29 is 28.999...

@@ -4,8 +4,9 @@ Timesteps are the integers 0 .. T-1 and t = 0 is already slightly noisy, as in t
 Tables are float64: a product of a thousand factors near one loses digits in float32, and so does one minus it.
 Sampling visits evenly spaced timesteps shifted by one ("leading" spacing with offset 1): the convention that Stable
 Diffusion ships with, so that samples agree with other software step by step. Its price is that a step count that does
-not divide T leaves the noisiest timesteps out (50 of 1000 starts at 981, 750 at 750). A schedule that ends in noise
-alone has to be sampled from its end, and is ("trailing" spacing: 50 of 1000 starts at 999).
+not divide T leaves the noisiest timesteps out (50 of 1000 starts at 981, 750 at 750), and that few steps start where
+the image would still be seen: one step at 1, which returns the noise. So fewer than ten steps are visited from the end
+("trailing" spacing: 4 of 1000 start at 999), and so is a schedule that ends in noise alone, with any number of them.
 """
 
 from __future__ import annotations
@@ -19,6 +20,8 @@ from ldm_scale.config.schema import DiffusionConfig
 from ldm_scale.errors import ConfigError
 
 _MAX_COSINE_BETA = 0.999
+# Fewer are trailing. Ten of 1000 start at 901, where the paper's schedule leaves an eighth of the image's amplitude.
+_LEAST_LEADING_STEPS = 10
 
 
 def alphas_cumprod(cfg: DiffusionConfig) -> Tensor:
@@ -66,7 +69,7 @@ def sampling_timesteps(num_timesteps: int, num_steps: int, trailing: bool = Fals
     """The `num_steps` timesteps that a sampler visits, noisiest first.
 
     Multiples of floor(T / S), shifted up by one. S = T visits every timestep, so there the shift must be 0.
-    Trailing: round(T - i T / S) - 1 for i = 0 .. S-1.
+    Trailing, as fewer than ten steps always are: round(T - i T / S) - 1 for i = 0 .. S-1.
     Raises: ConfigError unless 1 <= num_steps <= num_timesteps.
     Source: arXiv:2010.02502, appendix D.2 ("linear" subsequence); arXiv:2305.08891, Table 2 ("leading", "trailing").
     """
@@ -74,7 +77,7 @@ def sampling_timesteps(num_timesteps: int, num_steps: int, trailing: bool = Fals
         raise ConfigError(
             f"sampling.num_steps={num_steps}: must be between 1 and diffusion.num_timesteps={num_timesteps}; change it"
         )
-    if trailing:
+    if trailing or num_steps < _LEAST_LEADING_STEPS:
         return [round(num_timesteps - i * num_timesteps / num_steps) - 1 for i in range(num_steps)]
     stride = num_timesteps // num_steps
     offset = min(1, num_timesteps - 1 - (num_steps - 1) * stride)

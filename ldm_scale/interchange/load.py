@@ -21,6 +21,7 @@ from torch import Tensor
 from ldm_scale.conditioning.base import Conditioned, Conditions, Inputs, Tools
 from ldm_scale.conditioning.frozen_text import FrozenTextCondition, FrozenTextEncoder
 from ldm_scale.conditioning.latent_diffusion import LatentDiffusion, in_type, with_spatial
+from ldm_scale.conditioning.text import num_truncated
 from ldm_scale.config.convert import config_from_dict, config_to_dict
 from ldm_scale.config.fit import neighbours
 from ldm_scale.config.schema import AutoencoderConfig, ConditioningConfig, SamplingConfig
@@ -201,8 +202,7 @@ class LoadedDiffusion:
     @property
     def num_truncated(self) -> int:
         """Captions and layouts that `prepare` had to cut so far."""
-        kinds = [*self.network.conditioner.conditions.values(), self._text_encoder]
-        return sum(getattr(kind, "truncated", 0) for kind in kinds)
+        return num_truncated(*self.network.conditioner.conditions.values(), self._text_encoder)
 
     @torch.no_grad()
     def encode_conditioning(

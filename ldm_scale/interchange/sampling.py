@@ -96,17 +96,24 @@ def draw(
 def chosen_sampling(model: LoadedDiffusion, options: SampleOptions) -> SamplingConfig:
     """The model's defaults with what `options` say instead.
 
-    Raises: ConfigError for guidance that has no second branch to lead away from.
+    Raises: ConfigError for guidance that has no second branch to lead away from, or options of guidance without it.
     """
     given = {name: options[name] for name in _OF_CONFIG if options.get(name) is not None}  # type: ignore[literal-required]
     sampling = replace(model.sampling, **given)
     if sampling.sampler != "ddim" and "eta" not in given:
         sampling = replace(sampling, eta=0.0)  # the model's default belongs to its own sampler
-    scale = given.get("guidance_scale", 1.0)
-    if scale != 1.0 and options.get("negative") is None and not can_be_guided(model.network):
+    if options.get("negative") is None and not can_be_guided(model.network):
+        scale = given.get("guidance_scale", 1.0)
+        if scale != 1.0:
+            raise ConfigError(
+                f"guidance_scale={scale:g}: the model was never trained without its conditioning (drop_probability 0, "
+                "or none), so that there is nothing to lead away from; leave guidance out, or set it to 1"
+            )
+        sampling = replace(sampling, guidance_scale=1.0)  # the configuration's default is for models that can
+    idle = [name for name in ("guidance_rescale", "guidance_interval") if given.get(name)]
+    if idle and sampling.guidance_scale == 1.0:
         raise ConfigError(
-            f"guidance_scale={scale:g}: the model was never trained without its conditioning (drop_probability 0, or "
-            "none), so that there is nothing to lead away from; leave guidance out, or set it to 1"
+            f"{' and '.join(idle)} with a guidance scale of 1, which is no guidance; set a scale, or leave it out"
         )
     return sampling
 

@@ -17,7 +17,6 @@ from tqdm import tqdm
 
 from ldm_scale import __version__
 from ldm_scale.conditioning.batches import conditions_of
-from ldm_scale.conditioning.latent_diffusion import can_be_guided
 from ldm_scale.config.schema import ConditioningConfig, SamplingConfig
 from ldm_scale.data.annotations import MAP, TEXT
 from ldm_scale.data.shards import Dataset
@@ -71,8 +70,6 @@ def evaluate_diffusion(arguments: argparse.Namespace) -> dict[str, Any]:
     _check_names(model, dataset, kinds)
     options = sampler_options(arguments)
     sampling = chosen_sampling(model, options)
-    if not can_be_guided(model.network):
-        sampling = dataclasses.replace(sampling, guidance_scale=1.0)
     annotations = model.conditioning.annotations - {TEXT}
     if "layout" in kinds and dataset.map_labels:
         annotations |= {MAP}  # they tell the colours that boxes are judged by

@@ -71,7 +71,7 @@ def sample_to_files(arguments: argparse.Namespace) -> dict[str, Any]:
         log.info(f"wrote {len(images)} images into {arguments.images_dir}")
     truncated = model.num_truncated
     if truncated:
-        log.warning(f"{truncated} of {len(images)} images have a prompt or layout that is longer than the model reads")
+        log.warning(f"{truncated} prompts or layouts are longer than the model reads: the rest of them was left out")
     return {
         "source": str(arguments.source),
         "grid": str(arguments.out),
@@ -122,7 +122,9 @@ def sample_images(
         if guides is not None:
             chosen["guide"] = guides(part)
         if trial:
-            chosen |= {"num_steps": 1, "guidance_interval": (0.0, math.inf)}
+            chosen["num_steps"] = 1
+            if chosen_sampling(model, options).guidance_scale != 1.0:
+                chosen["guidance_interval"] = (0.0, math.inf)
         return model.sample(_rows(conditions, part), list(seeds[part]), progress=progress, **chosen).float().cpu()
 
     def try_some(start: int, count: int) -> None:

@@ -85,11 +85,13 @@ def read_request(
     }
     sections = model.network.conditioner.conditions
     _check_given(given, list(sections), has_classifier=classifier is not None)
-    count = arguments.num_images
-    if count is None:
-        count = max(1, len(arguments.init_image), *map(len, given.values()))
-    if count < 1:
-        raise ConfigError(f"--num-images {count}: must be at least 1")
+    longest = max(1, len(arguments.init_image), *map(len, given.values()))
+    count = longest if arguments.num_images is None else arguments.num_images
+    if count < longest:
+        raise ConfigError(
+            f"--num-images {count}: must be at least {longest}, the number of images that the lists ask for; leave it "
+            "out, or shorten them"
+        )
     seeds = range(arguments.seed, arguments.seed + count)
     size = _size(arguments.size)
 

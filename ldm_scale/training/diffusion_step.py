@@ -17,6 +17,7 @@ from ldm_scale.conditioning.base import Conditions, Inputs, Tools
 from ldm_scale.conditioning.batches import conditions_of
 from ldm_scale.conditioning.frozen_text import FrozenTextCondition, FrozenTextEncoder
 from ldm_scale.conditioning.latent_diffusion import LatentDiffusion
+from ldm_scale.conditioning.text import num_truncated
 from ldm_scale.config.schema import BatchPlan, Config
 from ldm_scale.data import Batch, open_manifest
 from ldm_scale.engine.env import Environment
@@ -97,6 +98,11 @@ class DiffusionTask(LatentTask):
     def prepare(self, y: Conditions) -> Inputs:
         """See `Conditioner.prepare`."""
         return self.network.conditioner.prepare(y, self.tools)
+
+    @property
+    def num_truncated(self) -> int:
+        """See `Task.num_truncated`."""
+        return num_truncated(*self.network.conditioner.conditions.values(), self.tools.encode_text)
 
     def _frozen_text(self) -> Callable[[Sequence[str]], Tensor] | None:
         """The frozen text encoder on the device, where the model has one; its null is stored with the condition."""

@@ -19,6 +19,7 @@ class TrainingState:
     cur_images: int = 0  # images seen by all ranks
     step: int = 0  # optimizer steps
     bad_samples: int = 0  # undecodable samples replaced so far, over all ranks
+    truncated: int = 0  # captions and layouts that were cut so far, over all ranks
     training_s: float = 0.0  # seconds spent in training steps
     data_digest: str = ""  # of the training split's shards: what the position counts in
     autoencoder_hash: str = ""  # stage 2: content hash of the artifact that defines its latents

@@ -88,6 +88,11 @@ class Task(ABC):
             return None
         return ShardedEma(model, self.config.ema, self.config.kernels.ema_update)
 
+    @property
+    def num_truncated(self) -> int:
+        """Captions and layouts that this process had to cut so far."""
+        return 0
+
     def lr(self, images: int, peak: float | None = None) -> float:
         """Learning rate of the step that starts after `images` images."""
         optimizer = self.config.optimizer

@@ -15,7 +15,6 @@ import time
 from collections import deque
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -39,21 +38,13 @@ from ldm_scale.telemetry.log import get_logger, say_once
 from ldm_scale.telemetry.tensorboard import ScalarWriter
 from ldm_scale.telemetry.throughput import TrainProgress
 from ldm_scale.training.diagnosis import Finding, gradient_history
+from ldm_scale.training.resumption import require_same_artifact, require_same_run
 from ldm_scale.training.state import TrainingState
 from ldm_scale.training.task import Task
 
 RESULT = "result.json"
 RECENT_STEPS = 200  # whose metrics a diagnosis looks at
 SHOWN_LOSSES = ("loss", "loss/l1", "loss/discriminator", "accuracy")  # beside the bar; all others: in TensorBoard
-# Settings that decide which images a step sees, and so what `cur_images` means.
-FIXED_KEYS = (
-    ("train", "seed"),
-    ("train", "global_batch"),
-    ("data", "resolution"),
-    ("data", "split"),
-    ("diffusion", "num_timesteps"),
-    ("diffusion", "prediction"),
-)
 
 
 class Trainer:
@@ -129,8 +120,10 @@ class Trainer:
         # Dropout draws from torch's own generator: other masks in each step and on each rank, the same when resumed.
         masks = seeding.stream(self.config.train.seed, f"dropout on rank {self.environment.rank}", self.state.step)
         torch.manual_seed(int(masks.integers(2**63)))
+        cut_before = self.task.num_truncated
         metrics = self.task.accumulate(batches, images)
-        means, stopping = self._reduce(metrics, stop.requested, self._name_bad_samples(batches))
+        counts = (self._name_bad_samples(batches), self.task.num_truncated - cut_before)
+        means, stopping = self._reduce(metrics, stop.requested, counts)
         norms = [step["grad_norm"] for step in self._recent if "grad_norm" in step]
         require_finite(means, self.state.step, images, gradient_history(norms))
         means |= self.task.update(images)
@@ -144,8 +137,9 @@ class Trainer:
             self.log.info(f"fused operations took, in the first step: {describe_kernels()}")
         progress.update(self.plan.global_batch, {k: v for k, v in means.items() if k in SHOWN_LOSSES})
         if self._due(self.config.train.log_every_images):
-            rate = {"images_per_s": self.plan.global_batch / seconds, "bad_samples": float(self.state.bad_samples)}
-            writer.add_scalars(means | rate, self.state.cur_images)
+            counted = {"bad_samples": float(self.state.bad_samples), "truncated": float(self.state.truncated)}
+            rate = {"images_per_s": self.plan.global_batch / seconds}
+            writer.add_scalars(means | rate | counted, self.state.cur_images)
         if self._due(self.config.ema.snapshot_every_images):
             self._snapshot()
         if stopping and not self._at_end():
@@ -191,16 +185,20 @@ class Trainer:
         facts = {"configuration": digest, "data": self._data_digest, "autoencoder": self.task.autoencoder_hash}
         check_ranks(self.task.trained, batch, facts, self.state.cur_images)
 
-    def _reduce(self, metrics: dict[str, Tensor], stop: bool, bad: int) -> tuple[dict[str, float], bool]:
-        """Metrics averaged over the ranks, and whether any was asked to stop; counts the ranks' bad samples.
+    def _reduce(self, metrics: dict[str, Tensor], stop: bool, counts: tuple[int, int]) -> tuple[dict[str, float], bool]:
+        """Metrics averaged over the ranks, and whether any was asked to stop; counts bad samples and what was cut.
 
         One all-reduce for all of it.
         """
         names = sorted(metrics)
-        values = [metrics[name].double() for name in names] + [torch.tensor(float(v)).double() for v in (stop, bad)]
-        means = collectives.mean_over_ranks(torch.stack(values).to(self.environment.device)).tolist()
-        self.state.bad_samples += round(means[-1] * self.environment.world_size)
-        return dict(zip(names, means[:-2], strict=True)), means[-2] > 0
+        values = [metrics[name].double() for name in names]
+        values += [torch.tensor(float(value)).double() for value in (stop, *counts)]
+        *means, stopping, bad, cut = collectives.mean_over_ranks(
+            torch.stack(values).to(self.environment.device)
+        ).tolist()
+        self.state.bad_samples += round(bad * self.environment.world_size)
+        self.state.truncated += round(cut * self.environment.world_size)
+        return dict(zip(names, means, strict=True)), stopping > 0
 
     def _name_bad_samples(self, batches: list[Batch]) -> int:
         """Number of samples that this rank skipped to make the batches; each is named once in the log."""
@@ -262,9 +260,9 @@ class Trainer:
             self.log.info(f"starting from scratch in {self.run_dir}")
             return
         manifest = read_manifest(path)
-        _require_same_run(path, manifest["config"], config_to_dict(self.config))
+        require_same_run(path, manifest["config"], config_to_dict(self.config))
         saved = TrainingState.from_dict(manifest["state"])
-        _require_same_artifact(path, saved.autoencoder_hash, self.task.autoencoder_hash, self.config)
+        require_same_artifact(path, saved.autoencoder_hash, self.task.autoencoder_hash, self.config.artifact)
         if saved.data_digest != self._data_digest:
             raise ConfigError(
                 f"the run in {self.run_dir} was started on other shards than data.manifest={self.config.data.manifest} "
@@ -314,37 +312,10 @@ class Trainer:
         path = self.checkpoints / f"images-{self.state.cur_images:010d}"
         with self.task.evaluating():
             report = self.task.finish(path, self.state.cur_images)
+        if self.state.truncated:
+            report["truncated"] = self.state.truncated
         report |= {"images": self.state.cur_images, "steps": self.state.step, "training_s": self.state.training_s}
         diagnosis = {} if self._findings is None else {"findings": [dataclasses.asdict(f) for f in self._findings]}
         if self.environment.is_main:
             (self.run_dir / RESULT).write_text(json.dumps(report | diagnosis, indent=2) + "\n")
         self.log.info(f"finished: {', '.join(f'{key}={value}' for key, value in report.items())}")
-
-
-def _require_same_run(path: Path, saved: dict[str, Any], given: dict[str, Any]) -> None:
-    """Returns if the checkpoint's run is the one that is configured.
-
-    Raises: ConfigError naming the first keys that differ.
-    """
-    differences = [
-        f"{section}.{key}: {saved[section][key]} saved, {given[section][key]} given"
-        for section, key in FIXED_KEYS
-        if saved[section][key] != given[section][key]
-    ]
-    if differences:
-        raise ConfigError(
-            f"the run in {path.parent.parent} was started with other settings ({'; '.join(differences)}); set them "
-            "as before, or give another run_dir"
-        )
-
-
-def _require_same_artifact(path: Path, saved: str, given: str, config: Config) -> None:
-    """Returns if the checkpoint's latents are those of the artifact.
-
-    Raises: CheckpointError naming both.
-    """
-    if saved != given:
-        raise CheckpointError(
-            f"{path} was trained on the autoencoder {saved[:12]}, artifact={config.artifact} is {given[:12]}: the "
-            "latents of one mean nothing to the other; put the old artifact back, or give another run_dir"
-        )

@@ -130,6 +130,11 @@ def test_image_i_depends_on_its_own_seed_and_prompt_only(model: Path, tmp_path: 
         ([], "conditioned on text: give --prompt TEXT"),
         (["--prompt", "x", "--batch", "0"], "--batch 0"),
         (["--prompt", "x", "--num-images", "0"], "--num-images 0"),
+        (["--prompt", "x", "--prompt", "y", "--num-images", "1"], "--num-images 1: must be at least 2"),
+        (
+            ["--prompt", "x", "--guidance", "1", "--guidance-rescale", "0.7"],
+            "guidance_rescale with a guidance scale",
+        ),
         (["--prompt", "x", "--steps", "2000"], "num_steps=2000"),
         (["--prompts-file", "/no/such/file"], "cannot be read"),
         (["--prompt", "x", "--class", "red"], "--class: the model is conditioned on text; leave it out"),
@@ -222,12 +227,22 @@ def test_json_says_what_was_made(model: Path, tmp_path: Path, capsys: pytest.Cap
     assert all(Path(image["path"]).is_file() for image in document["images"])
     assert document["truncated"] == 1
     assert (document["sampler"], document["num_steps"], document["guidance_scale"]) == ("ddim", 4, 3.0)
-    # Timesteps 751, 501, 251, 1: sigma / alpha is below 1 at the last two alone, which take two passes an image.
-    assert document["unet_passes"] == 2 * (2 * 1 + 2 * 2)
+    # Timesteps 999, 749, 499, 249: sigma / alpha is below 1 at the last one alone, which takes two passes an image.
+    assert document["unet_passes"] == 2 * (3 * 1 + 1 * 2)
     capsys.readouterr()
     _sample(model, tmp_path, "--prompt", "x", "--guidance", "0", "--steps", "1", "--json")
     document = json.loads(capsys.readouterr().out)
     assert (document["unet_passes"], document["truncated"]) == (1, 0)
+
+
+def test_guidance_that_cannot_be_is_neither_told_nor_taken(
+    models: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    capsys.readouterr()
+    _sample(models["nothing"], tmp_path, "--steps", "2", "--json")
+    assert json.loads(capsys.readouterr().out)["guidance_scale"] == 1.0
+    line = _refusal(capsys, models["nothing"], tmp_path / "b", "--guidance-interval", "0.1", "2")
+    assert "guidance_interval with a guidance scale of 1" in line
 
 
 def test_each_kind_is_heard(models: dict[str, Path], files: dict[str, str], tmp_path: Path) -> None:

@@ -157,7 +157,11 @@ def _make_sample(image: CocoImage, request: CocoRequest, num_labels: int) -> Sam
     try:
         label_map: bytes | Image.Image | None = None
         if request.stuff is not None:
-            label_map = (request.stuff / image.file).with_suffix(".png").read_bytes()
+            path = (request.stuff / image.file).with_suffix(".png")
+            try:
+                label_map = path.read_bytes()
+            except OSError as error:
+                return _LeftOut(image.file, f"its label map {path} cannot be read ({error.strerror})")
         elif request.instance_maps:
             label_map = draw_map(image)
         content = (request.images / image.file).read_bytes()

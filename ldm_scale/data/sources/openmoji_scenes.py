@@ -33,11 +33,12 @@ from ldm_scale.data.sources import (
 from ldm_scale.data.sources.openmoji import Emoji, render_transparent, select, subset_identity
 from ldm_scale.data.sources.scenes import Mask, Scene, cell_pixels, paste_mask, plan_scene, scene_record
 from ldm_scale.data.sources.squares import png
-from ldm_scale.errors import DataError
+from ldm_scale.errors import ConfigError, DataError
 
 BACKGROUND = "background"
 DEFAULT_SUBSET = "scenes"  # few enough classes that small models learn them
 _VERSION = 1  # raised when the same request would give other scenes
+MIN_RESOLUTION = 16
 
 
 @dataclass(frozen=True)
@@ -135,8 +136,14 @@ def prepare_openmoji_scenes(
 ) -> Prepared:
     """The data set at `out`, drawn now or found there.
 
-    Raises: DataError if something else lies there, or the list has more emoji than a map has labels.
+    Raises: ConfigError for a resolution at which objects may have no pixel; DataError if something else lies there, or
+    the list has more emoji than a map has labels.
     """
+    if resolution < MIN_RESOLUTION:
+        raise ConfigError(
+            f"--resolution {resolution}: scenes need at least {MIN_RESOLUTION} pixels along each side, or an object "
+            "may have none; raise it"
+        )
     request: dict[str, Any] = {
         "source": "openmoji-scenes",
         "scenes_version": _VERSION,

@@ -16,7 +16,7 @@ from ldm_scale.data.sources import Sample, openmoji_scenes
 from ldm_scale.data.sources.openmoji import render, select
 from ldm_scale.data.sources.openmoji_scenes import SceneRequest, make_scene, prepare_openmoji_scenes
 from ldm_scale.data.sources.scenes import Background, cell_pixels, noun_phrase, plan_scene
-from ldm_scale.errors import DataError
+from ldm_scale.errors import ConfigError, DataError
 from ldm_scale.prepare import main
 
 EMOJI = select("demo")[0]
@@ -226,5 +226,7 @@ def test_other_requests_are_refused(tmp_path: Path) -> None:
     prepare_openmoji_scenes(tmp_path / "a", 16, 4, 0, "demo", 3, 0.0, 256)
     with pytest.raises(DataError, match=r"prepared by another request.*seed=0.*seed=1"):
         prepare_openmoji_scenes(tmp_path / "a", 16, 4, 1, "demo", 3, 0.0, 256)
+    with pytest.raises(ConfigError, match=r"--resolution 15: scenes need at least 16"):
+        prepare_openmoji_scenes(tmp_path / "b", 15, 4, 0, "demo", 3, 0.0, 256)
     with pytest.raises(DataError, match=r"--subset no-skin-tones: \d+ emoji, and a map of 8 bits tells 254"):
         prepare_openmoji_scenes(tmp_path / "b", 16, 4, 0, "no-skin-tones", 3, 0.0, 256)

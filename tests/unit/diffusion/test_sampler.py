@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ldm_scale.diffusion.process import DiscreteProcess, Level, Process
-from ldm_scale.diffusion.sampler import ImageNoise, Start, check_sampler, sample
+from ldm_scale.diffusion.sampler import ImageNoise, Start, check_sampler, sample, steps_taken
 from ldm_scale.diffusion.schedule import sampling_timesteps
 from ldm_scale.diffusion.steps import ddim_step
 from ldm_scale.errors import ConfigError
@@ -188,7 +188,26 @@ def test_a_start_takes_its_share_of_the_steps_from_its_own_level(kind: str, stre
     assert done == list(range(1, taken + 1))
     level = process.levels(10)[10 - taken]
     assert seen[0][0] == pytest.approx(level.t)
-    torch.testing.assert_close(seen[0][1], level.alpha * z0 + level.sigma * NOISE.initial())
+    first = level.alpha * z0 + level.sigma * NOISE.initial()
+    if strength == 1.0:  # noise alone, of the deviation that latents have at that level
+        first = math.hypot(level.alpha, level.sigma) * NOISE.initial()
+    torch.testing.assert_close(seen[0][1], first)
+
+
+@pytest.mark.parametrize(("num_steps", "strength", "taken"), [(100, 0.29, 29), (50, 0.58, 29), (50, 0.59, 29)])
+def test_shares_of_the_steps_are_not_lost_to_rounding(num_steps: int, strength: float, taken: int) -> None:
+    assert steps_taken(num_steps, strength) == taken
+
+
+@pytest.mark.parametrize(("kind", "sampler"), [pair for pair in ALL_PAIRS if pair[0] in ("eps", "v", "x0")])
+@pytest.mark.parametrize("num_steps", [1, 2, 4])
+def test_few_steps_end_near_the_data(kind: str, sampler: Any, num_steps: int) -> None:
+    """Data about one number: a start at a timestep that still shows the image would leave the noise as it is."""
+    process = process_of(kind)
+    denoiser = mixture_denoiser(process, torch.tensor([0.7]), 0.1)
+    end = sample(denoiser, NOISE.initial(), process, sampler=sampler, num_steps=num_steps, step_noise=NOISE.step)
+    assert end.mean().item() == pytest.approx(0.7, abs=0.1)
+    assert end.std().item() < 0.5
 
 
 @pytest.mark.parametrize("kind", ["v", "edm", "flow"])

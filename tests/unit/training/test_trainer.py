@@ -41,13 +41,19 @@ class NotingTask(Task):
         super().__init__(config, BatchPlan(BATCH // 2, 2, BATCH), ENVIRONMENT)
         self.events: list[tuple[str, int]] = []
         self.numbers: list[int] = []
+        self.cut = 100  # before the first step, by a validation
         self._loss = loss
 
     def accumulate(self, batches: Sequence[Batch], images: int) -> dict[str, Tensor]:
         assert [len(batch.images) for batch in batches] == [BATCH // 2] * 2
         self.numbers += torch.cat([batch.image_numbers for batch in batches]).tolist()
         self.events.append(("accumulate", images))
+        self.cut += 1
         return {"loss": torch.tensor(self._loss(images))}
+
+    @property
+    def num_truncated(self) -> int:
+        return self.cut
 
     def update(self, images: int) -> dict[str, float]:
         self.events.append(("update", images))
@@ -117,10 +123,11 @@ def test_events_fall_due_at_their_image_counts(config: Config, saved: list[int])
     assert task.events[-1] == ("finish", 48)
     result = json.loads((Path(config.run_dir) / "result.json").read_text())
     assert result["checkpoint"] == "images-0000000048"
-    assert (result["images"], result["steps"]) == (48, 6)
+    assert (result["images"], result["steps"], result["truncated"]) == (48, 6, 6)
     rows = [json.loads(line) for line in (Path(config.run_dir) / "metrics.jsonl").read_text().splitlines()]
     assert [row["images"] for row in rows if "loss" in row] == [8, 16, 24, 32, 40, 48]
     assert [row["images"] for row in rows if "validation/x" in row] == [16, 32, 48]
+    assert [row["truncated"] for row in rows if "loss" in row] == [1, 2, 3, 4, 5, 6]
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
