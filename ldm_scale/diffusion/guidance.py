@@ -21,6 +21,7 @@ def combine_guidance(conditional: Tensor, unconditional: Tensor, scale: float, r
 
     In the notation of the first paper scale is 1 + w. Both are outputs of the network, in any parameterisation: all are
     linear. `rescale` is the second paper's phi, 0 for no change; it measures each image's deviation over its elements.
+    A constant mixture has none to set back, and stays.
     Shapes: conditional and unconditional (B, ...), returns the same.
     Source: arXiv:2207.12598, eq. 6; arXiv:2305.08891, eq. 14 to 16.
     """
@@ -28,7 +29,8 @@ def combine_guidance(conditional: Tensor, unconditional: Tensor, scale: float, r
     if rescale == 0.0:
         return guided_output
     dims = tuple(range(1, conditional.ndim))
-    factor = conditional.std(dims, keepdim=True) / guided_output.std(dims, keepdim=True)
+    deviation = guided_output.std(dims, keepdim=True)
+    factor = torch.where(deviation > 0, conditional.std(dims, keepdim=True) / deviation, 1.0)
     return guided_output * (rescale * factor + (1.0 - rescale))
 
 

@@ -65,6 +65,19 @@ def test_full_rescaling_gives_each_image_the_deviation_of_its_conditional_output
     torch.testing.assert_close(result.std(dim=(1, 2, 3)), conditional.std(dim=(1, 2, 3)))
 
 
+@pytest.mark.parametrize("rescale", [0.3, 1.0])
+def test_a_constant_output_is_guided_without_rescaling(rescale: float) -> None:
+    conditional, unconditional = Passes().paired(Z, T)
+    conditional[0], unconditional[0] = 0.3, 0.1
+    # Powers of two, so that the mixture is exact: the conditional output varies, 4 (c - u) + u does not.
+    conditional[1] = torch.tensor([0.0, 3.0]).repeat(4 * 8 * 4).view(4, 8, 8)
+    unconditional[1] = torch.tensor([0.0, 4.0]).repeat(4 * 8 * 4).view(4, 8, 8)
+    result = combine_guidance(conditional, unconditional, 4.0, rescale)
+    torch.testing.assert_close(result[0], torch.full_like(Z[0], 0.9))
+    assert not result[1].any()
+    assert torch.equal(result[2], combine_guidance(conditional[2:], unconditional[2:], 4.0, rescale)[0])
+
+
 def test_guidance_acts_inside_its_interval_only() -> None:
     """sigma / alpha is about 0.05, 1.4 and 14.6 at the three times."""
     conditional, unconditional = Passes().paired(Z, T)
