@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -18,6 +19,7 @@ from ldm_scale.diffusion.gradient_guidance import CleanLogProb
 from ldm_scale.errors import ConfigError
 from ldm_scale.models.autoencoder import Autoencoder
 from ldm_scale.models.perceptual import EfficientNetLite0
+from ldm_scale.telemetry.log import say_once
 
 PixelLogProb = Callable[[Tensor], Tensor]  # pixels (B, 3, H, W) in about [-1, 1] -> log p(y | x) (B,)
 
@@ -82,7 +84,7 @@ class ClipLogProb(nn.Module):
         self.register_buffer("mean", torch.tensor(settings["mean"]).view(1, 3, 1, 1))
         self.register_buffer("deviation", torch.tensor(settings["std"]).view(1, 3, 1, 1))
         with torch.no_grad():
-            features = self.clip.encode_text(open_clip.get_tokenizer(model)([text]), normalize=True)
+            features = self.clip.encode_text(_tokens(open_clip.get_tokenizer(model), text, model), normalize=True)
         self.register_buffer("text", features)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -90,6 +92,21 @@ class ClipLogProb(nn.Module):
         x = F.interpolate(x, size=self.size, mode="bicubic", antialias=True)
         features = self.clip.encode_image((x / 2 + 0.5 - self.mean) / self.deviation, normalize=True)
         return self.clip.logit_scale.exp() * (features * self.text).sum(dim=1)  # type: ignore[no-any-return]
+
+
+def _tokens(tokenizer: Any, text: str, model: str) -> Tensor:
+    """What the model reads of a text; says so if that is not all of it. Shapes: returns (1, context length)."""
+    tokens: Tensor = tokenizer([text])
+    num_tokens = tokens.shape[1]
+    # Some tokenizers of OpenCLIP's models do not tell. With room for one more token the end token of a text that was
+    # cut stands one place later.
+    if not torch.equal(tokens, tokenizer([text], context_length=num_tokens + 1)[:, :num_tokens]):
+        say_once(
+            "truncated text of --clip-guidance",
+            f"--clip-guidance: text longer than the {num_tokens} tokens that {model} reads, its end does not guide: "
+            f"{text[:60]!r}...",
+        )
+    return tokens
 
 
 def imagenet_class(wanted: str) -> int:

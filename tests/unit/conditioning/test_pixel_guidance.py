@@ -18,6 +18,7 @@ from ldm_scale.diffusion.sampler import sample
 from ldm_scale.errors import ConfigError
 from ldm_scale.models.autoencoder import Autoencoder, LatentStatistics
 from ldm_scale.models.build import build_autoencoder, build_seeded
+from ldm_scale.telemetry import log
 
 SIZES = {"base_channels": 8, "channel_multipliers": (1, 2), "num_res_blocks": 1, "latent_channels": 3, "norm_groups": 4}
 KINDS = {
@@ -86,8 +87,11 @@ def test_imagenets_classes() -> None:
     assert (gradient.abs().amax(dim=(1, 2, 3)) > 0).all()
 
 
-def test_clip_agrees_with_its_own_text(tmp_path: Path) -> None:
+def test_clip_agrees_with_its_own_text(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     open_clip = pytest.importorskip("open_clip")
+    monkeypatch.setattr(log, "_said", set())
     name = "tiny-for-guidance"
     open_clip.factory._MODEL_CONFIGS[name] = {
         "embed_dim": 16,
@@ -107,6 +111,11 @@ def test_clip_agrees_with_its_own_text(tmp_path: Path) -> None:
         torch.testing.assert_close(log_prob(x), expected[2] * (image @ words.T)[:, 0], rtol=1e-4, atol=1e-4)
         (gradient,) = torch.autograd.grad(log_prob(x).sum(), x)
         assert gradient.abs().max() > 0
+        ClipLogProb(" ".join(["apple"] * 14), name, str(tmp_path / "clip.pt"))  # 16 tokens with start and end
+        assert "--clip-guidance" not in capsys.readouterr().err
+        ClipLogProb(" ".join(["apple"] * 15), name, str(tmp_path / "clip.pt"))
+        said = f"--clip-guidance: text longer than the 16 tokens that {name} reads, its end does not guide: 'apple "
+        assert said in capsys.readouterr().err
         (tmp_path / "broken.pt").write_bytes(b"no weights")
         with pytest.raises(ConfigError, match=r"^--clip-weights=.*cannot be loaded into tiny-for-guidance"):
             ClipLogProb("x", name, str(tmp_path / "broken.pt"))
