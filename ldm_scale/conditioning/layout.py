@@ -1,8 +1,9 @@
 """Bounding boxes as tokens through a transformer that is trained jointly with the UNet.
 
 Each object is three tokens: its class, and the cells of a square grid that hold its top-left and its bottom-right
-corner; `max_objects` of them, then the two corners of the crop (arXiv:2112.10752, appendix E.2.1). Classes and cells
-share the numbers from 0, the last number says "none".
+corner; `max_objects` of them, then the two corners of the crop (arXiv:2112.10752, appendix E.2.1). The grid lies on the
+whole picture, for objects and crop alike, mirrored where the picture is: an object keeps its cells whatever square of
+it is shown. Classes and cells share the numbers from 0, the last number says "none".
 
 Objects come in order of falling area. The sequence is then a function of the set of objects: the user's order means
 nothing, no random draw is needed, and of too many objects the smallest are left out. (The paper's code shuffles

@@ -2,7 +2,8 @@
 
 In a shard, boxes are in the .json, in pixels of the upright picture: {"objects": [{"class": name or number, "box":
 [x, y, width, height]}]}; the map is the member seg.png of the picture's size, whose values are numbers in the
-manifest's `map_labels`. Both go through the crop and the mirroring of their picture.
+manifest's `map_labels`. A map goes through the crop and the mirroring of its picture. Boxes are mirrored with it but
+stay where they are in the whole picture, beside the crop; `shown_objects` says where they stand in the square.
 """
 
 from __future__ import annotations
@@ -28,25 +29,28 @@ MAP_EXTENSION = "seg.png"
 UNKNOWN = 255  # value of a map where the label is not known
 MAX_MAP_LABELS = UNKNOWN  # labels are 0 .. 254
 
-# Share of the shown square: smaller objects are left out, as in the data set of the paper's layout models
+# Share of the picture: smaller objects are left out, as in the data set of the paper's layout models
 # (`min_object_area` in its configurations).
 MIN_OBJECT_AREA = 1e-4
 
 
 @dataclass(frozen=True)
 class SceneObject:
-    """One object in the square that is shown."""
+    """One object of a picture, or of the square that is shown of it."""
 
     label: int  # number in the manifest's `object_classes`
-    box: Box  # fractions of the square, clipped to it
+    box: Box  # fractions of the picture or the square, clipped to it
 
 
 @dataclass(frozen=True)
 class Layout:
-    """The objects of one image, and which part of the whole picture it shows."""
+    """The objects of one image, and which part of the whole picture it shows: both mirrored where the image is.
 
-    objects: tuple[SceneObject, ...] = ()
-    crop: Box = (0.0, 0.0, 1.0, 1.0)  # fractions of the picture, before mirroring
+    Source: arXiv:2112.10752, appendix E.2.1, after arXiv:2105.06458.
+    """
+
+    objects: tuple[SceneObject, ...] = ()  # boxes in fractions of the whole picture
+    crop: Box = (0.0, 0.0, 1.0, 1.0)  # fractions of the whole picture
 
 
 @dataclass(frozen=True)
@@ -103,18 +107,48 @@ def _box(stored: Any) -> Box:
 
 
 def layout_of(objects: Sequence[tuple[int, Box]], view: View) -> Layout:
-    """The objects that can be seen, in their order: boxes clipped, tiny and invisible ones left out."""
+    """The objects of a picture that reach into the square shown, in their order; tiny ones left out."""
+    across, down = view.size
     left, top, right, bottom = view.box
+    found = [(label, box) for label, box in objects if _overlap(box, view.box)]
+    seen = clip_objects(found, (0.0, 0.0, float(across), float(down)))
+    crop = (left / across, top / down, right / across, bottom / down)
+    if view.mirror:
+        return Layout(tuple(SceneObject(item.label, _mirrored(item.box)) for item in seen), _mirrored(crop))
+    return Layout(seen, crop)
+
+
+def shown_objects(layout: Layout) -> tuple[SceneObject, ...]:
+    """The objects where they stand in the square that is shown: boxes in its fractions, clipped to it."""
+    return clip_objects([(item.label, item.box) for item in layout.objects], layout.crop)
+
+
+def clip_objects(objects: Sequence[tuple[int, Box]], frame: Box) -> tuple[SceneObject, ...]:
+    """The objects in a frame, in their order, in its fractions: boxes clipped, tiny and invisible ones left out.
+
+    Boxes and frame are in one unit, whichever it is.
+    """
+    left, top, right, bottom = frame
     width, height = right - left, bottom - top
     seen = []
     for label, box in objects:
-        # x1 > x2 or y1 > y2 where nothing of it is in the square
+        # x1 > x2 or y1 > y2 where nothing of it is in the frame
         x1, x2 = max((box[0] - left) / width, 0.0), min((box[2] - left) / width, 1.0)
         y1, y2 = max((box[1] - top) / height, 0.0), min((box[3] - top) / height, 1.0)
         if x1 < x2 and y1 < y2 and (x2 - x1) * (y2 - y1) >= MIN_OBJECT_AREA:
-            seen.append(SceneObject(label, (1.0 - x2, y1, 1.0 - x1, y2) if view.mirror else (x1, y1, x2, y2)))
-    across, down = view.size
-    return Layout(tuple(seen), (left / across, top / down, right / across, bottom / down))
+            seen.append(SceneObject(label, (x1, y1, x2, y2)))
+    return tuple(seen)
+
+
+def _overlap(a: Box, b: Box) -> bool:
+    """Whether two boxes have an area in common."""
+    return max(a[0], b[0]) < min(a[2], b[2]) and max(a[1], b[1]) < min(a[3], b[3])
+
+
+def _mirrored(box: Box) -> Box:
+    """The box, in fractions of a picture, where the mirrored picture has it."""
+    left, top, right, bottom = box
+    return 1.0 - right, top, 1.0 - left, bottom
 
 
 def open_map(data: bytes, size: tuple[int, int] | None) -> Image.Image:

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ldm_scale.conditioning.degradation import reduce_bicubic
 from ldm_scale.conditioning.semantic_map import UNKNOWN
-from ldm_scale.data.annotations import Layout, SceneObject
+from ldm_scale.data.annotations import Layout, SceneObject, shown_objects
 from ldm_scale.errors import DataError
 from ldm_scale.evaluation.reconstruction import PEAK_TO_PEAK, psnr
 from ldm_scale.evaluation.similarity import ssim
@@ -114,17 +114,17 @@ def class_colours(images: Tensor, maps: Tensor, num_labels: int) -> Tensor:
 
 
 def evaluate_layouts(images: Tensor, layouts: Sequence[Layout], colours: Tensor) -> LayoutReport:
-    """How well images meet layouts.
+    """How well images meet layouts: their objects where they stand in the squares that are shown.
 
     Shapes: pixels (N, 3, H, W), colours (object classes, BINS^3).
-    Raises: DataError if no layout has an object.
+    Raises: DataError if no layout has an object there.
     """
     bins = colour_bins(images).cpu()
     shuffled = [*layouts[1:], *layouts[:1]]
     figures = []
     for wanted in (layouts, shuffled):
         pairs = zip(bins, wanted, strict=True)
-        found = [_judge(row, item, colours) for row, layout in pairs for item in layout.objects]
+        found = [_judge(row, item, colours) for row, layout in pairs for item in shown_objects(layout)]
         if not found:
             raise DataError("no object in any of the layouts to judge images by: give images that have some")
         table = torch.tensor(found, dtype=torch.float64)

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ldm_scale.conditioning.base import Conditions
 from ldm_scale.conditioning.classes import NO_CLASS
-from ldm_scale.data.annotations import Layout
+from ldm_scale.data.annotations import Layout, shown_objects
 from ldm_scale.errors import DataError
 from ldm_scale.evaluation.conditioned import (
     class_colours,
@@ -149,7 +149,7 @@ class SampleMeter:
         elif kind == "layout" and (missing or not self._maps):
             what = f"no map label is named {missing[0]!r}" if judge.map_labels else "the data have no maps"
             reason = f"{what}, which would tell the colours of the boxes' classes"
-        elif kind == "layout" and not any(layout.objects for layout in self._layouts):
+        elif kind == "layout" and not any(map(shown_objects, self._layouts)):
             reason = "no layout has an object"
         if reason is not None:
             return {"not_measured": reason}

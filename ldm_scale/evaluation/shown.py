@@ -13,7 +13,7 @@ from torch import Tensor
 from ldm_scale.conditioning.base import Conditions
 from ldm_scale.conditioning.classes import NO_CLASS
 from ldm_scale.conditioning.semantic_map import UNKNOWN
-from ldm_scale.data.annotations import Layout
+from ldm_scale.data.annotations import Layout, shown_objects
 from ldm_scale.data.decode import to_pixels
 
 _FONT_PX = 10
@@ -66,7 +66,7 @@ def _draw_boxes(layout: Layout, names: Sequence[str], side_px: int) -> np.ndarra
     canvas = Image.new("RGB", (side_px, side_px), _PAPER_COLOUR)
     draw = ImageDraw.Draw(canvas)
     font = ImageFont.load_default(_FONT_PX)
-    for item in layout.objects:
+    for item in shown_objects(layout):
         left, top, right, bottom = (round(fraction * (side_px - 1)) for fraction in item.box)
         colour = label_colour(item.label)
         draw.rectangle((left, top, right, bottom), outline=colour, width=2)

@@ -14,7 +14,7 @@ from typing import Any
 
 from PIL import Image
 
-from ldm_scale.data.annotations import MAP_EXTENSION, Box, View, check_labels, layout_of, open_map, render_map
+from ldm_scale.data.annotations import MAP_EXTENSION, Box, View, check_labels, clip_objects, open_map, render_map
 from ldm_scale.data.decode import DecodeSettings, crop_box, open_rgb, render
 from ldm_scale.data.policy import BadSample
 from ldm_scale.errors import DataError
@@ -54,7 +54,7 @@ def make_square(
         return Square(members)
     return Square(
         members,
-        [{"class": item.label, "box": _pixels(item.box, resolution)} for item in layout_of(objects, view).objects],
+        [{"class": item.label, "box": _pixels(item.box, resolution)} for item in clip_objects(objects, view.box)],
     )
 
 

@@ -12,7 +12,7 @@ import torch
 from ldm_scale.conditioning.base import Conditioner, Conditions, Tools
 from ldm_scale.conditioning.layout import LayoutCondition, grid_side
 from ldm_scale.config.schema import LayoutConditioningConfig
-from ldm_scale.data.annotations import Box, Layout, SceneObject
+from ldm_scale.data.annotations import Box, Layout, SceneObject, View, layout_of
 from ldm_scale.errors import ConfigError
 from ldm_scale.telemetry import log
 from tests.helpers.weights import random_state
@@ -47,6 +47,18 @@ def test_the_papers_tokens() -> None:
     assert tokens[3:90] == [8191] * 87
     # 0.1 -> 8.9 -> 9, 0.6 -> 53.4 -> 53.
     assert tokens[90:] == [9, 44 * 90 + 53]
+
+
+def test_the_grid_lies_on_the_whole_picture_and_is_mirrored_with_it() -> None:
+    """A square of half of a picture of 200 x 100, with an object that it cuts and one that it does not reach."""
+    objects = [(5, (10.0, 10.0, 60.0, 40.0)), (6, (150.0, 0.0, 190.0, 100.0))]
+    condition = make(PAPER)
+    for mirror, corners in ((False, (4, 27, 18, 62)), (True, (62, 85, 27, 71))):
+        tokens = condition.tokens(layout_of(objects, View((200, 100), (40.0, 20.0, 140.0, 100.0), mirror)))
+        left, right, crop_left, crop_right = corners
+        # Of 89, down: 0.1 -> 8.9 -> 9, 0.4 -> 35.6 -> 36, 0.2 -> 17.8 -> 18, 1 -> 89.
+        assert tokens[:4] == [5, 9 * 90 + left, 36 * 90 + right, condition.none]
+        assert tokens[90:] == [18 * 90 + crop_left, 89 * 90 + crop_right]
 
 
 def test_corners_of_the_grid_stay_below_none() -> None:

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageDraw
 
 from ldm_scale.config.schema import DataConfig
-from ldm_scale.data import Batch, Layout, SceneObject, build_loader, open_manifest
+from ldm_scale.data import Batch, Layout, build_loader, open_manifest
 from ldm_scale.data.annotations import (
     LAYOUT,
     MAP,
@@ -24,6 +24,7 @@ from ldm_scale.data.annotations import (
     layout_of,
     read_map,
     read_objects,
+    shown_objects,
 )
 from ldm_scale.data.decode import DecodeSettings, decode_sample
 from ldm_scale.data.policy import BadSample
@@ -40,36 +41,53 @@ SIZE = (30, 20)
 PLAIN = View(SIZE, (5.0, 0.0, 25.0, 20.0), mirror=False)  # the centred square
 
 
-def test_boxes_follow_the_crop_and_the_mirror() -> None:
+def test_boxes_and_crop_are_of_the_whole_picture_and_mirrored_with_it() -> None:
+    """By hand, and against the mirrored picture itself."""
     objects = read_objects({"objects": [{"class": "dog", "box": [10, 5, 5, 10]}]}, NUMBERS)
     assert objects == [(1, (10.0, 5.0, 15.0, 15.0))]
-    assert layout_of(objects, PLAIN) == Layout((SceneObject(1, (0.25, 0.25, 0.5, 0.75)),), (5 / 30, 0.0, 25 / 30, 1.0))
-    mirrored = layout_of(objects, replace(PLAIN, mirror=True))
-    assert mirrored == Layout((SceneObject(1, (0.5, 0.25, 0.75, 0.75)),), (5 / 30, 0.0, 25 / 30, 1.0))
-    inner = layout_of(objects, View(SIZE, (12.0, 8.0, 16.0, 12.0), mirror=False))
-    assert inner == Layout((SceneObject(1, (0.0, 0.0, 0.75, 1.0)),), (0.4, 0.4, 16 / 30, 0.6))
+    inner = View(SIZE, (12.0, 8.0, 16.0, 12.0), mirror=False)
+    expected = {
+        PLAIN: ((1 / 3, 0.25, 0.5, 0.75), (1 / 6, 0.0, 5 / 6, 1.0), (0.25, 0.25, 0.5, 0.75)),
+        replace(PLAIN, mirror=True): ((0.5, 0.25, 2 / 3, 0.75), (1 / 6, 0.0, 5 / 6, 1.0), (0.5, 0.25, 0.75, 0.75)),
+        inner: ((1 / 3, 0.25, 0.5, 0.75), (0.4, 0.4, 16 / 30, 0.6), (0.0, 0.0, 0.75, 1.0)),
+        replace(inner, mirror=True): ((0.5, 0.25, 2 / 3, 0.75), (14 / 30, 0.4, 0.6, 0.6), (0.25, 0.0, 1.0, 1.0)),
+    }
+    for view, (box, crop, shown) in expected.items():
+        layout = layout_of(objects, view)
+        (of_picture,), (of_square,) = layout.objects, shown_objects(layout)
+        assert (of_picture.label, of_square.label) == (1, 1)
+        assert of_picture.box == pytest.approx(box)
+        assert layout.crop == pytest.approx(crop)
+        assert of_square.box == pytest.approx(shown)
+    turned = layout_of([(1, (15.0, 5.0, 20.0, 15.0))], View(SIZE, (14.0, 8.0, 18.0, 12.0), mirror=False))
+    mirrored = layout_of(objects, replace(inner, mirror=True))
+    assert turned.objects[0].box == pytest.approx(mirrored.objects[0].box)
+    assert turned.crop == pytest.approx(mirrored.crop)
 
 
 @pytest.mark.parametrize(
-    ("box", "seen"),
+    ("box", "known", "shown"),
     [
-        ([-10, -10, 20, 15], (0.0, 0.0, 0.25, 0.25)),  # clipped at the picture
-        ([0, 0, 100, 100], (0.0, 0.0, 1.0, 1.0)),
-        ([24, 19, 50, 50], (0.95, 0.95, 1.0, 1.0)),
-        ([40, 0, 5, 5], None),  # outside the picture
-        ([0, 0, 5, 20], None),  # in the picture, outside the square: touches its edge
-        ([25, 0, 5, 20], None),
-        ([10, 10, 0.19, 0.2], None),  # just below the least area, 1e-4 of 400 pixels
-        ([10, 10, 0.21, 0.2], (0.25, 0.5, 0.2605, 0.51)),
-        ([24.9, 0, 3, 0.3], None),  # large, but hardly anything of it is shown
+        ([-10, -10, 20, 15], (0.0, 0.0, 1 / 3, 0.25), (0.0, 0.0, 0.25, 0.25)),  # clipped at the picture
+        ([0, 0, 100, 100], (0.0, 0.0, 1.0, 1.0), (0.0, 0.0, 1.0, 1.0)),
+        ([24, 19, 50, 50], (0.8, 0.95, 1.0, 1.0), (0.95, 0.95, 1.0, 1.0)),
+        ([40, 0, 5, 5], None, None),  # outside the picture
+        ([0, 0, 5, 20], None, None),  # in the picture, outside the square: touches its edge
+        ([25, 0, 5, 20], None, None),
+        ([10, 10, 0.3, 0.19], None, None),  # just below the least area, 1e-4 of 600 pixels
+        ([10, 10, 0.3, 0.21], (1 / 3, 0.5, 10.3 / 30, 0.5105), (0.25, 0.5, 0.265, 0.5105)),
+        ([24.9, 0, 3, 0.3], (0.83, 0.0, 0.93, 0.015), None),  # hardly anything of it is shown
     ],
 )
-def test_what_cannot_be_seen_is_left_out(box: list[float], seen: tuple[float, ...] | None) -> None:
-    found = layout_of(read_objects({"objects": [{"class": 0, "box": box}]}, NUMBERS), PLAIN).objects
+def test_what_does_not_reach_into_the_square_is_left_out(
+    box: list[float], known: tuple[float, ...] | None, shown: tuple[float, ...] | None
+) -> None:
+    layout = layout_of(read_objects({"objects": [{"class": 0, "box": box}]}, NUMBERS), PLAIN)
     assert MIN_OBJECT_AREA == 1e-4
-    assert len(found) == (seen is not None)
-    if seen is not None:
-        assert found[0].box == pytest.approx(seen)
+    for found, expected in ((layout.objects, known), (shown_objects(layout), shown)):
+        assert len(found) == (expected is not None)
+        if expected is not None:
+            assert found[0].box == pytest.approx(expected)
 
 
 @pytest.mark.parametrize(
@@ -212,7 +230,7 @@ def _extent(mask: NDArray[np.bool_]) -> NDArray[np.float64] | None:
 
 def _check_boxes(labels: NDArray[np.uint8], layout: Layout) -> int:
     """Number of boxes, each of which surrounds its label's pixels in the map."""
-    found = {item.label: item.box for item in layout.objects}
+    found = {item.label: item.box for item in shown_objects(layout)}
     for label in range(2):
         extent = _extent(labels == label + 1)
         assert extent is None or np.abs(extent - found[label]).max() <= 1 / len(labels)
@@ -263,7 +281,8 @@ def test_latent_caches_give_the_annotations_of_their_variants(folder: Path, cach
             record = json.loads(raw["latents.json"])
             variant = record["variants"][dataset.latents.variant(settings, position, key)]
             left, top, right, bottom = variant["box"]
-            assert layout.crop == (left / 48, top / 40, right / 48, bottom / 40)
+            crop = (left / 48, top / 40, right / 48, bottom / 40)
+            assert layout.crop == ((1 - crop[2], crop[1], 1 - crop[0], crop[3]) if variant["flip"] else crop)
             mirrored += variant["flip"]
     assert 0 < mirrored < 48
 

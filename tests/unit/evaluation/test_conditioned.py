@@ -113,6 +113,13 @@ def test_an_object_is_found_where_its_colours_are() -> None:
     assert report.hits == 0.5
     assert report.colour_match == pytest.approx((1 + 1 / 2) / 2)
     assert report.shuffled_iou == pytest.approx(report.iou)
+    # The same two in a picture of which the image is the lower right quarter.
+    quarter = (0.5, 0.5, 1.0, 1.0)
+    cropped = [
+        Layout((SceneObject(0, tuple(0.5 + value / 2 for value in item.box)),), quarter)  # type: ignore[arg-type]
+        for item in (wanted, moved)
+    ]
+    assert evaluate_layouts(image.expand(2, -1, -1, -1), cropped, red[None]) == report
 
 
 def test_iou_of_a_map_is_counted_over_known_pixels() -> None:

@@ -21,6 +21,9 @@ def test_boxes_are_drawn_where_they_are() -> None:
     torch.testing.assert_close(shown[0, :, 50, 60], pixel(label_colour(1)))
     assert not coloured[60:95, 45:70].any(), "the inside is empty but for the name"
     assert (shown[1] == shown[1, :, :1, :1]).all()
+    # The same square of a picture twice as wide: the box keeps its place in the square.
+    wide = Layout((SceneObject(1, (0.625, 0.5, 0.875, 1.0)),), crop=(0.5, 0.0, 1.0, 1.0))
+    assert torch.equal(panels(Conditions(layouts=[wide]), ["layout"], ["cat", "i"], side_px=101)["boxes"], shown[:1])
 
 
 def test_maps_are_drawn_in_colours_and_holes_in_grey() -> None:
