@@ -126,15 +126,32 @@ class Conditioner(nn.ModuleDict):
             for name, condition in self.conditions.items()
         }
 
-    def drop(self, inputs: Mapping[str, Tensor], uniforms: Tensor) -> Inputs:
-        """Inputs with the rows nulled whose number falls below the kind's drop probability.
+    @property
+    def num_uniforms(self) -> int:
+        """Uniform numbers that `drop` takes per image: one of each kind, then a shared one if several are dropped."""
+        return len(self) + self._drops_together
 
-        Shapes: uniforms (B, kinds) in [0, 1).
+    @property
+    def _drops_together(self) -> bool:
+        return sum(condition.drop_probability > 0 for condition in self.conditions.values()) > 1
+
+    def drop(self, inputs: Mapping[str, Tensor], uniforms: Tensor) -> Inputs:
+        """Inputs in which each kind's null stands in a share of its drop probability p of the rows.
+
+        A kind that is dropped alone goes where its own number falls below p. Of several, each goes where the shared
+        number falls below p / 2, and elsewhere by its own number as often as makes p in all: independent numbers would
+        leave guidance's unconditional branch, which has none of them, next to untrained.
+        Shapes: uniforms (B, num_uniforms) in [0, 1).
+        Source: arXiv:2211.09800, section 3.2.1 (two kinds: one, the other or both in 5% of the images each).
         """
+        assert uniforms.shape[1] == self.num_uniforms, f"{uniforms.shape[1]} numbers, not {self.num_uniforms}"
         result = dict(inputs)
         for column, (name, condition) in enumerate(self.conditions.items()):
-            given = inputs[name]
-            dropped = uniforms[:, column] < condition.drop_probability
+            given, p = inputs[name], condition.drop_probability
+            if self._drops_together:
+                dropped = (uniforms[:, -1] < p / 2) | (uniforms[:, column] < p / 2 / (1 - p / 2))
+            else:
+                dropped = uniforms[:, column] < p
             if dropped.any():
                 where = dropped.to(given.device).view(-1, *(1,) * (given.ndim - 1))
                 result[name] = torch.where(where, condition.null(given), given)

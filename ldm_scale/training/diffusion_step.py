@@ -44,12 +44,13 @@ class DiffusionTask(LatentTask):
         total = torch.zeros(())
         for batch in batches:
             z, inputs = self.encode(batch), self.inputs(batch)
-            t, noise, uniforms = self.draw(batch.image_numbers.tolist(), len(inputs))
+            conditioner = self.network.conditioner
+            t, noise, uniforms = self.draw(batch.image_numbers.tolist(), conditioner.num_uniforms)
             z_t = self.process.add_noise(z, noise, t)
             output = self.model(
                 self.process.network_input(z_t, t),
                 self.network_time(t),
-                self.network.conditioner.drop(inputs, uniforms),
+                conditioner.drop(inputs, uniforms),
             )
             loss = self.process.loss(output, z, noise, t).mean()
             self.model.backward(loss)
