@@ -18,13 +18,18 @@ _ARCHITECTURE = {
 }
 
 
-def tiny_tower(folder: Path) -> FrozenTextConditioningConfig:
-    """Its section; `folder` gets its weights. OpenCLIP knows the architecture from now on."""
+def tiny_tower(folder: Path, deviation: float | None = 0.2) -> FrozenTextConditioningConfig:
+    """Its section; `folder` gets its weights. OpenCLIP knows the architecture from now on.
+
+    `deviation` is that of all weights, so that none of them is 0 or 1; None leaves what OpenCLIP begins training with,
+    where contexts have unit deviation and follow the captions' words.
+    """
     (folder / f"{TINY_MODEL}.json").write_text(json.dumps(_ARCHITECTURE))
     open_clip.add_model_config(folder / f"{TINY_MODEL}.json")
     torch.manual_seed(0)
     model = open_clip.create_model(TINY_MODEL)
-    for parameter in model.parameters():
-        torch.nn.init.normal_(parameter, std=0.2)
+    if deviation is not None:
+        for parameter in model.parameters():
+            torch.nn.init.normal_(parameter, std=deviation)
     torch.save(model.state_dict(), folder / "weights.pt")
     return FrozenTextConditioningConfig(TINY_MODEL, str(folder / "weights.pt"), "penultimate", 9, 16)

@@ -33,6 +33,7 @@ from ldm_scale.models.autoencoder import LatentStatistics
 from ldm_scale.operations.train import train
 from tests.helpers.ranks import run_ranks
 from tests.helpers.runs import tiny_config
+from tests.helpers.towers import tiny_tower
 
 SIDE = 8
 STEPS = 200
@@ -50,6 +51,7 @@ LAYOUT = LayoutConditioningConfig(
 )
 KINDS: dict[str, ConditioningConfig] = {
     "text": ConditioningConfig(text=TEXT),
+    "frozen_text": ConditioningConfig(),  # its section comes with its tower, see `kinds`
     "classes": ConditioningConfig(classes=ClassConditioningConfig(num_classes=4, width=WIDTH)),
     "layout": ConditioningConfig(layout=LAYOUT),
     "semantic_map": ConditioningConfig(semantic_map=SemanticMapConditioningConfig(num_labels=5, channels=4)),
@@ -73,6 +75,12 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.fixture(scope="module")
+def kinds(tmp_path_factory: pytest.TempPathFactory) -> dict[str, ConditioningConfig]:
+    """KINDS with a frozen tower, whose weights are random: it tells captions apart, and means nothing by them."""
+    return KINDS | {"frozen_text": ConditioningConfig(frozen_text=tiny_tower(tmp_path_factory.mktemp("tower"), None))}
+
+
 def _write_picture(path: Path, name: str, corner: np.ndarray, generator: np.random.Generator) -> None:
     """A square of a colour in one quarter of a dark picture, with its caption, box and map."""
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -94,10 +102,9 @@ def _train(config: Config) -> bool:
     return train(config, env.read_launch())
 
 
-def _last_validation(folder: Path, name: str, **sections: Any) -> dict[str, float]:
+def _last_validation(folder: Path, name: str, conditioning: ConditioningConfig, **sections: Any) -> dict[str, float]:
     """The figures at the end of a short training."""
-    conditioning = KINDS[name]
-    has_context = any((conditioning.text, conditioning.classes, conditioning.layout))
+    has_context = any((conditioning.text, conditioning.frozen_text, conditioning.classes, conditioning.layout))
     run_dir = folder / name.replace(" ", "_")
     config = tiny_config(
         "diffusion",
@@ -128,8 +135,10 @@ def _last_validation(folder: Path, name: str, **sections: Any) -> dict[str, floa
 
 
 @pytest.mark.parametrize("name", KINDS)
-def test_the_loss_is_lower_with_the_images_own_conditioning(folder: Path, name: str) -> None:
-    figures = _last_validation(folder, name)
+def test_the_loss_is_lower_with_the_images_own_conditioning(
+    folder: Path, kinds: dict[str, ConditioningConfig], name: str
+) -> None:
+    figures = _last_validation(folder, name, kinds[name])
     assert figures["validation/raw/mean"] < 0.6 * figures["validation/zero/mean"], "it has learnt something at all"
     own = figures["validation/true/mean"]
     for kind in name.split(" and "):
