@@ -173,7 +173,7 @@ def _require_shown_in_tensorboard(run_dir: Path) -> None:
         ("scale", "loss stuck", "the latents' scale: their deviation is"),
         ("rate", "loss stuck", "raise optimizer.lr=1e-09"),
         ("dropped", "conditioning ignored: text", "lower conditioning.text.drop_probability=1, 0.1 is usual"),
-        ("average", "EMA lags", r"the half-life is 1e\+07 images"),
+        ("average", "EMA lags", r"its half-life is 1e\+07 images"),
     ],
 )
 def test_what_fails_is_named(folder: Path, errors: dict[str, str], name: str, finding: str, words: str) -> None:

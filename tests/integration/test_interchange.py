@@ -296,11 +296,11 @@ def test_pipeline_draws_our_images(tmp_path: Path, guidance_scale: float, statis
     captions, seeds = ["A red apple", "naïve café, it's 3 o'clock"], (5, 6)
     theirs = pipeline(
         captions,
-        num_inference_steps=2,
+        num_inference_steps=10,
         guidance_scale=guidance_scale,
         latents=ImageNoise(seeds, (4, 16, 16)).initial(),
         output_type="pt",
     ).images
-    ours = LoadedDiffusion(artifact).sample(captions, seeds, num_steps=2, guidance_scale=guidance_scale, eta=0.0)
+    ours = LoadedDiffusion(artifact).sample(captions, seeds, num_steps=10, guidance_scale=guidance_scale, eta=0.0)
     assert theirs.std() > 0.05
     assert relative_difference(theirs * 2 - 1, ours) < TOLERANCE

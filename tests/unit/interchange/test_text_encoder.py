@@ -74,7 +74,7 @@ def make_model(
         unet=UNET,
         conditioning=conditioning,
         diffusion=DiffusionConfig(),
-        sampling=SamplingConfig(num_steps=2, guidance_scale=3.0, sampler="ddim", eta=0.0),
+        sampling=SamplingConfig(num_steps=10, guidance_scale=3.0, sampler="ddim", eta=0.0),
         provenance={"resolution": 32},
     )
 
@@ -124,7 +124,7 @@ def test_the_pipeline_draws_our_images(
     seeds = (5, 6, 7)
     theirs = pipeline(
         CAPTIONS,
-        num_inference_steps=2,
+        num_inference_steps=10,
         guidance_scale=3.0,
         latents=ImageNoise(seeds, (3, 4, 4)).initial(),
         output_type="pt",
