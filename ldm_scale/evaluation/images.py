@@ -100,19 +100,17 @@ def chosen_numbers(source: str, split: str, available: int, asked: int | None) -
     return global_order(available, ORDER_SEED, 0)[:asked].tolist()  # type: ignore[no-any-return]
 
 
-class ImageStream:
-    """Iterable once over the batches of an image set, (B, 3, R, R) pixels in [-1, 1] of 8-bit values, fp32.
+class MeasuredImages:
+    """What a stream of images to measure tells of itself.
 
-    `bad` tells what was left out, `num_images` what came, `pixels_digest` the hash of what came (complete when the
+    `bad` is what was left out, `num_images` what came, `pixels_digest` the hash of what came (complete when the
     iteration is).
     """
 
-    def __init__(self, images: ImageSet, resolution: int, batch_size: int, num_images: int | None = None) -> None:
-        self._order = chosen_numbers(images.source, images.split, images.num_images, num_images)
+    def __init__(self, order: list[int], batch_size: int, settings: DecodeSettings) -> None:
         self.num_images = 0
         self.bad = BadSampleLog()
-        self._images, self._batch_size = images, batch_size
-        self._settings = DecodeSettings(resolution=resolution, augment=False)
+        self._order, self._batch_size, self._settings = order, batch_size, settings
         self._hash = blake2b(digest_size=16)
 
     @property
@@ -124,6 +122,15 @@ class ImageStream:
     def pixels_digest(self) -> str:
         """Hash of the 8-bit pixels in their order."""
         return self._hash.hexdigest()
+
+
+class ImageStream(MeasuredImages):
+    """Iterable once over the batches of an image set, (B, 3, R, R) pixels in [-1, 1] of 8-bit values, fp32."""
+
+    def __init__(self, images: ImageSet, resolution: int, batch_size: int, num_images: int | None = None) -> None:
+        order = chosen_numbers(images.source, images.split, images.num_images, num_images)
+        super().__init__(order, batch_size, DecodeSettings(resolution=resolution, augment=False))
+        self._images = images
 
     def __iter__(self) -> Iterator[Tensor]:
         order = self._order

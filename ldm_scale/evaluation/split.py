@@ -7,44 +7,28 @@ picture, boxes or a map, is left out, counted and named.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from hashlib import blake2b
 
 from ldm_scale.data import Batch
 from ldm_scale.data.annotations import MAP, MAP_EXTENSION
 from ldm_scale.data.decode import DecodedSample, DecodeSettings, decode_sample
 from ldm_scale.data.pipeline import collate
-from ldm_scale.data.policy import BadRecord, BadSample, BadSampleLog
+from ldm_scale.data.policy import BadRecord, BadSample
 from ldm_scale.data.shards import Dataset
-from ldm_scale.evaluation.images import chosen_numbers
+from ldm_scale.evaluation.images import MeasuredImages, chosen_numbers
 
 
-class SplitStream:
-    """Iterable once over the batches of a split's first images. `Batch.image_numbers` are positions in their order.
-
-    `bad` tells what was left out, `num_images` what came, `pixels_digest` the hash of what came (complete when the
-    iteration is).
-    """
+class SplitStream(MeasuredImages):
+    """Iterable once over the batches of a split's first images. `Batch.image_numbers` are positions in their order."""
 
     def __init__(
         self, dataset: Dataset, resolution: int, annotations: frozenset[str], batch_size: int, num_images: int | None
     ) -> None:
-        self._order = chosen_numbers(str(dataset.manifest_path), dataset.split, dataset.num_samples, num_images)
-        self._dataset, self._batch_size = dataset, batch_size
-        self._settings = DecodeSettings(resolution=resolution, augment=False, annotations=annotations)
+        order = chosen_numbers(str(dataset.manifest_path), dataset.split, dataset.num_samples, num_images)
+        super().__init__(
+            order, batch_size, DecodeSettings(resolution=resolution, augment=False, annotations=annotations)
+        )
+        self._dataset = dataset
         self._unwanted = frozenset() if MAP in annotations else frozenset({MAP_EXTENSION})
-        self.num_images = 0
-        self.bad = BadSampleLog()
-        self._hash = blake2b(digest_size=16)
-
-    @property
-    def wanted(self) -> int:
-        """How many were asked for."""
-        return len(self._order)
-
-    @property
-    def pixels_digest(self) -> str:
-        """Hash of the 8-bit pixels in their order."""
-        return self._hash.hexdigest()
 
     def __iter__(self) -> Iterator[Batch]:
         for begin in range(0, len(self._order), self._batch_size):
