@@ -48,11 +48,6 @@ def exponent_of(relative_std: float) -> float:
     return float(roots.real.max())
 
 
-def relative_std_of(exponent: float) -> float:
-    """Relative standard deviation of a profile's gamma. Source: arXiv:2312.02696, eq. 3."""
-    return float(np.sqrt((exponent + 1) / ((exponent + 2) ** 2 * (exponent + 3))))
-
-
 def kept_share(exponent: float, images: int, batch: int) -> float:
     """Share of the old average that a step of `batch` images keeps, which reaches `images` in all.
 

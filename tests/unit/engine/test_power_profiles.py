@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from itertools import pairwise
 
 import numpy as np
@@ -15,7 +16,6 @@ from ldm_scale.engine.power_profiles import (
     fit_profile,
     inner_products,
     kept_share,
-    relative_std_of,
 )
 
 STDS = (0.005, 0.02, 0.05, 0.1, 0.2, 0.28)
@@ -30,7 +30,8 @@ def _profile(t: NDArray[np.float64], profile: Profile) -> NDArray[np.float64]:
 @pytest.mark.parametrize("std", STDS)
 def test_a_width_and_its_exponent_belong_together(std: float) -> None:
     gamma = exponent_of(std)
-    assert relative_std_of(gamma) == pytest.approx(std, rel=1e-9)
+    # arXiv:2312.02696, eq. 3.
+    assert math.sqrt((gamma + 1) / ((gamma + 2) ** 2 * (gamma + 3))) == pytest.approx(std, rel=1e-9)
     # The definition: the standard deviation of t under p(t) on [0, 1].
     t = np.linspace(0, 1, 20_001)
     p = _profile(t, Profile(std, 1.0))
