@@ -68,7 +68,7 @@ demo: $(STAMP) ## both stages on real images, from shards to samples and an expo
 	$(BIN)/ldm-scale demo
 
 bench: $(STAMP) ## the training step's speed against diffusers' UNet, on this machine
-	$(BIN)/python benchmarks/unet_step.py
+	$(BIN)/python -m benchmarks.unet_step
 
 # PYTHON=python3 takes that Python as it is, without .venv: for a GPU machine that has torch and no network.
 ifeq ($(origin PYTHON),command line)

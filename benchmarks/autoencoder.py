@@ -13,23 +13,19 @@ that are not the same function get no figure.
 
 from __future__ import annotations
 
-import argparse
 import copy
-import json
 import statistics
 import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
-from datetime import UTC, datetime
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from benchmarks.unet_step import environment, spread
+from benchmarks.measured import command_line, is_trial, parse, spread, write_results
 from ldm_scale.config.compose import load_config
 from ldm_scale.config.schema import AutoencoderConfig
 from ldm_scale.engine.env import cpu_threads
@@ -41,9 +37,7 @@ from ldm_scale.interchange.verify import load_both, relative_difference
 from ldm_scale.models.autoencoder import LatentStatistics
 from ldm_scale.models.build import build_autoencoder, build_seeded
 
-RESULTS = Path(__file__).resolve().parent / "results"
 TOLERANCE = 1e-4  # of the norm, for latents and for pixels
-MIN_ROUNDS = 10  # fewer are a trial: printed, not written
 WARMUP_ROUNDS = 2
 
 Call = Callable[[], Tensor]
@@ -72,19 +66,11 @@ def cases() -> dict[str, Case]:
 
 def main(argv: Sequence[str]) -> int:
     """0; 1 if two autoencoders of a case do not compute the same."""
-    parser = argparse.ArgumentParser(description="Encoding and decoding by our autoencoder against diffusers'.")
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    parser.add_argument("--case", choices=tuple(cases()), action="append", help="default: all")
-    parser.add_argument("--rounds", type=int, default=15, help=f"timed rounds (below {MIN_ROUNDS}: a trial)")
-    parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the JSON file")
-    arguments = parser.parse_args(argv)
-    arguments.out.mkdir(parents=True, exist_ok=True)
+    description = "Encoding and decoding by our autoencoder against diffusers'."
+    arguments = parse(command_line(description, cases(), "rounds", 15), argv)
     device = torch.device(arguments.device)
     if device.type == "cpu":
         torch.set_num_threads(cpu_threads())  # as training does on one rank
-    elif not torch.cuda.is_available():
-        parser.error("--device cuda: torch sees no CUDA device")
-
     results: dict[str, Any] = {}
     for name in arguments.case or cases():
         case = cases()[name]
@@ -93,14 +79,8 @@ def main(argv: Sequence[str]) -> int:
             return 1
         results[name] = {"case": asdict(case)} | result
     print(table(results))
-    if arguments.rounds < MIN_ROUNDS:
-        print(f"a trial: below {MIN_ROUNDS} rounds nothing is written")
-        return 0
-    date = datetime.now(UTC).date().isoformat()
-    path = arguments.out / f"autoencoder-{device.type}-{date}.json"
-    document = {"benchmark": "autoencoder", "environment": environment(device, date), "results": results}
-    path.write_text(json.dumps(document, indent=2) + "\n")
-    print(f"written to {path}")
+    if not is_trial(arguments.rounds, "rounds"):
+        write_results(arguments.out, "autoencoder", device, results)
     return 0
 
 

@@ -17,7 +17,6 @@ import sys
 import time
 from collections.abc import Sequence
 from dataclasses import replace
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -25,13 +24,12 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from benchmarks.unet_step import environment, spread
+from benchmarks.measured import RESULTS, spread, write_results
 from ldm_scale.config.compose import load_config
 from ldm_scale.config.fit import batch_plan
 from ldm_scale.data import Batch
 from ldm_scale.engine import env
 
-RESULTS = Path(__file__).resolve().parent / "results"
 WARMUP_STEPS = 2
 EXPERIMENTS = ("openmoji_kl_f4_small", "openmoji_kl_f8_small", "openmoji_vq_f4_small")
 MARK = "result: "
@@ -63,14 +61,8 @@ def main(argv: Sequence[str]) -> int:
             line = next(line for line in output.splitlines() if line.startswith(MARK))
             results[experiment][name] = json.loads(line.removeprefix(MARK))
     print(table(results))
-    device = torch.device("cpu")
     torch.set_num_threads(env.cpu_threads())
-    date = datetime.now(UTC).date().isoformat()
-    arguments.out.mkdir(parents=True, exist_ok=True)
-    path = arguments.out / f"autoencoder_step-cpu-{date}.json"
-    document = {"benchmark": "autoencoder_step", "environment": environment(device, date), "results": results}
-    path.write_text(json.dumps(document, indent=2) + "\n")
-    print(f"written to {path}")
+    write_results(arguments.out, "autoencoder_step", torch.device("cpu"), results)
     return 0
 
 

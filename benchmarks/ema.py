@@ -14,29 +14,24 @@ Memory is counted, not estimated: bytes of every tensor that ZeRO's rank holds o
 
 from __future__ import annotations
 
-import argparse
-import json
 import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
-from datetime import UTC, datetime
-from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from benchmarks.unet_step import Case, cases, environment, random_batch, spread
+from benchmarks.measured import command_line, is_trial, parse, spread, write_results
+from benchmarks.unet_step import Case, cases, random_batch
 from ldm_scale.config.schema import EmaConfig, OptimizerConfig, TrainConfig, ZeroConfig
 from ldm_scale.engine import env
 from ldm_scale.engine.ema import ShardedEma
 from ldm_scale.engine.zero import ShardedModel
 from ldm_scale.models.build import build_seeded, build_unet
 
-RESULTS = Path(__file__).resolve().parent / "results"
-MIN_ROUNDS = 10  # fewer are a trial: printed, not written
 WARMUP_ROUNDS = 3
 LEARNING_RATE = 1e-5
 AVERAGES = {"1": EmaConfig(), "3": EmaConfig(power_stds=(0.05, 0.1))}
@@ -44,15 +39,9 @@ AVERAGES = {"1": EmaConfig(), "3": EmaConfig(power_stds=(0.05, 0.1))}
 
 def main(argv: Sequence[str]) -> int:
     """0."""
-    parser = argparse.ArgumentParser(description="Time and memory of averages of the weights.")
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    parser.add_argument("--case", choices=tuple(cases()), action="append", help="default: all")
+    parser = command_line("Time and memory of averages of the weights.", cases(), "rounds", 20)
     parser.add_argument("--stage", type=int, choices=range(4), default=1, help="of ZeRO")
-    parser.add_argument("--rounds", type=int, default=20, help=f"timed rounds of steps (below {MIN_ROUNDS}: a trial)")
-    parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the JSON file")
-    arguments = parser.parse_args(argv)
-    if arguments.device == "cuda" and not torch.cuda.is_available():
-        parser.error("--device cuda: torch sees no CUDA device")
+    arguments = parse(parser, argv)
     here = env.start(env.read_launch(), TrainConfig(device=arguments.device))
     results: dict[str, Any] = {}
     for name in arguments.case or cases():
@@ -60,15 +49,8 @@ def main(argv: Sequence[str]) -> int:
         results[name] = {"case": asdict(case)} | measure(case, here, arguments.stage, arguments.rounds, name)
     print(table(results))
     env.stop()
-    if arguments.rounds < MIN_ROUNDS:
-        print(f"a trial: below {MIN_ROUNDS} rounds nothing is written")
-        return 0
-    date = datetime.now(UTC).date().isoformat()
-    arguments.out.mkdir(parents=True, exist_ok=True)
-    path = arguments.out / f"ema-{here.device.type}-{date}.json"
-    document = {"benchmark": "ema", "environment": environment(here.device, date), "results": results}
-    path.write_text(json.dumps(document, indent=2) + "\n")
-    print(f"written to {path}")
+    if not is_trial(arguments.rounds, "rounds"):
+        write_results(arguments.out, "ema", here.device, results)
     return 0
 
 

@@ -17,15 +17,12 @@ On one CPU thread the clock is the process's own time.
 
 from __future__ import annotations
 
-import argparse
-import json
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +31,7 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from benchmarks import unet_step
-from benchmarks.unet_step import environment, spread
+from benchmarks.measured import command_line, is_trial, parse, spread, write_results
 from ldm_scale.config.compose import load_config
 from ldm_scale.config.convert import config_to_dict
 from ldm_scale.config.fit import batch_plan
@@ -46,9 +43,7 @@ from ldm_scale.interchange.artifact import write_artifact
 from ldm_scale.models.autoencoder import LatentStatistics
 from ldm_scale.training.diffusion_step import DiffusionTask
 
-RESULTS = Path(__file__).resolve().parent / "results"
 GOAL = 1.05
-MIN_PAIRS = 10  # fewer are a trial: printed, not written
 WARMUP_PAIRS = 3
 CHECKS = 5  # comparisons of the ranks that are timed
 CAPTIONS = ("a red square on the left", "two green circles", "a small blue triangle", "nothing at all")
@@ -87,15 +82,9 @@ def cases() -> dict[str, Case]:
 
 def main(argv: Sequence[str]) -> int:
     """0; whether the goal is reached is said, and is for a person to judge by the spread."""
-    parser = argparse.ArgumentParser(description="A whole training step against the bare one.")
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    parser.add_argument("--case", choices=tuple(cases()), action="append", help="default: all")
+    parser = command_line("A whole training step against the bare one.", cases(), "pairs", 20)
     parser.add_argument("--stage", type=int, choices=range(4), default=1, help="of ZeRO")
-    parser.add_argument("--pairs", type=int, default=20, help=f"timed pairs of steps (below {MIN_PAIRS}: a trial)")
-    parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the JSON file")
-    arguments = parser.parse_args(argv)
-    if arguments.device == "cuda" and not torch.cuda.is_available():
-        parser.error("--device cuda: torch sees no CUDA device")
+    arguments = parse(parser, argv)
     train = replace(cases()["demo"].config.train, device=arguments.device)
     here = env.start(env.read_launch(), train)
     results: dict[str, Any] = {}
@@ -103,7 +92,9 @@ def main(argv: Sequence[str]) -> int:
         case = cases()[name]
         results[name] = measure(case, here, arguments.stage, arguments.pairs, name)
     if here.is_main:
-        report(results, here, arguments.pairs, arguments.out)
+        print(table(results))
+        if not is_trial(arguments.pairs, "pairs"):
+            write_results(arguments.out, "train_step", here.device, results)
     env.stop()
     return 0
 
@@ -235,20 +226,6 @@ def table(results: dict[str, Any]) -> str:
         lines.append(f"{label:<32}{ratio['median']:>8.3f}{quartiles:>18}{compared:>16}{result['pairs']:>7}")
     within = all(result["overall_ratio"] <= GOAL for result in results.values())
     return "\n".join([*lines, f"goal: at most {GOAL}; {'reached' if within else 'missed'}"])
-
-
-def report(results: dict[str, Any], here: env.Environment, num_pairs: int, out: Path) -> None:
-    """Prints the table and, of enough pairs, writes the JSON file."""
-    print(table(results))
-    if num_pairs < MIN_PAIRS:
-        print(f"a trial: below {MIN_PAIRS} pairs nothing is written")
-        return
-    date = datetime.now(UTC).date().isoformat()
-    out.mkdir(parents=True, exist_ok=True)
-    path = out / f"train_step-{here.device.type}-{date}.json"
-    document = {"benchmark": "train_step", "environment": environment(here.device, date), "results": results}
-    path.write_text(json.dumps(document, indent=2) + "\n")
-    print(f"written to {path}")
 
 
 def _timed(action: Callable[[], None], clock: Clock, times: int) -> float:

@@ -9,25 +9,17 @@ their times' ratio: whatever else slows the machine down hits both steps of a pa
 some cache, equally on both sides. Before anything is timed, outputs and gradients are compared in fp32; if they differ,
 the two are not the same function and no figure is printed.
 
-    python benchmarks/unet_step.py [--device cuda] [--case demo] [--pairs 20]
+    python -m benchmarks.unet_step [--device cuda] [--case demo] [--pairs 20]
 
 CUDA computes in bf16 (weights and AdamW's moments too, on both sides), the CPU in fp32.
 """
 
 from __future__ import annotations
 
-import argparse
-import json
-import os
-import platform
-import statistics
 import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
-from datetime import UTC, datetime
-from importlib.metadata import version
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -35,6 +27,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from benchmarks.measured import command_line, is_trial, parse, spread, write_results
 from ldm_scale.config.compose import load_config
 from ldm_scale.config.schema import UNetConfig
 from ldm_scale.engine.env import cpu_threads
@@ -43,9 +36,7 @@ from ldm_scale.interchange.name_maps import NameMap, translate, unet_names
 from ldm_scale.interchange.verify import load_both, relative_difference
 from ldm_scale.models.build import build_seeded, build_unet
 
-RESULTS = Path(__file__).resolve().parent / "results"
 TOLERANCE = 1e-4  # of the norm, for outputs and for gradients
-MIN_PAIRS = 10  # fewer are a trial: printed, not written
 WARMUP_PAIRS = 3
 LEARNING_RATE = 1e-5
 
@@ -98,19 +89,10 @@ def cases() -> dict[str, Case]:
 
 def main(argv: Sequence[str]) -> int:
     """0; 1 if two UNets of a case do not compute the same."""
-    parser = argparse.ArgumentParser(description="Training step of our UNet against diffusers'.")
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    parser.add_argument("--case", choices=tuple(cases()), action="append", help="default: all")
-    parser.add_argument("--pairs", type=int, default=20, help=f"timed pairs of steps (below {MIN_PAIRS}: a trial)")
-    parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the JSON file")
-    arguments = parser.parse_args(argv)
-    arguments.out.mkdir(parents=True, exist_ok=True)
+    arguments = parse(command_line("Training step of our UNet against diffusers'.", cases(), "pairs", 20), argv)
     device = torch.device(arguments.device)
     if device.type == "cpu":
         torch.set_num_threads(cpu_threads())  # as training does on one rank
-    elif not torch.cuda.is_available():
-        parser.error("--device cuda: torch sees no CUDA device")
-
     results: dict[str, Any] = {}
     for name in arguments.case or cases():
         case = cases()[name]
@@ -119,14 +101,8 @@ def main(argv: Sequence[str]) -> int:
             return 1
         results[name] = {"case": asdict(case)} | result
     print(table(results))
-    if arguments.pairs < MIN_PAIRS:
-        print(f"a trial: below {MIN_PAIRS} pairs nothing is written")
-        return 0
-    date = datetime.now(UTC).date().isoformat()
-    path = arguments.out / f"unet_step-{device.type}-{date}.json"
-    document = {"benchmark": "unet_step", "environment": environment(device, date), "results": results}
-    path.write_text(json.dumps(document, indent=2) + "\n")
-    print(f"written to {path}")
+    if not is_trial(arguments.pairs, "pairs"):
+        write_results(arguments.out, "unet_step", device, results)
     return 0
 
 
@@ -233,32 +209,6 @@ def time_pairs(
     return our_s, their_s
 
 
-def spread(values: Sequence[float]) -> dict[str, float]:
-    """Minimum, quartiles and maximum."""
-    lower, median, upper = statistics.quantiles(values, n=4, method="inclusive")
-    return {
-        "min": min(values),
-        "lower_quartile": lower,
-        "median": median,
-        "upper_quartile": upper,
-        "max": max(values),
-    }
-
-
-def environment(device: torch.device, date: str) -> dict[str, Any]:
-    """What was measured on."""
-    return {
-        "date": date,
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else _cpu_name(),
-        "threads": torch.get_num_threads(),
-        "load_average": os.getloadavg()[0],
-        "platform": platform.platform(),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "diffusers": version("diffusers"),
-    }
-
-
 def table(results: dict[str, Any]) -> str:
     """Images/s of ours as a multiple of theirs, a line per case."""
     lines = [f"{'images/s, ours / diffusers':<28}{'median':>8}{'quartiles':>18}{'min .. max':>18}{'pairs':>7}"]
@@ -290,14 +240,6 @@ def _gradients(model: nn.Module) -> dict[str, Tensor]:
 
 def _flat(tensors: dict[str, Tensor], order: Sequence[str]) -> Tensor:
     return torch.cat([tensors[name].flatten() for name in order])
-
-
-def _cpu_name() -> str:
-    """The processor as the kernel names it; Python's own answer is often empty."""
-    for line in Path("/proc/cpuinfo").read_text().splitlines():
-        if line.startswith("model name"):
-            return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()
 
 
 if __name__ == "__main__":

@@ -1,0 +1,91 @@
+"""What the benchmarks of steps share: their command line, spread, what they ran on, and their result file."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import statistics
+from collections.abc import Iterable, Sequence
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+RESULTS = Path(__file__).resolve().parent / "results"
+MIN_TIMED = 10  # rounds or pairs; fewer are a trial: printed, not written
+
+
+def command_line(description: str, cases: Iterable[str], counted: str, default: int) -> argparse.ArgumentParser:
+    """A parser of --device, --case, --out, and how often is timed: `counted` is "pairs" or "rounds", and the option."""
+    parser = argparse.ArgumentParser(description=description)
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--case", choices=tuple(cases), action="append", help="default: all")
+    parser.add_argument(
+        f"--{counted}", type=int, default=default, help=f"timed {counted} (below {MIN_TIMED}: a trial; {default})"
+    )
+    parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the JSON file")
+    return parser
+
+
+def parse(parser: argparse.ArgumentParser, argv: Sequence[str]) -> argparse.Namespace:
+    """The arguments, and the folder of --out before anything is timed; ends the process without the device."""
+    arguments = parser.parse_args(argv)
+    if arguments.device == "cuda" and not torch.cuda.is_available():
+        parser.error("--device cuda: torch sees no CUDA device")
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    return arguments
+
+
+def spread(values: Sequence[float]) -> dict[str, float]:
+    """Minimum, quartiles and maximum."""
+    lower, median, upper = statistics.quantiles(values, n=4, method="inclusive")
+    return {
+        "min": min(values),
+        "lower_quartile": lower,
+        "median": median,
+        "upper_quartile": upper,
+        "max": max(values),
+    }
+
+
+def is_trial(timed: int, counted: str) -> bool:
+    """Whether so few were timed that nothing is to be written, and says so."""
+    if timed < MIN_TIMED:
+        print(f"a trial: below {MIN_TIMED} {counted} nothing is written")
+    return timed < MIN_TIMED
+
+
+def write_results(out: Path, benchmark: str, device: torch.device, results: dict[str, Any]) -> None:
+    """Writes OUT/BENCHMARK-DEVICE-DATE.json and says so."""
+    date = datetime.now(UTC).date().isoformat()
+    out.mkdir(parents=True, exist_ok=True)
+    path = out / f"{benchmark}-{device.type}-{date}.json"
+    document = {"benchmark": benchmark, "environment": environment(device, date), "results": results}
+    path.write_text(json.dumps(document, indent=2) + "\n")
+    print(f"written to {path}")
+
+
+def environment(device: torch.device, date: str) -> dict[str, Any]:
+    """What was measured on."""
+    return {
+        "date": date,
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else _cpu_name(),
+        "threads": torch.get_num_threads(),
+        "load_average": os.getloadavg()[0],
+        "platform": platform.platform(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "diffusers": version("diffusers"),
+    }
+
+
+def _cpu_name() -> str:
+    """The processor as the kernel names it; Python's own answer is often empty."""
+    for line in Path("/proc/cpuinfo").read_text().splitlines():
+        if line.startswith("model name"):
+            return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
