@@ -12,16 +12,15 @@ import os
 import re
 import socket
 import tarfile
+import zlib
 from pathlib import Path
 from typing import Any
 
-from ldm_scale.data.shards import BLOCK, INDEX_FORMAT, VERSION
+from ldm_scale.data.sidecar import BLOCK, IndexedSample, Member, Sidecar
 from ldm_scale.errors import DataError
 
 # Members that only unpickling can read: code from strangers, refused before anything opens them.
 PICKLE_EXTENSIONS = frozenset({"pickle", "pkl", "pyd", "pth", "pt"})
-
-Members = dict[str, tuple[int, int]]  # extension -> (offset of the data in the tar, size)
 
 _META_MEMBER = re.compile(r"__[^/]*__($|/)")  # webdataset skips these
 _BASE_AND_EXTENSION = re.compile(r"^((?:.*/|)[^.]+)[.]([^/]*)$")  # webdataset's rule: the first dot of the file name
@@ -32,19 +31,24 @@ def partial_name(path: Path) -> Path:
     return path.with_name(f".{path.name}.partial-{socket.gethostname()}-{os.getpid()}")
 
 
-def write_json(path: Path, content: Any) -> None:
-    """Nothing; the file appears complete or not at all, with the same bytes for the same content."""
+def write_whole(path: Path, content: bytes) -> None:
+    """Nothing; the file appears complete or not at all."""
     partial = partial_name(path)
-    partial.write_text(json.dumps(content, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
+    partial.write_bytes(content)
     os.replace(partial, path)
 
 
-def index_tar(path: Path) -> list[tuple[str, Members]]:
-    """(sample name, members) of every sample of a tar, in its order.
+def write_json(path: Path, content: Any) -> None:
+    """Nothing; the file appears complete or not at all, with the same bytes for the same content."""
+    write_whole(path, (json.dumps(content, ensure_ascii=False, indent=1) + "\n").encode("utf-8"))
+
+
+def index_tar(path: Path) -> list[IndexedSample]:
+    """Every sample of a tar, in its order.
 
     Raises: DataError on anything but a complete, uncompressed tar of plain files with safe, unique names.
     """
-    samples: list[tuple[str, Members]] = []
+    samples: list[IndexedSample] = []
     seen: set[str] = set()
     try:
         with tarfile.open(path, "r:", errorlevel=2) as archive:
@@ -53,15 +57,17 @@ def index_tar(path: Path) -> list[tuple[str, Members]]:
                 if split is None:
                     continue
                 name, extension = split
-                if not samples or samples[-1][0] != name:
+                if not samples or samples[-1].name != name:
                     if name in seen:
                         raise DataError(f"{path}: sample {name!r} occurs twice; give every sample its own name")
                     seen.add(name)
-                    samples.append((name, {}))
-                members = samples[-1][1]
+                    samples.append(IndexedSample(name, {}))
+                members = samples[-1].members
                 if extension in members:
                     raise DataError(f"{path}: member {member.name!r} occurs twice; keep one of them")
-                members[extension] = (member.offset_data, member.size)
+                content = archive.extractfile(member)
+                assert content is not None, "a plain file, or refused above"
+                members[extension] = Member(member.offset_data, member.size, zlib.crc32(content.read()))
             end = archive.offset
     except (tarfile.TarError, EOFError) as error:
         raise DataError(
@@ -101,22 +107,20 @@ def _member_name(path: Path, member: tarfile.TarInfo) -> tuple[str, str] | None:
     return match[1], extension
 
 
-def index_shard(
-    shard: Path, sidecar: Path, base: Path, samples: list[tuple[str, Members]], **extra: Any
-) -> dict[str, Any]:
+def index_shard(shard: Path, sidecar: Path, base: Path, samples: list[IndexedSample], **extra: Any) -> dict[str, Any]:
     """The manifest's entry for a shard whose sidecar this writes; paths in it are relative to `base`.
 
     `extra` are more entries of the sidecar.
     """
-    rows = [{"key": name, "files": {ext: list(place) for ext, place in members.items()}} for name, members in samples]
+    content = Sidecar.of(samples, extra=extra)
     sidecar.parent.mkdir(parents=True, exist_ok=True)
-    head = {"format": INDEX_FORMAT, "version": VERSION, **extra, "num_samples": len(rows)}
-    write_json(sidecar, {**head, "samples": rows})
+    write_whole(sidecar, content.to_bytes())
     with shard.open("rb") as stream:
         checksum = hashlib.file_digest(stream, "sha256").hexdigest()
     return {
         "file": Path(os.path.relpath(shard, base)).as_posix(),
-        "num_samples": len(rows),
+        "num_samples": len(samples),
+        "keys": content.keys_digest,
         "bytes": shard.stat().st_size,
         "sha256": checksum,
         "index": Path(os.path.relpath(sidecar, base)).as_posix(),

@@ -26,12 +26,12 @@ import webdataset as wds
 
 from ldm_scale.data.indexing import index_shard, index_tar, partial_name, write_json
 from ldm_scale.data.latents import LATENTS, LatentCache
-from ldm_scale.data.shards import Dataset, open_manifest, read_json, read_manifest
+from ldm_scale.data.manifest import MANIFEST_NAME, manifest_path, read_manifest
+from ldm_scale.data.shards import Dataset, open_manifest
+from ldm_scale.data.sidecar import SUFFIX, open_sidecar
 from ldm_scale.errors import DataError
 
-MANIFEST_NAME = "manifest.json"
-
-_PARTIAL = re.compile(r"\..+\.(?:tar|json)\.partial-(?P<host>.+)-(?P<process>\d+)")
+_PARTIAL = re.compile(r"\..+\.(?:tar|json|safetensors)\.partial-(?P<host>.+)-(?P<process>\d+)")
 _ABANDONED_AFTER_S = 86400.0  # unchanged for so long, the file of another host is nobody's
 
 
@@ -71,8 +71,7 @@ class CacheFolder:
 
         Raises: DataError if it cannot be opened, holds latents itself, or `out` holds something else.
         """
-        if self.source_manifest.is_dir():
-            self.source_manifest /= MANIFEST_NAME
+        self.source_manifest = manifest_path(self.source_manifest)
         self._manifest = read_manifest(self.source_manifest)
         self.datasets = {split: open_manifest(self.source_manifest, split) for split in self._manifest["splits"]}
         self.sources = {split: self._list(split) for split in self.datasets}
@@ -103,7 +102,7 @@ class CacheFolder:
     def paths(self, source: Source) -> tuple[Path, Path]:
         """Tar and sidecar of a latent shard."""
         tar = self.out / source.path.name
-        return tar, tar.with_suffix(".index.json")
+        return tar, tar.with_suffix(SUFFIX)
 
     def find(self, source: Source) -> dict[str, Any] | None:
         """The manifest's entry of a shard that is encoded, None if it is not.
@@ -113,8 +112,8 @@ class CacheFolder:
         tar, sidecar = self.paths(source)
         if not sidecar.exists():
             return None
-        content = read_json(sidecar, "shard index")
-        provenance = content.get("latents") if isinstance(content, dict) else None
+        content = open_sidecar(sidecar)
+        provenance = content.extra.get("latents")
         if not isinstance(provenance, dict):
             raise DataError(f"{sidecar}: not the index of a latent shard; choose another --out")
         there = LatentCache.from_dict(provenance.get("cache"), str(sidecar))
@@ -139,6 +138,7 @@ class CacheFolder:
             "kind": LATENTS,
             "file": tar.name,
             "num_samples": source.num_samples,
+            "keys": content.keys_digest,
             **provenance["file"],
             "index": sidecar.name,
             "source": source.identity,
@@ -160,7 +160,7 @@ class CacheFolder:
             stream.flush()
             os.fsync(stream.fileno())
             rows = index_tar(partial)
-            keys = [f"{source.path.stem}/{name}" for name, _ in rows]
+            keys = [f"{source.path.stem}/{row.name}" for row in rows]
             wanted = [self.datasets[source.split].key(source.first + row) for row in range(source.num_samples)]
             assert keys == wanted, f"{tar}: not the samples of its source"
             os.replace(partial, tar)

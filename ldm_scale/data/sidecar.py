@@ -17,6 +17,7 @@ import json
 import mmap
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from hashlib import blake2b
 from pathlib import Path
 from typing import Any
 
@@ -76,6 +77,11 @@ class Sidecar:
         """Name of a sample in its shard."""
         start = int(self.name_ends[row - 1]) if row else 0
         return self.names[start : int(self.name_ends[row])].tobytes().decode("utf-8")
+
+    @property
+    def keys_digest(self) -> str:
+        """What tells its list of names from others."""
+        return blake2b(self.name_ends.tobytes() + self.names.tobytes(), digest_size=8).hexdigest()
 
     def sample(self, row: int) -> IndexedSample:
         """All that is known of a sample."""
@@ -157,8 +163,8 @@ class Sidecar:
         return safetensors_numpy.save(contiguous, {_METADATA: json.dumps(head, ensure_ascii=False)})
 
 
-def open_sidecar(path: Path, num_samples: int, num_bytes: int) -> Sidecar:
-    """A sidecar, mapped into memory, of a tar with so many samples and bytes.
+def open_sidecar(path: Path, num_samples: int | None = None, num_bytes: int | None = None) -> Sidecar:
+    """A sidecar, mapped into memory; of a tar with so many samples and bytes, where these are given.
 
     Raises: DataError if it is missing, malformed, or of another tar.
     """
@@ -188,22 +194,24 @@ def _column(content: memoryview, entry: dict[str, Any]) -> NDArray[Any]:
     return values
 
 
-def _check(sidecar: Sidecar, path: Path, num_samples: int, num_bytes: int) -> None:
+def _check(sidecar: Sidecar, path: Path, num_samples: int | None, num_bytes: int | None) -> None:
     """Nothing; raises DataError if the columns do not fit each other, the manifest or the tar."""
     count, width = len(sidecar), len(sidecar.extensions)
-    if count != num_samples:
+    if num_samples is not None and count != num_samples:
         raise DataError(f"{path}: {count} samples, but the manifest says {num_samples}; {_AGAIN}")
-    wide = (sidecar.offsets, sidecar.sizes, *([] if sidecar.crc32 is None else [sidecar.crc32]))
-    fits = all(column.shape == (count, width) for column in wide)
+    fits = sidecar.offsets.shape == sidecar.sizes.shape == (count, width)
+    fits &= sidecar.crc32 is None or sidecar.crc32.shape == (count, width)
     fits &= sidecar.pictures is None or sidecar.pictures.shape == (count, 2)
     if not fits or (count and sidecar.name_ends[-1] != len(sidecar.names)):
         raise DataError(f"{path}: malformed shard index (its columns do not fit each other); {_AGAIN}")
     present = sidecar.offsets >= 0
     ends = sidecar.offsets + sidecar.sizes
-    wrong = present & ((sidecar.offsets < BLOCK) | (sidecar.sizes < 0) | (ends > num_bytes))
+    wrong = present & ((sidecar.offsets < BLOCK) | (sidecar.sizes < 0))
+    if num_bytes is not None:
+        wrong |= present & (ends > num_bytes)
     if wrong.any():
         row, column = (int(number) for number in np.argwhere(wrong)[0])
         raise DataError(
             f"{path}: {sidecar.name(row)}.{sidecar.extensions[column]} is said to lie at bytes "
-            f"{sidecar.offsets[row, column]} to {ends[row, column]} of a tar of {num_bytes}; {_AGAIN}"
+            f"{sidecar.offsets[row, column]} to {ends[row, column]} of a tar of {num_bytes} bytes; {_AGAIN}"
         )

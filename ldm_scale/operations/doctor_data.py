@@ -22,8 +22,9 @@ from ldm_scale.config.schema import DataConfig
 from ldm_scale.data import Dataset, open_manifest
 from ldm_scale.data.decode import DecodeSettings, decode_sample
 from ldm_scale.data.indexing import index_tar
+from ldm_scale.data.manifest import manifest_path, read_manifest
 from ldm_scale.data.policy import BadSample
-from ldm_scale.data.shards import IMAGE_EXTENSIONS, Shard, read_json, read_manifest
+from ldm_scale.data.shards import IMAGE_EXTENSIONS, Shard
 from ldm_scale.data.sources import TRAIN, map_in_processes
 from ldm_scale.errors import DataError
 from ldm_scale.operations.doctor_report import Report
@@ -49,8 +50,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> Report:
     """What was found in a data set."""
-    path: Path = arguments.manifest
-    path = path / "manifest.json" if path.is_dir() else path
+    path = manifest_path(arguments.manifest)
     report = Report(f"data {path}")
     if arguments.samples < 0 or (arguments.resolution is not None and arguments.resolution < 1):
         report.error("--samples must be at least 0 and --resolution at least 1", fix="correct the command")
@@ -84,12 +84,12 @@ def _check_shards(report: Report, path: Path, split: str, checksums: bool) -> Da
     """
     whole = open_manifest(path, split, check_sizes=False)
     entries: list[dict[str, Any]] = read_manifest(path)["splits"][split]["shards"]
-    usable, healthy = list[Shard](), 0
+    usable, healthy = list[int](), 0
     total = sum(shard.num_bytes for shard in whole.shards)
     with tqdm(
         total=total, desc=f"{split} shards", unit="B", unit_scale=True, mininterval=1.0, file=sys.stderr
     ) as progress:
-        for shard, entry in zip(whole.shards, entries, strict=True):
+        for number, (shard, entry) in enumerate(zip(whole.shards, entries, strict=True)):
             try:
                 shard.check_size()
                 shard.load_index()
@@ -97,7 +97,7 @@ def _check_shards(report: Report, path: Path, split: str, checksums: bool) -> Da
                     _check_content(report, shard, entry.get("sha256"))
                 healthy += 1
                 if not shard.holds_latents:
-                    usable.append(shard)
+                    usable.append(number)
             except DataError as error:
                 report.error(str(error))
             progress.update(shard.num_bytes)
@@ -114,8 +114,7 @@ def _check_shards(report: Report, path: Path, split: str, checksums: bool) -> Da
         report.ok(f"{healthy - len(usable)} shards hold latents, which `ldm-scale doctor latents` looks at", split)
     if not usable:
         return None
-    names = (whole.class_names, None, whole.object_classes, whole.map_labels)
-    return Dataset(whole.manifest_path, split, usable, *names)
+    return whole.of_shards(usable)
 
 
 def _check_content(report: Report, shard: Shard, checksum: object) -> None:
@@ -133,8 +132,8 @@ def _check_content(report: Report, shard: Shard, checksum: object) -> None:
                 f"{shard.path}: SHA-256 {found[:12]}..., but its manifest says {str(checksum)[:12]}...; the shard was "
                 "changed: copy it again or index it anew with `ldm-scale prepare index`"
             )
-    members = [{"key": name, "files": {e: list(place) for e, place in m.items()}} for name, m in index_tar(shard.path)]
-    if read_json(shard.index_path, "shard index")["samples"] != members:
+    sidecar = shard.load_index()
+    if [sidecar.sample(row) for row in range(len(sidecar))] != index_tar(shard.path):
         raise DataError(f"{shard.index_path}: does not list what lies in {shard.path.name}; index the shard anew")
 
 

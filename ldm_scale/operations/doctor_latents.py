@@ -20,8 +20,10 @@ from tqdm import tqdm
 
 from ldm_scale.data.latent_shards import sha256_of
 from ldm_scale.data.latents import CENTER, PREFIX, LatentCache, read_moments, read_record
+from ldm_scale.data.manifest import manifest_path, read_manifest
 from ldm_scale.data.policy import BadSample
-from ldm_scale.data.shards import IMAGE_EXTENSIONS, open_manifest, read_json, read_manifest
+from ldm_scale.data.shards import IMAGE_EXTENSIONS, open_manifest
+from ldm_scale.data.sidecar import open_sidecar
 from ldm_scale.errors import DataError
 from ldm_scale.interchange.load import LoadedAutoencoder, load_autoencoder
 from ldm_scale.models.autoencoder import LOGVAR_RANGE
@@ -52,8 +54,7 @@ def run(arguments: argparse.Namespace) -> Report:
 
     Raises: DataError or CheckpointError if the cache, its source or the artifact cannot be opened.
     """
-    path: Path = arguments.manifest
-    path = path / "manifest.json" if path.is_dir() else path
+    path = manifest_path(arguments.manifest)
     manifest = read_manifest(path)
     cached = {split: open_manifest(path, split) for split in manifest["splits"]}
     cached = {split: dataset for split, dataset in cached.items() if dataset.latents is not None}
@@ -89,7 +90,7 @@ def run(arguments: argparse.Namespace) -> Report:
 def _source_path(given: Path | None, path: Path, manifest: dict[str, Any]) -> Path:
     """The manifest of the images."""
     if given is not None:
-        return given / "manifest.json" if given.is_dir() else given
+        return manifest_path(given)
     found = Path(os.path.normpath(path.parent.resolve() / str(manifest.get("request", {}).get("manifest", ""))))
     if not found.is_file():
         raise DataError(f"{path}: the images that it was encoded from are not at {found}; give --source MANIFEST")
@@ -156,7 +157,7 @@ def _check_sums(
 def _stated_in(sidecar: Path) -> str | None:
     """The checksum of its tar that a sidecar states, None if it states none."""
     try:
-        return str(read_json(sidecar, "shard index")["latents"]["file"]["sha256"])
+        return str(open_sidecar(sidecar).extra["latents"]["file"]["sha256"])
     except (KeyError, TypeError):
         return None
 

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from ldm_scale.data.indexing import index_shard, index_tar
+from ldm_scale.data.sidecar import open_sidecar
 from ldm_scale.encode import main as encode_main
 from ldm_scale.interchange.artifact import write_artifact
 from ldm_scale.models.autoencoder import LatentStatistics
@@ -63,7 +64,7 @@ def rewrite(manifest: Path, change: Callable[[dict[str, Members]], None], shard:
     samples = read_tar(path)
     change(samples)
     write_tar(path, list(samples.items()))
-    provenance = json.loads(sidecar.read_text())["latents"]
+    provenance = open_sidecar(sidecar).extra["latents"]
     provenance["file"] = {"bytes": path.stat().st_size, "sha256": hashlib.sha256(path.read_bytes()).hexdigest()}
     entry |= index_shard(path, sidecar, manifest.parent, index_tar(path), latents=provenance)
     manifest.write_text(json.dumps(content))

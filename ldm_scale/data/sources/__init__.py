@@ -24,11 +24,13 @@ import webdataset as wds
 from tqdm import tqdm
 
 from ldm_scale.data.indexing import index_shard, index_tar, write_json
+from ldm_scale.data.manifest import FORMAT, VERSION, read_manifest
+from ldm_scale.data.manifest import MANIFEST_NAME as MANIFEST_NAME
 from ldm_scale.data.order import uniforms
-from ldm_scale.data.shards import FORMAT, VERSION, open_manifest, read_manifest
+from ldm_scale.data.shards import open_manifest
+from ldm_scale.data.sidecar import SUFFIX
 from ldm_scale.errors import DataError
 
-MANIFEST_NAME = "manifest.json"
 TRAIN, HELDOUT = "train", "heldout"
 
 Item = TypeVar("Item")
@@ -152,7 +154,7 @@ class _SplitWriter:
             for sample in self._pending:
                 tar.write({"__key__": sample.name, **sample.members})
         self._pending.clear()
-        self.shards.append(index_shard(path, path.with_suffix(".index.json"), self._folder, index_tar(path)))
+        self.shards.append(index_shard(path, path.with_suffix(SUFFIX), self._folder, index_tar(path)))
 
 
 def write_dataset(

@@ -20,8 +20,8 @@ from typing import Any
 from PIL import Image
 
 from ldm_scale.data.indexing import write_json
+from ldm_scale.data.manifest import FORMAT, VERSION, read_manifest
 from ldm_scale.data.policy import BadSample
-from ldm_scale.data.shards import FORMAT, VERSION, read_manifest
 from ldm_scale.data.sources import (
     MANIFEST_NAME,
     Prepared,

@@ -15,10 +15,12 @@ from typing import Any
 
 from tqdm import tqdm
 
-from ldm_scale.data.indexing import Members, index_shard, index_tar, write_json
+from ldm_scale.data.indexing import index_shard, index_tar, write_json
+from ldm_scale.data.manifest import FORMAT, VERSION, read_manifest
 from ldm_scale.data.metadata import read_class, read_metadata
 from ldm_scale.data.policy import BadSample
-from ldm_scale.data.shards import FORMAT, IMAGE_EXTENSIONS, VERSION, RawSample, read_manifest
+from ldm_scale.data.shards import IMAGE_EXTENSIONS, RawSample
+from ldm_scale.data.sidecar import SUFFIX, IndexedSample
 from ldm_scale.data.sources import Prepared
 from ldm_scale.errors import DataError
 
@@ -65,11 +67,11 @@ def index_tars(
     classes = _Classes(existing["classes"] if existing else [])
     for shard in tqdm(shards, desc="index", unit="shards", mininterval=1.0, file=sys.stderr):
         samples = index_tar(shard)
-        if not any(extension in members for _, members in samples for extension in IMAGE_EXTENSIONS):
+        if not any(extension in sample.members for sample in samples for extension in IMAGE_EXTENSIONS):
             raise DataError(f"{shard}: no image in it ({', '.join(IMAGE_EXTENSIONS)}); leave this tar out")
         classes.collect(shard, samples)
         folder = base if shard.resolve().parent == base else base / f"{manifest_path.stem}.index"
-        entries.append(index_shard(shard.resolve(), folder / f"{shard.stem}.index.json", base, samples))
+        entries.append(index_shard(shard.resolve(), folder / f"{shard.stem}{SUFFIX}", base, samples))
     manifest = {
         "format": FORMAT,
         "version": VERSION,
@@ -133,19 +135,19 @@ class _Classes:
         self._names = set() if numeric else set(known)
         self._count = len(known) if numeric else 0
 
-    def collect(self, shard: Path, samples: list[tuple[str, Members]]) -> None:
+    def collect(self, shard: Path, samples: list[IndexedSample]) -> None:
         """Nothing; takes in the classes of a tar.
 
         Raises: DataError if some are numbers and some are names.
         """
         with shard.open("rb") as stream:
-            for name, members in samples:
+            for sample in samples:
+                name, raw_members = sample.name, sample.members
                 raw: RawSample = {}
                 for extension in ("cls", "json"):
-                    if extension in members:
-                        offset, size = members[extension]
-                        stream.seek(offset)
-                        raw[extension] = stream.read(size)
+                    if extension in raw_members:
+                        stream.seek(raw_members[extension].offset)
+                        raw[extension] = stream.read(raw_members[extension].size)
                 try:
                     found = read_class(raw, read_metadata(raw) if "cls" not in raw else {})
                 except BadSample:

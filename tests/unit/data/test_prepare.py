@@ -241,9 +241,11 @@ def test_foreign_tars_are_indexed_where_they_lie(tmp_path: Path, capsys: pytest.
     result = json.loads(capsys.readouterr().out)
     assert (result["status"], result["splits"]) == ("written", {"train": 3})
     assert [path.read_bytes() for path in (first, second)] == before
-    assert sorted(path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*.json")) == [
-        "near/00001.index.json",
-        "near/m.index/00000.index.json",
+    assert sorted(
+        path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*.[js]*") if path.suffix != ".jpg"
+    ) == [
+        "near/00001.index.safetensors",
+        "near/m.index/00000.index.safetensors",
         "near/m.json",
     ]
     manifest = json.loads((near / "m.json").read_text())

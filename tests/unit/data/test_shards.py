@@ -4,6 +4,7 @@ import io
 import json
 import tarfile
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from PIL import Image
 
 from ldm_scale.data.indexing import index_tar
 from ldm_scale.data.shards import open_manifest
+from ldm_scale.data.sidecar import open_sidecar
 from ldm_scale.data.sources.tars import index_tars
 from ldm_scale.errors import DataError
 from tests.helpers.shards import make_dataset, png, write_tar
@@ -51,11 +53,11 @@ def test_every_sample_reads_back_as_the_standard_library_and_webdataset_see_it(t
 
 
 def test_many_more_shards_than_open_files_read_well(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("ldm_scale.data.shards._MAX_OPEN_FILES", 2)
+    monkeypatch.setattr("ldm_scale.data.shards._MAX_OPEN", 2)
     dataset = open_manifest(make_dataset(tmp_path, num_samples=12, samples_per_shard=2), "train")
     keys = [dataset.read(number)["__key__"] for number in (0, 4, 8, 0, 10, 2, 6, 4)]
     assert keys == [dataset.key(number) for number in (0, 4, 8, 0, 10, 2, 6, 4)]
-    assert len(dataset._files) == 2
+    assert len(dataset._files) == len(dataset._sidecars) == 2
 
 
 @pytest.mark.parametrize("name", ["d/" * 60 + "x" * 90, "caf\u00e9", "a" * 120])
@@ -133,39 +135,61 @@ def test_sample_counts_that_disagree(tmp_path: Path) -> None:
         content["splits"]["train"]["shards"][0]["num_samples"] += 1
 
     _edit(manifest, one_more_in_the_shard)
-    with pytest.raises(DataError, match=r"train-000000.index.json: 8 samples, but the manifest says 9"):
+    with pytest.raises(DataError, match=r"train-000000.index.safetensors: 8 samples, but the manifest says 9"):
         open_manifest(manifest, "train").read(0)
+
+
+def _edit_sidecar(path: Path, **changes: Any) -> None:
+    path.write_bytes(replace(open_sidecar(path), **changes).to_bytes())
 
 
 def test_a_sidecar_entry_beyond_the_end(tmp_path: Path) -> None:
     manifest = make_dataset(tmp_path)
-    _edit(tmp_path / "train-000000.index.json", lambda c: c["samples"][3]["files"].update(png=[10**9, 100]))
-    with pytest.raises(DataError, match=r"train00003.png is said to lie at bytes 1000000000 to 1000000100"):
+    path = tmp_path / "train-000000.index.safetensors"
+    offsets = open_sidecar(path).offsets.copy()
+    offsets[3, 1] = 10**9  # columns are json, png, txt
+    _edit_sidecar(path, offsets=offsets)
+    with pytest.raises(DataError, match=r"train00003.png is said to lie at bytes 1000000000 to 1000000"):
         open_manifest(manifest, "train").read(0)
 
 
-@pytest.mark.parametrize(
-    "change", [lambda c: c.pop("samples"), lambda c: c.update(samples=[{"key": 1}]), lambda c: c.update(version=9)]
-)
-def test_a_malformed_sidecar(tmp_path: Path, change: Callable[[Any], None]) -> None:
+@pytest.mark.parametrize("damage", ["cut", "no safetensors", "another version", "columns of two lengths"])
+def test_a_malformed_sidecar(tmp_path: Path, damage: str) -> None:
     manifest = make_dataset(tmp_path)
-    _edit(tmp_path / "train-000000.index.json", change)
-    with pytest.raises(DataError, match=r"train-000000.index.json: .* index the shard anew"):
+    path = tmp_path / "train-000000.index.safetensors"
+    content = path.read_bytes()
+    if damage == "columns of two lengths":
+        _edit_sidecar(path, sizes=open_sidecar(path).sizes[:-1])
+    else:
+        version = content.replace(b'\\"version\\": 2', b'\\"version\\": 9')
+        path.write_bytes({"cut": content[:-40], "no safetensors": b"{}", "another version": version}[damage])
+    with pytest.raises(DataError, match=r"train-000000.index.safetensors: .* index the shard anew"):
         open_manifest(manifest, "train").read(0)
 
 
 def test_a_sidecar_that_points_at_another_member_never_gives_a_wrong_image(tmp_path: Path) -> None:
     manifest = make_dataset(tmp_path)
-
-    def swap(content: Any) -> None:
-        first, second = content["samples"][0]["files"], content["samples"][1]["files"]
-        first["png"], second["png"] = second["png"], first["png"]
-
-    _edit(tmp_path / "train-000000.index.json", swap)
+    path = tmp_path / "train-000000.index.safetensors"
+    offsets = open_sidecar(path).offsets.copy()
+    offsets[[0, 1]] = offsets[[1, 0]]
+    _edit_sidecar(path, offsets=offsets)
     dataset = open_manifest(manifest, "train")
-    with pytest.raises(DataError, match=r"train-000000.tar: no member train00000.png of \d+ bytes at byte"):
+    with pytest.raises(DataError, match=r"train-000000.tar: the \d+ bytes of train00000.\w+ at byte \d+ are not those"):
         dataset.read(0)
     assert dataset.read(2)["txt"] == b"blue bar"
+
+
+def test_a_sidecar_without_checksums_is_held_against_the_headers(tmp_path: Path) -> None:
+    manifest = make_dataset(tmp_path)
+    path = tmp_path / "train-000000.index.safetensors"
+    with_checksums = [open_manifest(manifest, "train").read(number) for number in range(8)]
+    _edit_sidecar(path, crc32=None)
+    assert [open_manifest(manifest, "train").read(number) for number in range(8)] == with_checksums
+    offsets = open_sidecar(path).offsets.copy()
+    offsets[[0, 1]] = offsets[[1, 0]]
+    _edit_sidecar(path, offsets=offsets)
+    with pytest.raises(DataError, match="are not those that were indexed"):
+        open_manifest(manifest, "train").read(0)
 
 
 def test_a_tar_replaced_by_one_of_equal_size_is_noticed(tmp_path: Path) -> None:

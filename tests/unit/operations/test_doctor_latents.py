@@ -14,6 +14,7 @@ import torch
 
 from ldm_scale.__main__ import main
 from ldm_scale.data.decode import to_pixels
+from ldm_scale.data.sidecar import open_sidecar
 from ldm_scale.data.sources.tars import index_tars
 from ldm_scale.interchange.artifact import read_artifact
 from ldm_scale.operations import encode as encode_operation
@@ -134,8 +135,9 @@ def test_shifted_pairing_names_whose_latents_they_are(folder: Path, capsys: pyte
 
 def _alter(shard: Path, key: str, element: int) -> None:
     """One byte of a stored moment, on its place: nothing but the checksum tells."""
-    place = json.loads(shard.with_suffix(".index.json").read_text())["samples"]
-    offset, size = next(row["files"][MOMENTS] for row in place if row["key"] == key)
+    sidecar = open_sidecar(shard.with_suffix(".index.safetensors"))
+    samples = [sidecar.sample(row) for row in range(len(sidecar))]
+    offset, size = next((s.members[MOMENTS].offset, s.members[MOMENTS].size) for s in samples if s.name == key)
     data = bytearray(shard.read_bytes())
     header = size - 6 * 8 * 8 * 2
     data[offset + header + 2 * element + 1] ^= 0x80  # the sign of a float16
@@ -151,7 +153,8 @@ def test_altered_moments_are_found_by_the_checksum_and_the_keys_are_named(
     _alter(shard, "train00008", int(np.abs(stored[:3]).argmax()))
     status, errors, _ = examine(folder, capsys, "--samples", "1")  # that one is of the other shard
     assert status == 1
-    (error,) = errors
+    (error,) = [error for error in errors if "its sha256 is" in error]
+    assert any("of train00008.latents" in other and "not those that were indexed" in other for other in errors)
     sums = [hashlib.sha256(shard.read_bytes()).hexdigest()[:12]]
     sums.append(json.loads((folder / "cache" / "manifest.json").read_text())["splits"]["train"]["shards"][1]["sha256"])
     assert error.startswith(f"{shard}: its sha256 is {sums[0]}, its manifest says {sums[1][:12]} and its index says")

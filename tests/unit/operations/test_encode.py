@@ -176,7 +176,7 @@ def test_who_publishes_looks_once_more(folder: Path, monkeypatch: pytest.MonkeyP
 
     def write(path: Path, content: Any) -> None:
         # Another rank finishes the last shard between our look and our writing.
-        for name in ("heldout-000002.tar", "heldout-000002.index.json"):
+        for name in ("heldout-000002.tar", "heldout-000002.index.safetensors"):
             if path.name == "manifest.json" and not (folder / "cache" / name).exists():
                 shutil.copy(folder / "whole" / name, folder / "cache" / name)
         plain(path, content)
@@ -232,7 +232,10 @@ def test_a_kill_in_the_middle_leaves_nothing_that_counts_as_whole(folder: Path, 
     process.communicate(timeout=60)
     assert process.returncode == (-number if number == signal.SIGKILL else 0)
     names = set(contents(folder / "cache"))
-    assert {name for name in names if name.startswith("train")} == {"train-000000.tar", "train-000000.index.json"}
+    assert {name for name in names if name.startswith("train")} == {
+        "train-000000.tar",
+        "train-000000.index.safetensors",
+    }
     assert ("manifest.json" in names) == (number == signal.SIGTERM)
     if number == signal.SIGTERM:
         assert [s.holds_latents for s in open_manifest(folder / "cache", "train").shards] == [True, False, False]
@@ -261,7 +264,7 @@ def test_partial_files_of_the_dead_are_removed_and_no_others(folder: Path) -> No
     ages = {
         # Of shards that the next run does not touch.
         f".heldout-000002.tar.partial-{host}-{dead}": 0,
-        f".heldout-000002.index.json.partial-{host}-{dead}": 0,
+        f".heldout-000002.index.safetensors.partial-{host}-{dead}": 0,
         f".heldout-000001.tar.partial-other-host-{living}": day + 60,
         f".heldout-000001.tar.partial-{host}-{living}": 0,
         f".heldout-000001.tar.partial-other-host-{dead}": day - 60,
