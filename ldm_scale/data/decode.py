@@ -1,8 +1,8 @@
 """From the bytes of a sample to pixels, caption, class, boxes and label map.
 
 Any image becomes RGB on white before it is cropped; crop and resize are one resampling, from a box with fractional
-corners, so that no pixel is interpolated twice. Augmentation is a pure function of (seed, position, key): the same
-picture at the same place of the stream whatever reads it. Pictures stay 8-bit until a whole batch is there, because
+corners, so that no pixel is interpolated twice. Augmentation is a pure function of (seed, epoch, key): the same
+picture looks the same in an epoch whatever reads it, and wherever in the epoch it stands. Pictures stay 8-bit until a whole batch is there, because
 one conversion per batch is cheaper than one per picture.
 """
 
@@ -97,7 +97,7 @@ class DecodedSample:
     caption: str
     label: int
     key: str
-    position: int
+    position: int  # in the stream of all epochs
     moments: NDArray[Any] | None = None
     layout: Layout | None = None
     labels: NDArray[np.uint8] | None = None  # of the map
@@ -168,11 +168,11 @@ def _scale_transparent_colour(image: Image.Image, data: bytes) -> None:
 
 
 def crop_box(
-    width: int, height: int, settings: DecodeSettings, position: int, key: str
+    width: int, height: int, settings: DecodeSettings, epoch: int, key: str
 ) -> tuple[tuple[float, float, float, float], bool]:
     """(left, top, right, bottom) of the square to show, in pixels of the picture, and whether to mirror it."""
     shorter = min(width, height)
-    scale, across, down, mirror = uniforms(4, "augment", settings.seed, position, key)
+    scale, across, down, mirror = uniforms(4, "augment", settings.seed, epoch, key)
     side = float(shorter)
     if not settings.augment or settings.crop_scale_min >= 1.0:
         across = down = 0.5
@@ -183,18 +183,18 @@ def crop_box(
     return box, settings.augment and settings.horizontal_flip and mirror < 0.5
 
 
-def decode_image(data: bytes, settings: DecodeSettings, position: int, key: str) -> NDArray[np.uint8]:
+def decode_image(data: bytes, settings: DecodeSettings, epoch: int, key: str) -> NDArray[np.uint8]:
     """The picture cropped, resized and perhaps mirrored.
 
     Shapes: returns (resolution, resolution, 3).
     Raises: BadSample if it does not decode.
     """
-    return fit_picture(open_rgb(data), settings, position, key)
+    return fit_picture(open_rgb(data), settings, epoch, key)
 
 
-def fit_picture(image: Image.Image, settings: DecodeSettings, position: int, key: str) -> NDArray[np.uint8]:
+def fit_picture(image: Image.Image, settings: DecodeSettings, epoch: int, key: str) -> NDArray[np.uint8]:
     """An RGB picture cropped, resized and perhaps mirrored. Shapes: returns (resolution, resolution, 3)."""
-    return render(image, *crop_box(*image.size, settings, position, key), settings.resolution)
+    return render(image, *crop_box(*image.size, settings, epoch, key), settings.resolution)
 
 
 def render(
@@ -222,6 +222,7 @@ def decode_sample(
     settings: DecodeSettings,
     vocabulary: Vocabulary,
     position: int,
+    epoch: int,
     latents: LatentCache | None = None,
 ) -> DecodedSample:
     """A usable sample from a raw one; `latents` describes the manifest's latent shards, if it has any.
@@ -237,13 +238,13 @@ def decode_sample(
         raise BadSample(f"no image ({', '.join(IMAGE_EXTENSIONS)})")
     metadata = read_metadata(sample)
     captions = read_captions(sample, metadata)
-    caption = choose_caption(captions, settings.augment, settings.seed, position, key)
+    caption = choose_caption(captions, settings.augment, settings.seed, epoch, key)
     label = read_label(sample, metadata, vocabulary.classes)
     image: NDArray[np.uint8] | None = None
     moments: NDArray[Any] | None = None
     context: NDArray[np.float16] | None = None
     if latents is not None and cached:
-        variant = latents.variant(settings, position, key)
+        variant = latents.variant(settings, epoch, key)
         moments = read_moments(sample, variant, latents)
         if TEXT in settings.annotations and latents.text is not None:
             context = read_context(sample, captions.index(caption), latents.text)
@@ -251,7 +252,7 @@ def decode_sample(
     else:
         assert extension is not None, "a sample without a picture has moments, or was refused above"
         picture = open_rgb(member_bytes(sample, extension))
-        view = View(picture.size, *crop_box(*picture.size, settings, position, key))
+        view = View(picture.size, *crop_box(*picture.size, settings, epoch, key))
         image = render(picture, view.box, view.mirror, settings.resolution)
     layout, labels = _annotations(sample, metadata, settings, vocabulary, view)
     return DecodedSample(image, caption, label, key, position, moments, layout, labels, context)

@@ -105,17 +105,17 @@ class LatentCache:
             return (CENTER, *(f"crop{number}" for number in range(self.transform.random_crops)))
         return (CENTER, MIRROR) if self.transform.horizontal_flip else (CENTER,)
 
-    def variant(self, settings: DecodeSettings, position: int, key: str) -> str:
-        """The variant that stands at a position of the stream.
+    def variant(self, settings: DecodeSettings, epoch: int, key: str) -> str:
+        """The variant that a sample has in an epoch.
 
         A flip falls as it does for pictures, so that a cache with flips alone gives what its images give.
         """
         if not settings.augment or len(self.variants) == 1:
             return CENTER
         if self.transform.random_crops:
-            (choice,) = uniforms(1, "variant", settings.seed, position, key)
+            (choice,) = uniforms(1, "variant", settings.seed, epoch, key)
             return f"crop{int(choice * self.transform.random_crops)}"
-        return MIRROR if uniforms(4, "augment", settings.seed, position, key)[3] < 0.5 else CENTER
+        return MIRROR if uniforms(4, "augment", settings.seed, epoch, key)[3] < 0.5 else CENTER
 
     def others(self, variant: str) -> frozenset[str]:
         """Members of all variants but this one."""

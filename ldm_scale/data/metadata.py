@@ -45,11 +45,11 @@ def read_caption(sample: RawSample, metadata: dict[str, Any]) -> str:
     return read_captions(sample, metadata)[0]
 
 
-def choose_caption(captions: Sequence[str], augment: bool, seed: int, position: int, key: str) -> str:
-    """The caption that stands at a position of the stream: any of them in training, else the first."""
+def choose_caption(captions: Sequence[str], augment: bool, seed: int, epoch: int, key: str) -> str:
+    """The caption that a sample has in an epoch: any of them in training, else the first."""
     if not augment or len(captions) == 1:
         return captions[0]
-    (choice,) = uniforms(1, "caption", seed, position, key)
+    (choice,) = uniforms(1, "caption", seed, epoch, key)
     return captions[int(choice * len(captions))]
 
 

@@ -102,7 +102,9 @@ class SlotReader:
         while True:
             raw = self._read(number, position)
             try:
-                sample = decode_sample(raw, self._settings, self._vocabulary, position, self._dataset.latents)
+                sample = decode_sample(
+                    raw, self._settings, self._vocabulary, position, position // num_samples, self._dataset.latents
+                )
             except BadSample as error:
                 record = BadRecord(str(raw["__key__"]), str(error))
                 bad.append(record)
@@ -114,11 +116,11 @@ class SlotReader:
                 return sample
 
     def _read(self, number: int, position: int) -> RawSample:
-        """A sample's members; of a cached one, moments of the variant that stands at this position alone."""
+        """A sample's members; of a cached one, moments of the variant that it has in this epoch alone."""
         latents = self._dataset.latents
         if latents is None:
             return self._dataset.read(number, leave_out=self._unwanted)
-        variant = latents.variant(self._settings, position, self._dataset.key(number))
+        variant = latents.variant(self._settings, position // self._dataset.num_samples, self._dataset.key(number))
         return self._dataset.read(number, leave_out=latents.others(variant) | self._unwanted)
 
 

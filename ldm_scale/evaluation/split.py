@@ -47,7 +47,7 @@ class SplitStream(MeasuredImages):
         """The sample of a position, or None after it went to `bad`."""
         raw = self._dataset.read(self._order[position], leave_out=self._unwanted)
         try:
-            sample = decode_sample(raw, self._settings, self._dataset.vocabulary, position)
+            sample = decode_sample(raw, self._settings, self._dataset.vocabulary, position, epoch=0)
         except BadSample as error:
             bad.append(BadRecord(str(raw["__key__"]), str(error)))
             return None

@@ -173,7 +173,7 @@ def _decode_speed(dataset: Dataset, resolution: int, numbers: list[int]) -> floa
     for number in chosen:
         started = time.perf_counter()
         try:
-            decode_sample(dataset.read(number), settings, dataset.vocabulary, number)
+            decode_sample(dataset.read(number), settings, dataset.vocabulary, number, epoch=0)
         except (BadSample, DataError):
             continue
         spent += time.perf_counter() - started

@@ -279,7 +279,7 @@ def test_latent_caches_give_the_annotations_of_their_variants(folder: Path, cach
             raw = dataset.read(number)
             assert dataset.latents is not None
             record = json.loads(raw["latents.json"])
-            variant = record["variants"][dataset.latents.variant(settings, position, key)]
+            variant = record["variants"][dataset.latents.variant(settings, position // 16, key)]
             left, top, right, bottom = variant["box"]
             crop = (left / 48, top / 40, right / 48, bottom / 40)
             assert layout.crop == ((1 - crop[2], crop[1], 1 - crop[0], crop[3]) if variant["flip"] else crop)
@@ -356,7 +356,7 @@ def test_a_cache_without_the_size_of_its_pictures_says_so(folder: Path) -> None:
 def test_a_sample_is_decoded_with_its_annotations() -> None:
     sample: dict[str, bytes | str] = {"__key__": "a/b", **scene(np.random.default_rng(3))}
     vocabulary = Vocabulary({}, NUMBERS, 3)
-    found = decode_sample(sample, DecodeSettings(40, annotations=BOTH), vocabulary, 0)
+    found = decode_sample(sample, DecodeSettings(40, annotations=BOTH), vocabulary, 0, 0)
     assert found.labels is not None
     assert found.layout is not None
     assert _check_boxes(found.labels, found.layout) == 2

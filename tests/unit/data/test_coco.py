@@ -207,7 +207,7 @@ def _left_out(coco: Path) -> dict[str, int]:
     return json.loads((coco / "out" / "manifest.json").read_text())["left_out"]  # type: ignore[no-any-return]
 
 
-def test_which_caption_is_shown_is_a_function_of_the_position(coco: Path) -> None:
+def test_which_caption_is_shown_is_a_function_of_seed_epoch_and_key(coco: Path) -> None:
     assert main(arguments(coco, "--captions", str(coco / "captions.json"))) == 0
     data = DataConfig(manifest=str(coco / "out"), resolution=8, num_workers=0)
 

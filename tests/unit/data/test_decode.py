@@ -18,6 +18,7 @@ from ldm_scale.data.decode import (
 )
 from ldm_scale.data.metadata import NO_CLASS
 from ldm_scale.data.policy import BadSample
+from ldm_scale.data.shards import RawSample
 from tests.helpers.pictures import save
 from tests.helpers.shards import png
 
@@ -67,9 +68,9 @@ def test_a_picture_of_the_right_size_stays_as_it_is() -> None:
     assert np.array_equal(decode_image(png(Image.fromarray(array)), PLAIN, 0, "k"), array)
 
 
-def test_random_crops_stay_inside_have_the_asked_sizes_and_depend_on_seed_position_and_key() -> None:
+def test_random_crops_stay_inside_have_the_asked_sizes_and_depend_on_seed_epoch_and_key() -> None:
     settings = DecodeSettings(8, crop_scale_min=0.5, horizontal_flip=True, seed=1)
-    boxes = [crop_box(30, 20, settings, position, "a/b") for position in range(2000)]
+    boxes = [crop_box(30, 20, settings, epoch, "a/b") for epoch in range(2000)]
     sides = np.array([right - left for (left, _, right, _), _ in boxes])
     assert all(0 <= left < right <= 30 and 0 <= top < bottom <= 20 for (left, top, right, bottom), _ in boxes)
     assert np.allclose(sides, [bottom - top for (_, top, _, bottom), _ in boxes])
@@ -82,11 +83,26 @@ def test_random_crops_stay_inside_have_the_asked_sizes_and_depend_on_seed_positi
     assert boxes[7] != crop_box(30, 20, DecodeSettings(8, 0.5, True, seed=2), 7, "a/b")
 
 
+def test_a_sample_looks_the_same_wherever_in_an_epoch_it_stands() -> None:
+    settings = DecodeSettings(8, crop_scale_min=0.5, horizontal_flip=True)
+    noise = Image.fromarray(np.random.default_rng(2).integers(0, 256, (16, 16, 3), dtype=np.uint8))
+    raw: RawSample = {"__key__": "s/k", "png": png(noise), "json": b'{"captions": ["a", "b", "c", "d", "e"]}'}
+    seen = {}
+    for position, epoch in ((3, 0), (40, 0), (40, 1), (40, 2)):
+        sample = decode_sample(raw, settings, Vocabulary(), position, epoch)
+        assert sample.position == position
+        assert sample.image is not None
+        seen[position, epoch] = (sample.image.tobytes(), sample.caption)
+    assert seen[3, 0] == seen[40, 0]
+    assert len({pixels for pixels, _ in seen.values()}) == 3
+    assert len({caption for _, caption in seen.values()}) > 1
+
+
 def test_a_mirrored_picture_is_the_mirror_image() -> None:
     settings = DecodeSettings(8, horizontal_flip=True)
     data = png(Image.fromarray(np.random.default_rng(2).integers(0, 256, (16, 16, 3), dtype=np.uint8)))
     plain = decode_image(data, PLAIN, 0, "k")
-    seen = {crop_box(16, 16, settings, p, "k")[1]: decode_image(data, settings, p, "k") for p in range(20)}
+    seen = {crop_box(16, 16, settings, e, "k")[1]: decode_image(data, settings, e, "k") for e in range(20)}
     assert np.array_equal(seen[False], plain)
     assert np.array_equal(seen[True], plain[:, ::-1])
 
@@ -116,7 +132,7 @@ NAMES = Vocabulary({"bar": 0, "foo": 1})
     ],
 )
 def test_captions_and_classes(members: dict[str, bytes], caption: str, label: int) -> None:
-    sample = decode_sample({"__key__": "s/k", "png": IMAGE, **members}, PLAIN, NAMES, 5)
+    sample = decode_sample({"__key__": "s/k", "png": IMAGE, **members}, PLAIN, NAMES, 5, 0)
     assert (sample.caption, sample.label, sample.key, sample.position) == (caption, label, "s/k", 5)
 
 
@@ -140,5 +156,5 @@ def test_captions_and_classes(members: dict[str, bytes], caption: str, label: in
 )
 def test_bad_samples_say_why(members: dict[str, bytes], reason: str) -> None:
     with pytest.raises(BadSample) as caught:
-        decode_sample({"__key__": "s/k", **members}, PLAIN, NAMES, 0)
+        decode_sample({"__key__": "s/k", **members}, PLAIN, NAMES, 0, 0)
     assert str(caught.value) == reason

@@ -101,15 +101,15 @@ def test_moments_that_cannot_be_read_name_the_key(content: bytes) -> None:
         read_moments({"__key__": "s/a", "latents.center.npy": content}, "center", CACHE)
 
 
-def test_variants_are_drawn_evenly_by_seed_position_and_key() -> None:
+def test_variants_are_drawn_evenly_by_seed_epoch_and_key() -> None:
     cache = _with(random_crops=4, crop_scale_min=0.5)
     settings = DecodeSettings(16, 0.5, seed=1)
-    drawn = [cache.variant(settings, position, "s/a") for position in range(4000)]
+    drawn = [cache.variant(settings, epoch, "s/a") for epoch in range(4000)]
     counts = [drawn.count(f"crop{n}") for n in range(4)]
     assert sum(counts) == 4000
     assert all(850 < count < 1150 for count in counts)
-    assert drawn[:50] != [cache.variant(settings, position, "s/b") for position in range(50)]
-    assert drawn[:50] != [cache.variant(dataclasses.replace(settings, seed=2), p, "s/a") for p in range(50)]
+    assert drawn[:50] != [cache.variant(settings, epoch, "s/b") for epoch in range(50)]
+    assert drawn[:50] != [cache.variant(dataclasses.replace(settings, seed=2), e, "s/a") for e in range(50)]
     assert cache.variant(dataclasses.replace(settings, augment=False), 3, "s/a") == "center"
     assert cache.others("crop1") == {f"latents.{name}.npy" for name in ("center", "crop0", "crop2", "crop3")}
 
@@ -135,7 +135,7 @@ def test_a_mixture_gives_each_sample_as_its_shard_holds_it(folder: Path) -> None
         for key, position, cached in zip(batch.keys, batch.image_numbers.tolist(), batch.cached, strict=True):
             if cached:
                 raw = dataset.read(sample_at(position, 20, 3))
-                content = raw[f"latents.{cache.variant(settings, position, key)}.npy"]
+                content = raw[f"latents.{cache.variant(settings, position // 20, key)}.npy"]
                 assert isinstance(content, bytes)
                 np.testing.assert_array_equal(next(rows).numpy(), array(content))
                 num_cached += 1
