@@ -1,9 +1,9 @@
-"""What is known of a picture beside its caption and class: boxes of objects, a label map, the square that is shown.
+"""What is known of a picture beside its caption and class: boxes of objects, a label map, the part that is shown.
 
 In a shard, boxes are in the .json, in pixels of the upright picture: {"objects": [{"class": name or number, "box":
 [x, y, width, height]}]}; the map is the member seg.png of the picture's size, whose values are numbers in the
 manifest's `map_labels`. A map goes through the crop and the mirroring of its picture. Boxes are mirrored with it but
-stay where they are in the whole picture, beside the crop; `shown_objects` says where they stand in the square.
+stay where they are in the whole picture, beside the crop; `shown_objects` says where they stand in what is shown.
 """
 
 from __future__ import annotations
@@ -36,10 +36,10 @@ MIN_OBJECT_AREA = 1e-4
 
 @dataclass(frozen=True)
 class SceneObject:
-    """One object of a picture, or of the square that is shown of it."""
+    """One object of a picture, or of the part that is shown of it."""
 
     label: int  # number in the manifest's `object_classes`
-    box: Box  # fractions of the picture or the square, clipped to it
+    box: Box  # fractions of the picture or the part, clipped to it
 
 
 @dataclass(frozen=True)
@@ -67,7 +67,7 @@ class View:
     """The part of a picture that is shown."""
 
     size: tuple[int, int]  # of the whole upright picture, (width, height) in pixels
-    box: Box  # of the square, in pixels of the picture
+    box: Box  # of the part, in pixels of the picture
     mirror: bool
 
 
@@ -107,7 +107,7 @@ def _box(stored: Any) -> Box:
 
 
 def layout_of(objects: Sequence[tuple[int, Box]], view: View) -> Layout:
-    """The objects of a picture that reach into the square shown, in their order; tiny ones left out."""
+    """The objects of a picture that reach into the part shown, in their order; tiny ones left out."""
     across, down = view.size
     left, top, right, bottom = view.box
     found = [(label, box) for label, box in objects if _overlap(box, view.box)]
@@ -119,7 +119,7 @@ def layout_of(objects: Sequence[tuple[int, Box]], view: View) -> Layout:
 
 
 def shown_objects(layout: Layout) -> tuple[SceneObject, ...]:
-    """The objects where they stand in the square that is shown: boxes in its fractions, clipped to it."""
+    """The objects where they stand in the part that is shown: boxes in its fractions, clipped to it."""
     return clip_objects([(item.label, item.box) for item in layout.objects], layout.crop)
 
 
@@ -178,21 +178,22 @@ def check_labels(labels: NDArray[np.uint8], num_labels: int) -> None:
         raise BadSample("label map has a value that is neither in the manifest's map_labels nor 255 (unknown)")
 
 
-def render_map(image: Image.Image, view: View, resolution: int) -> NDArray[np.uint8]:
-    """The shown square of a map, by nearest neighbours. Shapes: returns (resolution, resolution)."""
-    shown = image.resize((resolution, resolution), Image.Resampling.NEAREST, box=view.box)
+def render_map(image: Image.Image, view: View, shape: tuple[int, int]) -> NDArray[np.uint8]:
+    """The shown part of a map in `shape` (H, W), by nearest neighbours. Shapes: returns (H, W)."""
+    height, width = shape
+    shown = image.resize((width, height), Image.Resampling.NEAREST, box=view.box)
     if view.mirror:
         shown = shown.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
     return np.array(shown, dtype=np.uint8)
 
 
-def read_map(data: bytes | None, num_labels: int, view: View, resolution: int) -> NDArray[np.uint8]:
-    """The labels of the shown square, from the bytes of the member seg.png. Shapes: returns (resolution, resolution).
+def read_map(data: bytes | None, num_labels: int, view: View, shape: tuple[int, int]) -> NDArray[np.uint8]:
+    """The labels of the shown part in `shape` (H, W), from the bytes of the member seg.png. Shapes: returns (H, W).
 
     Raises: BadSample if it is missing, malformed, of another size than the picture or of unknown labels.
     """
     if data is None:
         raise BadSample(f"no label map ({MAP_EXTENSION})")
-    labels = render_map(open_map(data, view.size), view, resolution)
+    labels = render_map(open_map(data, view.size), view, shape)
     check_labels(labels, num_labels)
     return labels

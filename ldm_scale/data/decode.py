@@ -1,9 +1,9 @@
 """From the bytes of a sample to pixels, caption, class, boxes and label map.
 
 Any image becomes RGB on white before it is cropped; crop and resize are one resampling, from a box with fractional
-corners, so that no pixel is interpolated twice. Augmentation is a pure function of (seed, epoch, key): the same
-picture looks the same in an epoch whatever reads it, and wherever in the epoch it stands. Pictures stay 8-bit until a whole batch is there, because
-one conversion per batch is cheaper than one per picture.
+corners, so that no pixel is interpolated twice. Augmentation is a pure function of (seed, epoch, key): a picture looks
+the same in an epoch whatever reads it, and wherever in the epoch it stands. Pictures stay 8-bit until a whole batch is
+there, because one conversion per batch is cheaper than one per picture.
 """
 
 from __future__ import annotations
@@ -79,11 +79,17 @@ class DecodeSettings:
     """What the configuration says about pictures."""
 
     resolution: int  # pixels along each side
-    crop_scale_min: float = 1.0  # smallest side of the random crop as a share of the picture's shorter side
+    crop_scale_min: float = 1.0  # smallest side of the random crop as a share of the largest that the picture holds
     horizontal_flip: bool = False
-    augment: bool = True  # False: the largest centred square, never flipped
+    augment: bool = True  # False: the largest centred crop, never flipped
     seed: int = 0
     annotations: frozenset[str] = frozenset()  # LAYOUT, MAP: what samples must have besides; TEXT: if the cache has
+    size: tuple[int, int] | None = None  # (height, width) in pixels of an aspect-ratio bucket; None = a square
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(height, width) of what is shown, in pixels."""
+        return self.size or (self.resolution, self.resolution)
 
 
 @dataclass(frozen=True)
@@ -170,40 +176,46 @@ def _scale_transparent_colour(image: Image.Image, data: bytes) -> None:
 def crop_box(
     width: int, height: int, settings: DecodeSettings, epoch: int, key: str
 ) -> tuple[tuple[float, float, float, float], bool]:
-    """(left, top, right, bottom) of the square to show, in pixels of the picture, and whether to mirror it."""
-    shorter = min(width, height)
+    """(left, top, right, bottom) of what to show, in pixels of the picture, and whether to mirror it.
+
+    Of the target's aspect ratio: the largest box that the picture holds, or a random part of it.
+    """
+    target_height, target_width = settings.shape
     scale, across, down, mirror = uniforms(4, "augment", settings.seed, epoch, key)
-    side = float(shorter)
+    # Products before quotients: of a square target both sides are the picture's shorter one, to the last bit.
+    box_width = min(float(width), height * target_width / target_height)
+    box_height = min(float(height), width * target_height / target_width)
     if not settings.augment or settings.crop_scale_min >= 1.0:
         across = down = 0.5
     else:
-        side *= settings.crop_scale_min + (1.0 - settings.crop_scale_min) * scale
-    left, top = across * (width - side), down * (height - side)
-    box = (left, top, min(left + side, width), min(top + side, height))
+        share = settings.crop_scale_min + (1.0 - settings.crop_scale_min) * scale
+        box_width, box_height = box_width * share, box_height * share
+    left, top = across * (width - box_width), down * (height - box_height)
+    box = (left, top, min(left + box_width, width), min(top + box_height, height))
     return box, settings.augment and settings.horizontal_flip and mirror < 0.5
 
 
 def decode_image(data: bytes, settings: DecodeSettings, epoch: int, key: str) -> NDArray[np.uint8]:
     """The picture cropped, resized and perhaps mirrored.
 
-    Shapes: returns (resolution, resolution, 3).
+    Shapes: returns (H, W, 3) as the settings say.
     Raises: BadSample if it does not decode.
     """
     return fit_picture(open_rgb(data), settings, epoch, key)
 
 
 def fit_picture(image: Image.Image, settings: DecodeSettings, epoch: int, key: str) -> NDArray[np.uint8]:
-    """An RGB picture cropped, resized and perhaps mirrored. Shapes: returns (resolution, resolution, 3)."""
-    return render(image, *crop_box(*image.size, settings, epoch, key), settings.resolution)
+    """An RGB picture cropped, resized and perhaps mirrored. Shapes: returns (H, W, 3) as the settings say."""
+    return render(image, *crop_box(*image.size, settings, epoch, key), settings.shape)
 
 
 def render(
-    image: Image.Image, box: tuple[float, float, float, float], mirror: bool, resolution: int
+    image: Image.Image, box: tuple[float, float, float, float], mirror: bool, shape: tuple[int, int]
 ) -> NDArray[np.uint8]:
-    """A square of an RGB picture, resized and perhaps mirrored. Shapes: returns (resolution, resolution, 3)."""
-    size = (resolution, resolution)
+    """A part of an RGB picture, resized to `shape` (H, W) and perhaps mirrored. Shapes: returns (H, W, 3)."""
+    height, width = shape
     # reducing_gap: at large ratios a cheap box filter first, as long as 3 pixels per output pixel stay for the bicubic.
-    image = image.resize(size, Image.Resampling.BICUBIC, box=box, reducing_gap=3.0)
+    image = image.resize((width, height), Image.Resampling.BICUBIC, box=box, reducing_gap=3.0)
     if mirror:
         image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
     return np.asarray(image)
@@ -253,7 +265,7 @@ def decode_sample(
         assert extension is not None, "a sample without a picture has moments, or was refused above"
         picture = open_rgb(member_bytes(sample, extension))
         view = View(picture.size, *crop_box(*picture.size, settings, epoch, key))
-        image = render(picture, view.box, view.mirror, settings.resolution)
+        image = render(picture, view.box, view.mirror, settings.shape)
     layout, labels = _annotations(sample, metadata, settings, vocabulary, view)
     return DecodedSample(image, caption, label, key, position, moments, layout, labels, context)
 
@@ -261,7 +273,7 @@ def decode_sample(
 def _annotations(
     sample: RawSample, metadata: dict[str, Any], settings: DecodeSettings, vocabulary: Vocabulary, view: View | None
 ) -> tuple[Layout | None, NDArray[np.uint8] | None]:
-    """The objects and the map of the shown square, None for what was not asked for.
+    """The objects and the map of what is shown, None for what was not asked for.
 
     Raises: BadSample if what was asked for is missing or malformed.
     """
@@ -270,7 +282,7 @@ def _annotations(
         layout = layout_of(read_objects(metadata, vocabulary.objects), view)
     if view is not None and MAP in settings.annotations:
         content = member_bytes(sample, MAP_EXTENSION) if MAP_EXTENSION in sample else None
-        labels = read_map(content, vocabulary.num_map_labels, view, settings.resolution)
+        labels = read_map(content, vocabulary.num_map_labels, view, settings.shape)
     return layout, labels
 
 

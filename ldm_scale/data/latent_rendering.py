@@ -73,7 +73,7 @@ def render_variants(sample: RawSample, cache: LatentCache, class_numbers: dict[s
     for variant in cache.variants:
         box, mirror = variant_box(variant, *image.size, cache, key)
         record[variant] = {"box": list(box), "flip": mirror}
-        images.append(render(image, box, mirror, side))
+        images.append(render(image, box, mirror, (side, side)))
     return Rendered(key, kept, {"size": list(image.size), "variants": record}, np.stack(images), captions)
 
 

@@ -130,10 +130,10 @@ def collate(sampled: _Sampled, settings: DecodeSettings) -> Batch:
     pictures = [sample.image for sample in samples if sample.image is not None]
     moments = [sample.moments for sample in samples if sample.moments is not None]
     layouts = [sample.layout for sample in samples if sample.layout is not None]
-    with_maps, side = MAP in settings.annotations, settings.resolution
+    with_maps, shape = MAP in settings.annotations, settings.shape
     labels = [sample.labels for sample in samples if sample.labels is not None]
     contexts = [sample.text_context for sample in samples if sample.text_context is not None]
-    images = np.empty((len(pictures), side, side, 3), dtype=np.uint8)
+    images = np.empty((len(pictures), *shape, 3), dtype=np.uint8)
     for row, picture in enumerate(pictures):
         images[row] = picture
     return Batch(
@@ -146,7 +146,7 @@ def collate(sampled: _Sampled, settings: DecodeSettings) -> Batch:
         moments=torch.from_numpy(np.stack(moments)) if moments else None,
         cached=torch.tensor([sample.moments is not None for sample in samples]) if moments else None,
         layouts=layouts if LAYOUT in settings.annotations else None,
-        maps=torch.from_numpy(np.array(labels, np.uint8).reshape(-1, side, side)) if with_maps else None,
+        maps=torch.from_numpy(np.array(labels, np.uint8).reshape(-1, *shape)) if with_maps else None,
         # Of a part of the samples they are of no use: the text encoder runs for all of them then.
         text_contexts=torch.from_numpy(np.stack(contexts)) if contexts and len(contexts) == len(samples) else None,
     )

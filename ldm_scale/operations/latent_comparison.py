@@ -88,7 +88,8 @@ class Pair:
             raise BadSample("no image")
         image = open_rgb(content)
         box, mirror = variant_box(variant, *image.size, self.cache, self.source.key(number))
-        pixels = to_pixels(np.stack([render(image, box, mirror, self.cache.transform.resolution)]))
+        side = self.cache.transform.resolution
+        pixels = to_pixels(np.stack([render(image, box, mirror, (side, side))]))
         return pixels, {"box": list(box), "flip": mirror}
 
 

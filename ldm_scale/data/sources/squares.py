@@ -44,10 +44,10 @@ def make_square(
     if size is not None and picture.size != size:
         raise BadSample("picture has another size than its annotations state")
     view = View(picture.size, *crop_box(*picture.size, DecodeSettings(resolution, augment=False), 0, ""))
-    members = {"png": png(Image.fromarray(render(picture, view.box, view.mirror, resolution)))}
+    members = {"png": png(Image.fromarray(render(picture, view.box, view.mirror, (resolution, resolution))))}
     if label_map is not None:
         whole = open_map(label_map, view.size) if isinstance(label_map, bytes) else label_map
-        labels = render_map(whole, view, resolution)
+        labels = render_map(whole, view, (resolution, resolution))
         check_labels(labels, num_labels)
         members[MAP_EXTENSION] = png(Image.fromarray(labels))
     if objects is None:

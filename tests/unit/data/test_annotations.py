@@ -9,11 +9,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from numpy.typing import NDArray
-from PIL import Image, ImageDraw
+from PIL import Image
 
 from ldm_scale.config.schema import DataConfig
-from ldm_scale.data import Batch, Layout, build_loader, open_manifest
+from ldm_scale.data import Batch, build_loader, open_manifest
 from ldm_scale.data.annotations import (
     LAYOUT,
     MAP,
@@ -30,12 +29,12 @@ from ldm_scale.data.decode import DecodeSettings, decode_sample
 from ldm_scale.data.policy import BadSample
 from ldm_scale.data.sources.tars import index_tars
 from ldm_scale.errors import ConfigError, DataError
+from tests.helpers.annotated import NUMBERS, PALETTE, check_boxes, scene
 from tests.helpers.latents import encode, rewrite
 from tests.helpers.pictures import save
 from tests.helpers.runs import tiny_artifact
 from tests.helpers.shards import png, write_tar
 
-NUMBERS = {"cat": 0, "dog": 1}
 BOTH = frozenset({LAYOUT, MAP})
 SIZE = (30, 20)
 PLAIN = View(SIZE, (5.0, 0.0, 25.0, 20.0), mirror=False)  # the centred square
@@ -124,19 +123,19 @@ MAP_PIXELS = np.arange(600, dtype=np.uint8).reshape(20, 30) % 3
 
 def test_maps_follow_the_crop_and_the_mirror() -> None:
     data = png(Image.fromarray(MAP_PIXELS))
-    assert np.array_equal(read_map(data, 3, PLAIN, 20), MAP_PIXELS[:, 5:25])
-    assert np.array_equal(read_map(data, 3, replace(PLAIN, mirror=True), 20), MAP_PIXELS[:, 5:25][:, ::-1])
-    assert np.array_equal(read_map(data, 3, PLAIN, 40), MAP_PIXELS[:, 5:25].repeat(2, 0).repeat(2, 1))
+    assert np.array_equal(read_map(data, 3, PLAIN, (20, 20)), MAP_PIXELS[:, 5:25])
+    assert np.array_equal(read_map(data, 3, replace(PLAIN, mirror=True), (20, 20)), MAP_PIXELS[:, 5:25][:, ::-1])
+    assert np.array_equal(read_map(data, 3, PLAIN, (40, 40)), MAP_PIXELS[:, 5:25].repeat(2, 0).repeat(2, 1))
     box = (7.3, 1.9, 20.1, 14.7)
     centres = (np.arange(9) + 0.5) * (box[2] - box[0]) / 9
     wanted = MAP_PIXELS[np.ix_((box[1] + centres).astype(int), (box[0] + centres).astype(int))]
-    assert np.array_equal(read_map(data, 3, View(SIZE, box, False), 9), wanted)
+    assert np.array_equal(read_map(data, 3, View(SIZE, box, False), (9, 9)), wanted)
 
 
 def test_the_numbers_of_a_palette_are_labels() -> None:
     image = Image.fromarray(MAP_PIXELS).convert("P")
     image.putpalette([9, 9, 9, 200, 0, 0, 0, 200, 0])
-    assert np.array_equal(read_map(png(image), 3, PLAIN, 20), MAP_PIXELS[:, 5:25])
+    assert np.array_equal(read_map(png(image), 3, PLAIN, (20, 20)), MAP_PIXELS[:, 5:25])
 
 
 def _changed(value: int) -> bytes:
@@ -162,28 +161,12 @@ def _changed(value: int) -> bytes:
 )
 def test_malformed_maps_say_why(data: bytes | None, reason: str) -> None:
     with pytest.raises(BadSample, match=reason):
-        read_map(data, 3, PLAIN, 20)
+        read_map(data, 3, PLAIN, (20, 20))
 
 
 def test_unknown_pixels_stay_unknown() -> None:
-    assert read_map(_changed(255), 3, PLAIN, 20)[3, 3] == 255
+    assert read_map(_changed(255), 3, PLAIN, (20, 20))[3, 3] == 255
     check_labels(np.full((2, 2), 255, np.uint8), 3)
-
-
-PALETTE = ((255, 255, 255), (230, 20, 20), (20, 20, 230))
-
-
-def scene(rng: np.random.Generator) -> dict[str, bytes]:
-    """Two rectangles that do not overlap, their boxes and their map."""
-    picture, labels = Image.new("RGB", (48, 40), "white"), Image.new("L", (48, 40))
-    objects = []
-    for label, left in ((0, 2), (1, 26)):
-        x, y = left + int(rng.integers(0, 8)), int(rng.integers(0, 20))
-        width, height = (int(n) for n in rng.integers(6, 14, 2))
-        for image, colour in ((picture, PALETTE[label + 1]), (labels, label + 1)):
-            ImageDraw.Draw(image).rectangle((x, y, x + width - 1, y + height - 1), fill=colour)  # type: ignore[arg-type]
-        objects.append({"class": ("cat", "dog")[label], "box": [x, y, width, height]})
-    return {"png": png(picture), "seg.png": png(labels), "json": json.dumps({"objects": objects}).encode()}
 
 
 @pytest.fixture(scope="module")
@@ -220,26 +203,6 @@ def batches(manifest: Path, annotations: frozenset[str] = BOTH, **settings: Any)
     return list(loader)
 
 
-def _extent(mask: NDArray[np.bool_]) -> NDArray[np.float64] | None:
-    """(left, top, right, bottom) of the pixels as fractions, None if there are none."""
-    if not mask.any():
-        return None
-    rows, columns = np.nonzero(mask)
-    return np.array([columns.min(), rows.min(), columns.max() + 1, rows.max() + 1]) / len(mask)
-
-
-def _check_boxes(labels: NDArray[np.uint8], layout: Layout) -> int:
-    """Number of boxes, each of which surrounds its label's pixels in the map."""
-    found = {item.label: item.box for item in shown_objects(layout)}
-    for label in range(2):
-        extent = _extent(labels == label + 1)
-        assert extent is None or np.abs(extent - found[label]).max() <= 1 / len(labels)
-        if extent is None and label in found:
-            left, top, right, bottom = found[label]
-            assert min(right - left, bottom - top) < 1 / len(labels)  # a sliver between two pixel centres
-    return len(found)
-
-
 def test_boxes_and_maps_of_a_batch_show_what_its_pictures_show(folder: Path) -> None:
     seen, crops = 0, set()
     for batch in batches(folder / "data", resolution=64):
@@ -247,7 +210,7 @@ def test_boxes_and_maps_of_a_batch_show_what_its_pictures_show(folder: Path) -> 
         assert batch.layouts is not None
         assert (batch.maps.dtype, tuple(batch.maps.shape)) == (torch.uint8, (8, 64, 64))
         for image, labels, layout in zip(batch.images, batch.maps.numpy(), batch.layouts, strict=True):
-            seen += _check_boxes(labels, layout)
+            seen += check_boxes(labels, layout)
             crops.add(layout.crop)
             pixels = ((image.permute(1, 2, 0).numpy() + 1) * 127.5)[..., None, :]
             nearest = np.abs(pixels - np.array(PALETTE)).sum(axis=-1).argmin(axis=-1)
@@ -274,7 +237,7 @@ def test_latent_caches_give_the_annotations_of_their_variants(folder: Path, cach
         for key, position, labels, layout in zip(
             batch.keys, batch.image_numbers.tolist(), batch.maps.numpy(), batch.layouts, strict=True
         ):
-            _check_boxes(labels, layout)
+            check_boxes(labels, layout)
             number = next(n for n in range(16) if dataset.key(n) == key)
             raw = dataset.read(number)
             assert dataset.latents is not None
@@ -359,5 +322,5 @@ def test_a_sample_is_decoded_with_its_annotations() -> None:
     found = decode_sample(sample, DecodeSettings(40, annotations=BOTH), vocabulary, 0, 0)
     assert found.labels is not None
     assert found.layout is not None
-    assert _check_boxes(found.labels, found.layout) == 2
+    assert check_boxes(found.labels, found.layout) == 2
     assert found.layout.crop == (4 / 48, 0.0, 44 / 48, 1.0)
