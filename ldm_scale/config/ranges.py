@@ -95,6 +95,9 @@ _RANGES: tuple[_Range, ...] = (
             "diffusion.num_timesteps",
             "data.resolution",
             "data.prefetch_batches",
+            "data.lanes",
+            "data.chunk_samples",
+            "data.block_chunks",
             "data.max_consecutive_bad",
             "zero.bucket_elements",
             "train.total_images",
@@ -177,7 +180,7 @@ _RANGES: tuple[_Range, ...] = (
     ),
     _Range(("diffusion.logit_mean", "diffusion.sigma_log_mean"), at_least=-20, at_most=20),
     _Range(("sampling.guidance_rescale",), at_least=0, at_most=1),
-    _Range(("data.crop_scale_min",), above=0, at_most=1),
+    _Range(("data.crop_scale_min", "data.max_bad_share", "data.max_bad_share_of_shard"), above=0, at_most=1),
     _Range(("zero.stage",), at_least=0, at_most=3),
     _Range(("zero.discriminator_stage",), at_least=0, at_most=1),
 )

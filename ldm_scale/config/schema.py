@@ -252,9 +252,16 @@ class DataConfig:
         1.0  # smallest side of the random square crop, as a share of the image's; 1 = no random crop
     )
     horizontal_flip: bool = False
-    num_workers: int = 1  # loader processes per rank; 0 = in the training process
-    prefetch_batches: int = 4  # batches held ready per worker
-    max_consecutive_bad: int = 20  # more undecodable samples than this in a row stop the run
+    num_workers: int = 1  # loader processes per rank; 0 = a thread of the training process
+    prefetch_batches: int = 4  # micro-batches that are made ahead
+    # The order (data/order.py): lanes that are read side by side, samples that are read together, and of how many such
+    # chunks a lane permutes the samples. A rank holds about lanes / ranks * block_chunks * chunk_samples samples.
+    lanes: int = 64
+    chunk_samples: int = 32
+    block_chunks: int = 32
+    max_consecutive_bad: int = 20  # more unusable samples than this in a row stop the run
+    max_bad_share_of_shard: float = 0.2  # more unusable samples of a shard than this take it out of the run
+    max_bad_share: float = 0.05  # more unusable ones among the images seen stop the run
 
 
 @dataclass(frozen=True)

@@ -33,7 +33,7 @@ from ldm_scale.data.annotations import (
 )
 from ldm_scale.data.latents import RECORD, LatentCache, read_context, read_moments, read_record, read_view
 from ldm_scale.data.metadata import choose_caption, member_bytes, read_captions, read_label, read_metadata
-from ldm_scale.data.order import uniforms
+from ldm_scale.data.permutation import uniforms
 from ldm_scale.data.policy import BadSample
 from ldm_scale.data.shards import IMAGE_EXTENSIONS, RawSample
 

@@ -34,7 +34,7 @@ from numpy.typing import NDArray
 
 from ldm_scale.config.convert import section_from_dict
 from ldm_scale.data.annotations import View
-from ldm_scale.data.order import uniforms
+from ldm_scale.data.permutation import uniforms
 from ldm_scale.errors import ConfigError, DataError
 
 if TYPE_CHECKING:

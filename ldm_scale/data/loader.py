@@ -9,12 +9,15 @@ torch would turn its message into a traceback.
 from __future__ import annotations
 
 import os
+import queue
 import signal
 import sys
 import threading
-from collections.abc import Iterator
-from itertools import accumulate
-from types import TracebackType
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import suppress
+from itertools import accumulate, chain, islice
+from types import MappingProxyType, TracebackType
 from typing import Any
 
 import torch
@@ -22,12 +25,14 @@ import webdataset as wds
 
 from ldm_scale.config.schema import DataConfig
 from ldm_scale.data.annotations import LAYOUT, MAP, TEXT
+from ldm_scale.data.batch import Batch, join
 from ldm_scale.data.decode import DecodeSettings
 from ldm_scale.data.latents import read_moments, read_record
 from ldm_scale.data.order import check_batches
-from ldm_scale.data.pipeline import Batch, StreamSettings, build_pipeline
-from ldm_scale.data.policy import BadSampleLog
+from ldm_scale.data.pipeline import SlotReader, StreamSettings, build_pipeline
+from ldm_scale.data.policy import BadSampleLog, Quarantine
 from ldm_scale.data.shards import Dataset, open_manifest
+from ldm_scale.data.stream import build_stream
 from ldm_scale.errors import ConfigError, LdmScaleError
 
 _CHECKED_SHARDS = 16
@@ -36,27 +41,74 @@ _CHECKED_SHARDS = 16
 class Loader:
     """Iterable over a rank's micro-batches; each iteration starts anew at `start_image`.
 
-    `bad_samples` tells what was skipped by the batches handed out so far.
+    A thread puts the parts of the loader processes together ahead of need. `bad_samples` tells what was skipped by the
+    batches handed out so far, `waited_s` how long the caller stood still for them.
     """
 
-    def __init__(self, dataset: Dataset, pipeline: wds.DataPipeline, num_workers: int, prefetch_batches: int) -> None:
+    def __init__(
+        self,
+        dataset: Dataset,
+        pipeline: wds.DataPipeline,
+        num_workers: int,
+        prefetch_batches: int,
+        quarantine: Quarantine | None = None,
+    ) -> None:
         self.dataset = dataset
         self.bad_samples = BadSampleLog()
+        self.waited_s = 0.0
+        self._quarantine = quarantine
         self._pipeline = pipeline
         self._num_workers = num_workers
         self._prefetch_batches = prefetch_batches
+        self._pin = torch.cuda.is_available()
 
     def __iter__(self) -> Iterator[Batch]:
-        for item in self._source():
-            if isinstance(item, LdmScaleError):
-                raise item
-            self.bad_samples.add(item.bad)
-            yield item
+        parts = self._parts()
+        started = time.perf_counter()
+        first = list(islice(parts, 1))  # forks the processes, which the caller's thread has to do
+        self.waited_s += time.perf_counter() - started
+        batches = self._batches(chain(first, parts))
+        del parts, first
+        with _Ahead(batches, self._prefetch_batches if self._num_workers == 0 else 1) as ahead:
+            del batches
+            while True:
+                started = time.perf_counter()
+                item = ahead.get()
+                self.waited_s += time.perf_counter() - started
+                if item is None:
+                    return
+                if isinstance(item, BaseException):
+                    raise item
+                self.bad_samples.add(item.bad)
+                yield item
 
-    def _source(self) -> Iterator[Any]:
-        """Batches, or the error that ended them."""
+    def quarantine(self, shard_number: int, position: int) -> None:
+        """Nothing; samples of the shard are bad from this position on, which no process has reached yet."""
+        assert self._quarantine is not None, "a loader of training"
+        self._quarantine.add(shard_number, position)
+
+    @property
+    def horizon(self) -> int:
+        """Micro-batches that may have been begun beyond the last one handed out."""
+        return 2 + self._prefetch_batches + max(1, self._num_workers)
+
+    def _batches(self, items: Iterator[Any]) -> Iterator[Batch | BaseException]:
+        """Micro-batches, or the error that ended them."""
+        parts: list[Batch] = []
+        for item in items:
+            if isinstance(item, BaseException):
+                yield item
+                return
+            parts.append(item)
+            if len(parts) == max(1, self._num_workers):
+                yield join(parts, self._pin)
+                parts = []
+        assert not parts, "every process makes a part of every micro-batch"
+
+    def _parts(self) -> Iterator[Any]:
+        """What the loader processes make, in turn."""
         if self._num_workers == 0:
-            return iter(self._pipeline)
+            return iter(_ErrorsAsItems(self._pipeline))
         loader = wds.WebLoader(
             _ErrorsAsItems(self._pipeline),
             batch_size=None,
@@ -67,6 +119,43 @@ class Loader:
             generator=torch.Generator(),  # torch would draw its workers' seeds from the global one
         )
         return iter(loader)
+
+
+class _Ahead:
+    """An iterator's items made by a thread, at most `depth` ahead of those taken; its errors are items too."""
+
+    def __init__(self, items: Iterator[Any], depth: int) -> None:
+        self._items: queue.Queue[Any] = queue.Queue(depth)
+        self._done = threading.Event()
+        self._thread = threading.Thread(target=self._run, args=(items,), name="batches", daemon=True)
+
+    def __enter__(self) -> _Ahead:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._done.set()
+        while self._thread.is_alive():  # it may stand before a full queue
+            with suppress(queue.Empty):
+                self._items.get(timeout=0.01)
+        self._thread.join()
+
+    def get(self) -> Any:
+        """The next item; None at the end."""
+        return self._items.get()
+
+    def _run(self, items: Iterator[Any]) -> None:
+        try:
+            for item in items:
+                self._items.put(item)
+                if self._done.is_set():
+                    return
+            self._items.put(None)
+        except BaseException as error:
+            self._items.put(error)
+        finally:
+            # Ends the loader's processes before the caller goes on, as leaving the loop in one thread would.
+            del items
 
 
 class _ErrorsAsItems(torch.utils.data.IterableDataset[Any]):
@@ -173,6 +262,7 @@ def build_loader(
     num_epochs: int | None = None,
     accept_latents: bool = False,
     annotations: frozenset[str] = frozenset(),
+    quarantined: Mapping[int, int] = MappingProxyType({}),
 ) -> Loader:
     """The batches of one rank: its part of each global batch in pieces of `micro_batch`.
 
@@ -181,7 +271,8 @@ def build_loader(
     which may hold no image where fewer images than ranks are left. `accept_latents`: the caller looks at
     `Batch.moments`, so that latent shards may stand for images. `annotations` ("layout", "map") are decoded into
     `Batch.layouts` and `Batch.maps`, and samples without them are bad ones; "text" gives `Batch.text_contexts` where
-    all samples of a batch come from a cache that holds them.
+    all samples of a batch come from a cache that holds them. `quarantined`: shard numbers with the positions from which
+    on their samples are bad.
 
     Raises: ConfigError if the batch arithmetic does not work out, latents stand where images are needed, or annotations
     are asked for that the manifest knows nothing of; DataError if the data cannot be opened, and while iterating if
@@ -208,7 +299,19 @@ def build_loader(
         seed=seed,
         annotations=annotations,
     )
+    stream = build_stream(
+        dataset,
+        seed,
+        global_batch,
+        lanes=data.lanes,
+        chunk=data.chunk_samples,
+        block_chunks=data.block_chunks,
+        ends=num_epochs is not None,
+    )
+    quarantine = Quarantine(len(dataset.shards))
+    for shard_number, position in quarantined.items():
+        quarantine.add(shard_number, position)
+    reader = SlotReader(dataset, stream, settings, data.max_consecutive_bad, quarantine)
     end_image = None if num_epochs is None else num_epochs * dataset.num_samples
-    stream = StreamSettings(global_batch, micro_batch, rank, world_size, start_image, end_image)
-    pipeline = build_pipeline(dataset, settings, stream, data.max_consecutive_bad)
-    return Loader(dataset, pipeline, data.num_workers, data.prefetch_batches)
+    part = StreamSettings(global_batch, micro_batch, rank, world_size, start_image, end_image)
+    return Loader(dataset, build_pipeline(reader, part, stream), data.num_workers, data.prefetch_batches, quarantine)

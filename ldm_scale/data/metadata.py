@@ -7,7 +7,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from ldm_scale.data.order import uniforms
+from ldm_scale.data.permutation import uniforms
 from ldm_scale.data.policy import BadSample
 from ldm_scale.data.shards import RawSample
 

@@ -1,47 +1,30 @@
-"""The webdataset pipeline of one rank: slots -> usable samples -> micro-batches.
+"""The webdataset pipeline of one loader process: slots -> usable samples -> its part of each micro-batch.
 
-A slot is a micro-batch's list of positions; loader worker w of n takes the micro-batches with numbers w modulo n, so
-that torch's round-robin over workers restores exactly the order of a loader without workers.
+Every process makes a part of every micro-batch, the w-th of n equal ones, so that it reads the same lanes of the order
+all along (data/order.py) and a micro-batch is ready after a n-th of the time. A loader without processes is the only
+one of one. torch hands the parts over in turn, and data/loader.py joins them.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import numpy as np
 import torch
 import webdataset as wds
 
-from ldm_scale.data.annotations import LAYOUT, MAP, MAP_EXTENSION, TEXT, Layout
-from ldm_scale.data.decode import DecodedSample, DecodeSettings, decode_sample, to_pixels
+from ldm_scale.data.annotations import MAP, MAP_EXTENSION, TEXT
+from ldm_scale.data.batch import Batch, collate
+from ldm_scale.data.decode import DecodedSample, DecodeSettings, decode_sample
 from ldm_scale.data.latents import CONTEXTS
-from ldm_scale.data.order import micro_batches, replacement_at, sample_at
-from ldm_scale.data.policy import BadRecord, BadSample, ConsecutiveLimit
-from ldm_scale.data.shards import Dataset, RawSample
+from ldm_scale.data.order import Numbers, micro_batches
+from ldm_scale.data.policy import BadRecord, BadSample, ConsecutiveLimit, Quarantine
+from ldm_scale.data.shards import Dataset, UnreadableSample
+from ldm_scale.data.stream import Stream
 
-_Sampled = tuple[list[DecodedSample], list[BadRecord]]
-
-
-@dataclass(frozen=True)
-class Batch:
-    """One micro-batch of one rank: b samples, n of them from a latent cache, with moments instead of an image.
-
-    Shapes: images (b - n, 3, H, W), fp32 in [-1, 1]; classes and image_numbers (b,), int64; moments (n, C, h, w) in
-    the cache's type; cached (b,), bool; maps (b, H, W), uint8.
-    """
-
-    images: torch.Tensor
-    captions: list[str]
-    classes: torch.Tensor  # -1 where a sample has no class
-    keys: list[str]
-    image_numbers: torch.Tensor  # positions in the global stream, counted from the start of training
-    bad: list[BadRecord]  # skipped to make this batch
-    moments: torch.Tensor | None = None  # of the samples from a cache, in their order; None where there is none
-    cached: torch.Tensor | None = None  # which samples those are; None = none
-    layouts: list[Layout] | None = None  # None where they were not asked for; so are maps
-    maps: torch.Tensor | None = None  # numbers of the manifest's map_labels; 255 where unknown
-    text_contexts: torch.Tensor | None = None  # (b, M, d) of a frozen text encoder, from a cache that holds them
+_LOCATED_AT_ONCE = 1024  # positions: the order is computed for many at a time
 
 
 @dataclass(frozen=True)
@@ -56,108 +39,118 @@ class StreamSettings:
     end_image: int | None = None  # None: endless
 
 
+class Slot(NamedTuple):
+    """What one process makes of one micro-batch: its positions, and what stands there. Shapes: (n,) each."""
+
+    positions: range
+    samples: Numbers
+    epochs: Numbers
+    pools: Numbers
+    places: Numbers  # positions in the pools' own streams
+
+
 class SlotSource:
-    """Iterable over the positions of each micro-batch that this loader worker makes."""
+    """Iterable over the slots of this process."""
 
-    def __init__(self, stream: StreamSettings) -> None:
-        self._stream = stream
+    def __init__(self, settings: StreamSettings, stream: Stream) -> None:
+        self._settings, self._stream = settings, stream
 
-    def __call__(self) -> Iterator[range]:
-        stream = self._stream
+    def __call__(self) -> Iterator[Slot]:
+        waiting: list[range] = []
+        count = 0
+        for positions in self._positions():
+            waiting.append(positions)
+            count += 1 + len(positions)  # slots are counted too: a process may have a share of no batch
+            if count >= _LOCATED_AT_ONCE:
+                yield from self._located(waiting)
+                waiting, count = [], 0
+        yield from self._located(waiting)
+
+    def _positions(self) -> Iterator[range]:
+        settings = self._settings
         worker = torch.utils.data.get_worker_info()
-        worker_id, num_workers = (worker.id, worker.num_workers) if worker is not None else (0, 1)
-        batch_index, number = stream.start_image // stream.global_batch, 0
-        while True:
-            slots = micro_batches(
-                batch_index, stream.global_batch, stream.micro_batch, stream.rank, stream.world_size, stream.end_image
-            )
-            if not slots:
-                return
-            for positions in slots:
-                if number % num_workers == worker_id:
-                    yield positions
-                number += 1
-            batch_index += 1
+        number, of = (worker.id, worker.num_workers) if worker is not None else (0, 1)
+        index = settings.start_image // settings.global_batch
+        while own := micro_batches(
+            index, settings.global_batch, settings.micro_batch, settings.rank, settings.world_size, settings.end_image
+        ):
+            for positions in own:
+                start, count = positions.start, len(positions)
+                yield range(start + count * number // of, start + count * (number + 1) // of)
+            index += 1
+
+    def _located(self, waiting: list[range]) -> Iterator[Slot]:
+        if not waiting:
+            return
+        found = self._stream.locate(np.concatenate([np.arange(slot.start, slot.stop) for slot in waiting]))
+        ends = np.cumsum([len(slot) for slot in waiting])[:-1]
+        for positions, *columns in zip(waiting, *(np.split(column, ends) for column in found), strict=True):
+            yield Slot(positions, *columns)
 
 
 class SlotReader:
     """Callable that reads and decodes the samples of a slot, putting others in the place of bad ones."""
 
-    def __init__(self, dataset: Dataset, settings: DecodeSettings, max_consecutive_bad: int) -> None:
-        self._dataset = dataset
-        self._settings = settings
+    def __init__(
+        self,
+        dataset: Dataset,
+        stream: Stream,
+        settings: DecodeSettings,
+        max_consecutive_bad: int,
+        quarantine: Quarantine,
+    ) -> None:
+        self._dataset, self._stream, self._quarantine = dataset, stream, quarantine
+        self._settings = {pool.size: replace(settings, size=pool.size) for pool in stream.pools}
         self._vocabulary = dataset.vocabulary
         optional = {MAP: MAP_EXTENSION, TEXT: CONTEXTS}
         self._unwanted = frozenset(member for name, member in optional.items() if name not in settings.annotations)
         self._limit = ConsecutiveLimit(max_consecutive_bad)
 
-    def __call__(self, positions: range) -> _Sampled:
+    def __call__(self, slot: Slot) -> Batch:
         bad: list[BadRecord] = []
-        return [self._usable(position, bad) for position in positions], bad
+        settings = self._settings[self._stream.size_at(slot.positions.start)]
+        columns = (slot.samples.tolist(), slot.epochs.tolist(), slot.pools.tolist())
+        samples = [
+            self._usable(position, sample, epoch, pool, settings, bad)
+            for position, sample, epoch, pool in zip(slot.positions, *columns, strict=True)
+        ]
+        return collate(samples, bad, settings)
 
-    def _usable(self, position: int, bad: list[BadRecord]) -> DecodedSample:
+    def _usable(
+        self, position: int, sample: int, epoch: int, pool: int, settings: DecodeSettings, bad: list[BadRecord]
+    ) -> DecodedSample:
         """The sample of a position or the first usable replacement; what was skipped goes to `bad`."""
-        num_samples, seed = self._dataset.num_samples, self._settings.seed
-        number, attempt = sample_at(position, num_samples, seed), 0
+        skipped: list[BadRecord] = []
         while True:
-            raw = self._read(number, position)
             try:
-                sample = decode_sample(
-                    raw, self._settings, self._vocabulary, position, position // num_samples, self._dataset.latents
-                )
+                decoded = self._decoded(position, sample, epoch, settings)
             except BadSample as error:
-                record = BadRecord(str(raw["__key__"]), str(error))
-                bad.append(record)
+                record = self._dataset.bad_record(sample, str(error), position)
+                skipped.append(record)
                 self._limit.bad(record)
-                attempt += 1
-                number = replacement_at(position, attempt, num_samples, seed)
+                sample = self._stream.replacement_at(position, pool, len(skipped))
             else:
                 self._limit.good()
-                return sample
+                bad += [record._replace(substitute=decoded.key) for record in skipped]
+                return decoded
 
-    def _read(self, number: int, position: int) -> RawSample:
-        """A sample's members; of a cached one, moments of the variant that it has in this epoch alone."""
-        latents = self._dataset.latents
-        if latents is None:
-            return self._dataset.read(number, leave_out=self._unwanted)
-        variant = latents.variant(self._settings, position // self._dataset.num_samples, self._dataset.key(number))
-        return self._dataset.read(number, leave_out=latents.others(variant) | self._unwanted)
+    def _decoded(self, position: int, sample: int, epoch: int, settings: DecodeSettings) -> DecodedSample:
+        """The sample, of a cached one moments of the variant that it has in this epoch alone.
 
-
-def collate(sampled: _Sampled, settings: DecodeSettings) -> Batch:
-    """The batch of a slot's samples."""
-    samples, bad = sampled
-    pictures = [sample.image for sample in samples if sample.image is not None]
-    moments = [sample.moments for sample in samples if sample.moments is not None]
-    layouts = [sample.layout for sample in samples if sample.layout is not None]
-    with_maps, shape = MAP in settings.annotations, settings.shape
-    labels = [sample.labels for sample in samples if sample.labels is not None]
-    contexts = [sample.text_context for sample in samples if sample.text_context is not None]
-    images = np.empty((len(pictures), *shape, 3), dtype=np.uint8)
-    for row, picture in enumerate(pictures):
-        images[row] = picture
-    return Batch(
-        images=to_pixels(images),
-        captions=[sample.caption for sample in samples],
-        classes=torch.tensor([sample.label for sample in samples], dtype=torch.int64),
-        keys=[sample.key for sample in samples],
-        image_numbers=torch.tensor([sample.position for sample in samples], dtype=torch.int64),
-        bad=bad,
-        moments=torch.from_numpy(np.stack(moments)) if moments else None,
-        cached=torch.tensor([sample.moments is not None for sample in samples]) if moments else None,
-        layouts=layouts if LAYOUT in settings.annotations else None,
-        maps=torch.from_numpy(np.array(labels, np.uint8).reshape(-1, *shape)) if with_maps else None,
-        # Of a part of the samples they are of no use: the text encoder runs for all of them then.
-        text_contexts=torch.from_numpy(np.stack(contexts)) if contexts and len(contexts) == len(samples) else None,
-    )
+        Raises: BadSample if its shard is in quarantine, it cannot be read or does not decode.
+        """
+        dataset, latents = self._dataset, self._dataset.latents
+        self._quarantine.check(dataset.locate(sample)[0], position)
+        try:
+            unwanted = self._unwanted
+            if latents is not None:
+                unwanted |= latents.others(latents.variant(settings, epoch, dataset.key(sample)))
+            raw = dataset.read(sample, leave_out=unwanted)
+        except UnreadableSample as error:
+            raise BadSample(error.reason) from None
+        return decode_sample(raw, settings, self._vocabulary, position, epoch, latents)
 
 
-def build_pipeline(
-    dataset: Dataset, settings: DecodeSettings, stream: StreamSettings, max_consecutive_bad: int
-) -> wds.DataPipeline:
-    """An iterable over this worker's batches, in the order of the global stream."""
-    return wds.DataPipeline(
-        SlotSource(stream),
-        wds.map(SlotReader(dataset, settings, max_consecutive_bad)),
-        wds.map(lambda sampled: collate(sampled, settings)),
-    )
+def build_pipeline(reader: SlotReader, settings: StreamSettings, stream: Stream) -> wds.DataPipeline:
+    """An iterable over this process's parts of the micro-batches, in the order of the global stream."""
+    return wds.DataPipeline(SlotSource(settings, stream), wds.map(reader))

@@ -1,19 +1,30 @@
 """What happens to samples that cannot be used: another takes the place, the loss is counted and named, too many stop.
 
 A stray bad file must not end a week's run, and a broken decoder or a wrong mount must not quietly train on what is
-left. A limit on bad samples in a row separates the two: in shuffled data a share q of bad samples reaches n in a row
-with probability q**n, so 20 in a row mean that nearly everything is bad.
+left. Three limits separate the two. Bad samples in a row: in shuffled data a share q of bad samples reaches n in a row
+with probability q**n, so 20 in a row mean that nearly everything is bad. A share of one shard: from the batches on
+that no process has begun when it is found, the shard is in quarantine and none of its samples is tried again. A share
+of the run: it stops, with the list.
+
+All of it is a function of the positions seen, so that ranks that know of the same losses decide alike.
 """
 
 from __future__ import annotations
 
+import json
+import mmap
 from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
 
 from ldm_scale.errors import DataError
 
 _MAX_NAMED = 100
+_FEWEST_OF_A_RUN, _FEWEST_OF_A_SHARD = 20, 2  # bad samples up to which a share of them says nothing
 
 
 class BadSample(Exception):
@@ -25,6 +36,10 @@ class BadRecord(NamedTuple):
 
     key: str
     reason: str
+    shard: str = ""  # path of its shard
+    shard_number: int = -1  # in its split
+    position: int = -1  # in the training stream
+    substitute: str = ""  # key of the sample that took its place
 
 
 class ConsecutiveLimit:
@@ -45,11 +60,32 @@ class ConsecutiveLimit:
         """
         self._run.append(record)
         if len(self._run) > self._max_consecutive:
-            names = "; ".join(f"{key} ({reason})" for key, reason in self._run)
+            names = "; ".join(f"{record.key} ({record.reason})" for record in self._run)
+            where = f" in {record.shard}" if len({bad.shard for bad in self._run}) == 1 and record.shard else ""
             raise DataError(
-                f"{len(self._run)} samples in a row cannot be used (data.max_consecutive_bad={self._max_consecutive}): "
-                f"{names}; repair or remove them"
+                f"{len(self._run)} samples in a row{where} cannot be used "
+                f"(data.max_consecutive_bad={self._max_consecutive}): {names}; repair or remove them"
             )
+
+
+class Quarantine:
+    """From which position on each shard's samples count as bad; shared with processes that are forked later."""
+
+    def __init__(self, num_shards: int) -> None:
+        # Anonymous shared memory: one page per 512 shards that are touched, gone with the last process.
+        self._first_bad = np.frombuffer(mmap.mmap(-1, 8 * max(1, num_shards)), dtype=np.int64)
+
+    def add(self, shard_number: int, position: int) -> None:
+        """Nothing; samples of the shard are bad at this position and after it."""
+        self._first_bad[shard_number] = position + 1  # 0: not in quarantine
+
+    def check(self, shard_number: int, position: int) -> None:
+        """Nothing.
+
+        Raises: BadSample if the shard is in quarantine at this position.
+        """
+        if 0 < self._first_bad[shard_number] <= position + 1:
+            raise BadSample("its shard is in quarantine")
 
 
 @dataclass
@@ -59,12 +95,12 @@ class BadSampleLog:
     counts: Counter[str] = field(default_factory=Counter)  # a sample met again in a later epoch counts again
     names: dict[str, str] = field(default_factory=dict)  # key -> reason, the first hundred
 
-    def add(self, records: list[BadRecord]) -> None:
+    def add(self, records: Iterable[BadRecord]) -> None:
         """Nothing; takes in what was skipped before a batch."""
-        for key, reason in records:
-            self.counts[reason] += 1
+        for record in records:
+            self.counts[record.reason] += 1
             if len(self.names) < _MAX_NAMED:
-                self.names.setdefault(key, reason)
+                self.names.setdefault(record.key, record.reason)
 
     def describe(self) -> str:
         """One line for people: how many of each kind, and some names; "" if nothing was skipped."""
@@ -72,3 +108,89 @@ class BadSampleLog:
             return ""
         kinds = ", ".join(f"{count} x {reason}" for reason, count in self.counts.most_common())
         return f"skipped {self.counts.total()} samples ({kinds}), such as {', '.join(list(self.names)[:5])}"
+
+
+@dataclass(frozen=True)
+class Budgets:
+    """How much may be bad."""
+
+    max_share_of_shard: float  # of a shard's samples; beyond it the shard is in quarantine
+    max_share_of_run: float  # of the images seen; beyond it the run stops
+
+
+@dataclass
+class LossAccount:
+    """What a run has lost so far: a few numbers per shard with losses, the same on all ranks; part of its state."""
+
+    total: int = 0  # skipped samples, each time they are met
+    by_shard: dict[str, list[int]] = field(default_factory=dict)  # shard number -> epoch, its bad samples in it
+    quarantined: dict[str, int] = field(default_factory=dict)  # shard number -> first position of its quarantine
+
+    def add(self, records: Iterable[BadRecord], epoch_samples: int) -> None:
+        """Nothing; takes in what all ranks skipped in a step of a stream with epochs of so many samples."""
+        for record in records:
+            self.total += 1
+            number, epoch = str(record.shard_number), record.position // epoch_samples
+            if number not in self.quarantined:
+                known = self.by_shard.get(number, [epoch, 0])
+                self.by_shard[number] = [epoch, known[1] + 1 if known[0] == epoch else 1]
+
+    def beyond(self, sizes: Any, budgets: Budgets) -> list[int]:
+        """Shards that exceed their budget and are not in quarantine yet; `sizes[n]` are the samples of shard n."""
+        return [
+            int(number)
+            for number, (_, bad) in self.by_shard.items()
+            if number not in self.quarantined
+            and bad > max(_FEWEST_OF_A_SHARD, budgets.max_share_of_shard * int(sizes[int(number)]))
+        ]
+
+    def check(self, images: int, budgets: Budgets, log: BadSampleLog) -> None:
+        """Nothing.
+
+        Raises: DataError, with names, if too much of the run is bad.
+        """
+        if self.total > max(_FEWEST_OF_A_RUN, budgets.max_share_of_run * images):
+            raise DataError(
+                f"{self.total} of {images} images could not be used, more than "
+                f"data.max_bad_share={budgets.max_share_of_run:g} of them: {log.describe()}; all are listed in "
+                "bad_samples.jsonl of the run: repair or remove them, or raise the limit"
+            )
+
+
+class BadSampleFiles:
+    """`bad_samples.jsonl`, every bad sample once, and `substitutions.jsonl`, every place that one left, of a run."""
+
+    def __init__(self, run_dir: Path) -> None:
+        self._samples, self._places = run_dir / "bad_samples.jsonl", run_dir / "substitutions.jsonl"
+        self._known_keys = {(row["shard"], row["key"]) for row in _rows(self._samples)}
+        self._known_places = {(row["position"], row["key"]) for row in _rows(self._places)}
+
+    def add(self, records: Iterable[BadRecord]) -> None:
+        """Nothing; what is not listed yet is. A run that was resumed passes some positions again."""
+        samples, places = [], []
+        for record in sorted(records, key=lambda record: record.position):
+            if (record.shard, record.key) not in self._known_keys:
+                self._known_keys.add((record.shard, record.key))
+                samples.append({"shard": record.shard, "key": record.key, "reason": record.reason})
+            if (record.position, record.key) not in self._known_places:
+                self._known_places.add((record.position, record.key))
+                places.append({"position": record.position, "key": record.key, "substitute": record.substitute})
+        for path, rows in ((self._samples, samples), (self._places, places)):
+            if rows:
+                with path.open("a", encoding="utf-8") as stream:
+                    stream.write("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+
+
+def _rows(path: Path) -> list[dict[str, Any]]:
+    """The rows of a .jsonl file; a last line that was cut short by a kill is left out."""
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except FileNotFoundError:
+        return []
+    rows = []
+    for line in lines:
+        try:
+            rows.append(json.loads(line))
+        except ValueError:
+            continue
+    return rows

@@ -23,11 +23,13 @@ from pathlib import Path
 from typing import Protocol, overload
 
 import numpy as np
+from numpy.typing import NDArray
 
 from ldm_scale.data.annotations import Vocabulary
 from ldm_scale.data.latents import LatentCache
 from ldm_scale.data.manifest import ANEW, Part, Split, manifest_path, read_split
 from ldm_scale.data.members import is_header_of, neighbours
+from ldm_scale.data.policy import BadRecord
 from ldm_scale.data.sidecar import BLOCK, Sidecar, open_sidecar
 from ldm_scale.errors import DataError
 
@@ -202,16 +204,27 @@ class Dataset:
         shard_number = int(np.searchsorted(self._ends, number, side="right"))
         return shard_number, number - (int(self._ends[shard_number - 1]) if shard_number else 0)
 
+    @property
+    def shard_sizes(self) -> NDArray[np.int64]:
+        """Samples of each shard."""
+        return np.diff(self._ends, prepend=0)
+
     def shard_of(self, number: int) -> Shard:
         """The shard that holds a sample."""
         return self.shards[self.locate(number)[0]]
 
     def sidecar(self, shard_number: int) -> Sidecar:
-        """The index of a shard, one of the last that were used."""
+        """The index of a shard, one of the last that were used.
+
+        Raises: UnreadableSample if it cannot be used.
+        """
         if shard_number not in self._sidecars:
             if len(self._sidecars) >= _MAX_OPEN:
                 self._sidecars.popitem(last=False)
-            self._sidecars[shard_number] = self.shards[shard_number].load_index()
+            try:
+                self._sidecars[shard_number] = self.shards[shard_number].load_index()
+            except DataError as error:
+                raise UnreadableSample(str(error), "its shard's index cannot be used") from None
         self._sidecars.move_to_end(shard_number)
         return self._sidecars[shard_number]
 
@@ -229,6 +242,16 @@ class Dataset:
             if kept:
                 parts.append(replace(part, rows=part.rows.select(kept)))
         return Dataset(replace(self._split, parts=tuple(parts)))
+
+    def bad_record(self, number: int, reason: str, position: int = -1) -> BadRecord:
+        """What is to be said of a sample that cannot be used."""
+        shard_number, row = self.locate(number)
+        shard = self.shards[shard_number]
+        try:
+            key = self.key(number)
+        except UnreadableSample:
+            key = f"{shard.stem}/(sample {row})"
+        return BadRecord(key, reason, str(shard.path), shard_number, position)
 
     def keys(self) -> Iterator[str]:
         """The keys of all samples in their order."""

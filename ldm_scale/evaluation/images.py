@@ -22,7 +22,7 @@ from torch import Tensor
 
 from ldm_scale.data import require_images
 from ldm_scale.data.decode import DecodeSettings, decode_image, to_pixels
-from ldm_scale.data.order import global_order
+from ldm_scale.data.order import shuffled
 from ldm_scale.data.policy import BadRecord, BadSample, BadSampleLog
 from ldm_scale.data.shards import IMAGE_EXTENSIONS, Dataset, open_manifest
 from ldm_scale.data.sources.image_folder import list_images
@@ -97,7 +97,7 @@ def chosen_numbers(source: str, split: str, available: int, asked: int | None) -
             + (f" in its split {split}" if split else "")
             + f"; give 1 to {available}"
         )
-    return global_order(available, ORDER_SEED, 0)[:asked].tolist()  # type: ignore[no-any-return]
+    return list(map(int, shuffled(available, "evaluation", ORDER_SEED)[:asked]))
 
 
 class MeasuredImages:

@@ -10,8 +10,8 @@ from collections.abc import Iterator
 
 from ldm_scale.data import Batch
 from ldm_scale.data.annotations import MAP, MAP_EXTENSION
+from ldm_scale.data.batch import collate
 from ldm_scale.data.decode import DecodedSample, DecodeSettings, decode_sample
-from ldm_scale.data.pipeline import collate
 from ldm_scale.data.policy import BadRecord, BadSample
 from ldm_scale.data.shards import Dataset
 from ldm_scale.evaluation.images import MeasuredImages, chosen_numbers
@@ -41,7 +41,7 @@ class SplitStream(MeasuredImages):
             self.bad.add(bad)
             self.num_images += len(samples)
             if samples:
-                yield collate((samples, bad), self._settings)
+                yield collate(samples, bad, self._settings)
 
     def _usable(self, position: int, bad: list[BadRecord]) -> DecodedSample | None:
         """The sample of a position, or None after it went to `bad`."""

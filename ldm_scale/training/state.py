@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
+from ldm_scale.data.policy import LossAccount
 from ldm_scale.errors import CheckpointError
 
 
@@ -18,7 +19,7 @@ class TrainingState:
 
     cur_images: int = 0  # images seen by all ranks
     step: int = 0  # optimizer steps
-    bad_samples: int = 0  # undecodable samples replaced so far, over all ranks
+    losses: LossAccount = field(default_factory=LossAccount)  # samples that could not be used, over all ranks
     truncated: int = 0  # captions and layouts that were cut so far, over all ranks
     training_s: float = 0.0  # seconds spent in training steps
     data_digest: str = ""  # of the training split's shards: what the position counts in
@@ -41,4 +42,4 @@ class TrainingState:
                 f"the checkpoint's training state has {', '.join(sorted(values)) or 'nothing'}; this version reads "
                 f"{', '.join(sorted(known))}: continue with the version that wrote it"
             )
-        return cls(**values)
+        return cls(**{**values, "losses": LossAccount(**values["losses"])})

@@ -34,11 +34,12 @@ from ldm_scale.engine.snapshots import remove_snapshots_beyond, save_snapshot
 from ldm_scale.engine.weights import SNAPSHOTS
 from ldm_scale.errors import CheckpointError, ConfigError
 from ldm_scale.models.fused import describe_kernels
-from ldm_scale.telemetry.log import get_logger, say_once
+from ldm_scale.telemetry.log import get_logger
 from ldm_scale.telemetry.tensorboard import ScalarWriter
 from ldm_scale.telemetry.throughput import TrainProgress
 from ldm_scale.training.diagnosis import Finding, gradient_history
 from ldm_scale.training.resumption import require_same_artifact, require_same_run
+from ldm_scale.training.sample_losses import SampleLosses
 from ldm_scale.training.state import TrainingState
 from ldm_scale.training.task import Task
 
@@ -56,7 +57,7 @@ class Trainer:
         self.run_dir = Path(config.run_dir)
         self.checkpoints = self.run_dir / "checkpoints"
         dataset = open_manifest(config.data.manifest, config.data.split)
-        self._data_digest, self._num_samples = dataset.digest, dataset.num_samples
+        self._dataset, self._data_digest, self._num_samples = dataset, dataset.digest, dataset.num_samples
         self.state = TrainingState(
             data_digest=self._data_digest, autoencoder_hash=task.autoencoder_hash, labels=dataset.labels
         )
@@ -87,8 +88,11 @@ class Trainer:
         try:
             with StopRequest() as stop:
                 loader = self._loader()
+                self.losses = SampleLosses(
+                    self.state.losses, self.run_dir, self._dataset, self.config.data, self.environment.is_main
+                )
                 for batches in self._steps(loader):
-                    if self._step(batches, writer, progress, stop):
+                    if self._step(batches, loader, writer, progress, stop):
                         writer.flush()
                         self._save()
                         cause = stop.signal_name or "another rank"
@@ -111,7 +115,9 @@ class Trainer:
         while self.state.cur_images < self.config.train.total_images:
             yield list(itertools.islice(micro_batches, self.plan.accumulation_steps))
 
-    def _step(self, batches: list[Batch], writer: ScalarWriter, progress: TrainProgress, stop: StopRequest) -> bool:
+    def _step(
+        self, batches: list[Batch], loader: Loader, writer: ScalarWriter, progress: TrainProgress, stop: StopRequest
+    ) -> bool:
         """Makes one step and what falls due after it; returns whether the run shall stop."""
         if not self._ranks_compared or self._due(self.config.train.check_ranks_every_images):
             self._compare_ranks(batches)
@@ -122,8 +128,11 @@ class Trainer:
         torch.manual_seed(int(masks.integers(2**63)))
         cut_before = self.task.num_truncated
         metrics = self.task.accumulate(batches, images)
-        counts = (self._name_bad_samples(batches), self.task.num_truncated - cut_before)
-        means, stopping = self._reduce(metrics, stop.requested, counts)
+        bad = self.losses.named(batches)
+        counts = (len(bad), self.task.num_truncated - cut_before)
+        means, stopping, num_bad = self._reduce(metrics, stop.requested, counts)
+        if num_bad:
+            self.losses.settle(bad, images, self.plan.global_batch, loader)
         norms = [step["grad_norm"] for step in self._recent if "grad_norm" in step]
         require_finite(means, self.state.step, images, gradient_history(norms))
         means |= self.task.update(images)
@@ -137,7 +146,7 @@ class Trainer:
             self.log.info(f"fused operations took, in the first step: {describe_kernels()}")
         progress.update(self.plan.global_batch, {k: v for k, v in means.items() if k in SHOWN_LOSSES})
         if self._due(self.config.train.log_every_images):
-            counted = {"bad_samples": float(self.state.bad_samples), "truncated": float(self.state.truncated)}
+            counted = {"bad_samples": float(self.state.losses.total), "truncated": float(self.state.truncated)}
             rate = {"images_per_s": self.plan.global_batch / seconds}
             writer.add_scalars(means | rate | counted, self.state.cur_images)
         if self._due(self.config.ema.snapshot_every_images):
@@ -185,8 +194,10 @@ class Trainer:
         facts = {"configuration": digest, "data": self._data_digest, "autoencoder": self.task.autoencoder_hash}
         check_ranks(self.task.trained, batch, facts, self.state.cur_images)
 
-    def _reduce(self, metrics: dict[str, Tensor], stop: bool, counts: tuple[int, int]) -> tuple[dict[str, float], bool]:
-        """Metrics averaged over the ranks, and whether any was asked to stop; counts bad samples and what was cut.
+    def _reduce(
+        self, metrics: dict[str, Tensor], stop: bool, counts: tuple[int, int]
+    ) -> tuple[dict[str, float], bool, int]:
+        """Metrics averaged over the ranks, whether any was asked to stop, and how many samples were bad; counts cuts.
 
         One all-reduce for all of it.
         """
@@ -196,16 +207,8 @@ class Trainer:
         *means, stopping, bad, cut = collectives.mean_over_ranks(
             torch.stack(values).to(self.environment.device)
         ).tolist()
-        self.state.bad_samples += round(bad * self.environment.world_size)
         self.state.truncated += round(cut * self.environment.world_size)
-        return dict(zip(names, means, strict=True)), stopping > 0
-
-    def _name_bad_samples(self, batches: list[Batch]) -> int:
-        """Number of samples that this rank skipped to make the batches; each is named once in the log."""
-        records = [record for batch in batches for record in batch.bad]
-        for key, reason in records:
-            say_once(f"bad sample {key}", f"skipped sample {key}: {reason}; another takes its place")
-        return len(records)
+        return dict(zip(names, means, strict=True)), stopping > 0, round(bad * self.environment.world_size)
 
     def _due(self, every_images: int) -> bool:
         """Whether the last step crossed a multiple of `every_images`; 0 is never."""
@@ -306,6 +309,7 @@ class Trainer:
             start_image=self.state.cur_images,
             accept_latents=self.config.stage != "autoencoder",
             annotations=self.config.conditioning.annotations if self.config.stage == "diffusion" else frozenset(),
+            quarantined={int(number): begins for number, begins in self.state.losses.quarantined.items()},
         )
 
     def _finish(self) -> None:

@@ -26,7 +26,7 @@ from tqdm import tqdm
 from ldm_scale.data.indexing import index_shard, index_tar, write_json
 from ldm_scale.data.manifest import FORMAT, VERSION, read_manifest
 from ldm_scale.data.manifest import MANIFEST_NAME as MANIFEST_NAME
-from ldm_scale.data.order import uniforms
+from ldm_scale.data.permutation import uniforms
 from ldm_scale.data.shards import open_manifest
 from ldm_scale.data.sidecar import SUFFIX
 from ldm_scale.errors import DataError

@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from ldm_scale.data.annotations import MAP_EXTENSION, Box, read_objects
-from ldm_scale.data.order import digest
+from ldm_scale.data.permutation import digest
 from ldm_scale.data.policy import BadSample
 from ldm_scale.data.shards import IMAGE_EXTENSIONS
 from ldm_scale.data.sources import (

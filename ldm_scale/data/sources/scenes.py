@@ -13,7 +13,7 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from ldm_scale.data.order import uniforms
+from ldm_scale.data.permutation import uniforms
 
 Mask = NDArray[np.bool_]
 Colour = tuple[int, int, int]

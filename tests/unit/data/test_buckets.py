@@ -59,6 +59,6 @@ def test_boxes_and_maps_of_a_bucket_show_what_its_pictures_show(size: tuple[int,
         assert (nearest == found.labels).mean() > 0.93
         samples.append(found)
     assert seen > 20
-    batch = collate((samples, []), settings)
+    batch = collate(samples, [], settings)
     assert batch.maps is not None
     assert (batch.images.shape, batch.maps.shape) == ((30, 3, *size), (30, *size))

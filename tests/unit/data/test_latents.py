@@ -14,7 +14,7 @@ from ldm_scale.config.schema import DataConfig
 from ldm_scale.data import build_loader, open_manifest
 from ldm_scale.data.decode import DecodeSettings
 from ldm_scale.data.latents import LatentCache, LatentTransform, pack_moments, read_moments
-from ldm_scale.data.order import sample_at
+from ldm_scale.data.order import Order
 from ldm_scale.errors import ConfigError, DataError
 from tests.helpers.latents import array, encode, npy
 from tests.helpers.runs import tiny_artifact
@@ -134,7 +134,7 @@ def test_a_mixture_gives_each_sample_as_its_shard_holds_it(folder: Path) -> None
         rows = iter([] if batch.moments is None else batch.moments)
         for key, position, cached in zip(batch.keys, batch.image_numbers.tolist(), batch.cached, strict=True):
             if cached:
-                raw = dataset.read(sample_at(position, 20, 3))
+                raw = dataset.read(int(Order(20, 3, 5).locate(np.array([position])).samples[0]))
                 content = raw[f"latents.{cache.variant(settings, position // 20, key)}.npy"]
                 assert isinstance(content, bytes)
                 np.testing.assert_array_equal(next(rows).numpy(), array(content))
