@@ -1,0 +1,169 @@
+"""Names of shards: which are allowed, how patterns become names, and what of a name may be shown.
+
+A name is a path or a `file://`, `http(s)://`, `s3://` or `gs://` URL. Everything else is refused: a scheme that runs a
+command or unpacks archives (`pipe:`, fsspec's chains) would turn a manifest from a stranger into code. Nothing of the
+environment is put into a name, and no shell sees one.
+"""
+
+from __future__ import annotations
+
+import glob
+import os
+import re
+from collections import Counter
+from collections.abc import Callable, Sequence
+from itertools import islice
+
+from braceexpand import braceexpand
+
+from ldm_scale.errors import DataError
+
+SCHEMES = ("file", "http", "https", "s3", "gs")
+MAX_NAMES = 10_000_000  # of one pattern: a slip of the finger in a brace range must not fill the memory
+
+_SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*):")
+_RANGE = re.compile(r"\{(-?\d+)\.\.(-?\d+)(?:\.\.-?(\d+))?\}")
+_GLOB = re.compile(r"[*?\[]")
+_URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://[^\s'\"<>\\^`|]*")
+# Credentials that stand in a text without their URL; the value goes, the name stays.
+_SECRET = re.compile(
+    r"(?i)\b((?:x-(?:amz|goog)-[a-z-]+|awsaccesskeyid|googleaccessid|signature|sig|policy|key-pair-id"
+    r"|aws_(?:secret_access_key|session_token)|(?:access_|refresh_|id_)?token|password|secret)\s*[=:]\s*)[^\s&,;'\"<>)}]+"
+)
+_AUTHORIZATION = re.compile(r"(?i)\b(authorization['\"]?\s*[=:]\s*['\"]?|(?:basic|bearer)\s+)[^\r\n'\"<>]+")
+_Lister = Callable[[str], list[str]]
+
+
+def scheme_of(name: str) -> str:
+    """The scheme of a name in lower case; "" for a path.
+
+    Raises: DataError if it is none of `SCHEMES`.
+    """
+    match = _SCHEME.match(name)
+    if match is None:
+        return ""
+    scheme = match[1].lower()
+    if scheme not in SCHEMES or not name.startswith("//", match.end()):
+        raise DataError(
+            f"{scheme}:... cannot be read: shards are local paths or {', '.join(f'{s}://' for s in SCHEMES)} URLs, and "
+            f"commands are never run; copy the shards there, or write ./{scheme}:... for a file of that name"
+        )
+    return scheme
+
+
+def local_path(name: str) -> str | None:
+    """The path of a local name, `file://` or not; None for a remote one. Percent signs stand for themselves.
+
+    Raises: DataError if the scheme is not allowed, or a `file://` URL names another host.
+    """
+    scheme = scheme_of(name)
+    if scheme != "file":
+        return None if scheme else name
+    host, slash, path = name[len("file://") :].partition("/")
+    if host not in ("", "localhost") or not slash:
+        raise DataError(f"{public_name(name)}: a file URL is file:///path, with three slashes; this one has a host")
+    return slash + path
+
+
+def public_name(name: str) -> str:
+    """The name without user, password, query and fragment: what may stand in a log, an error or a file name."""
+    if "://" not in name:
+        return name
+    scheme, _, rest = name.partition("://")
+    if scheme.lower() == "file":
+        return name
+    # The query first: a signature may hold slashes and an at sign.
+    authority, slash, path = re.split(r"[?#]", rest, maxsplit=1)[0].partition("/")
+    return f"{scheme}://{authority.rpartition('@')[2]}{slash}{path}"
+
+
+def redact(text: str) -> str:
+    """The text with every URL in it made public, and without values of signatures, tokens and passwords."""
+    text = _URL.sub(lambda match: public_name(match[0]), text)
+    return _SECRET.sub(r"\1...", _AUTHORIZATION.sub(r"\1...", text))
+
+
+def expand_names(patterns: Sequence[str], list_remote: _Lister | None = None) -> list[str]:
+    """The names that patterns stand for: brace ranges, and globs of local, `s3://` and `gs://` names.
+
+    The order is that of the patterns, braces as bash expands them, globs sorted. `file://` names become paths. A local
+    path that exists is itself, whatever characters it has. `list_remote` gives the names that a remote glob matches.
+
+    Raises: DataError if a name is not allowed, a pattern matches nothing, or two names are the same.
+    """
+    names: list[str] = []
+    for pattern in patterns:
+        found = _expand_one(pattern, list_remote)
+        if not found:
+            raise DataError(f"{public_name(pattern)}: matches nothing; check the folder, the pattern and your rights")
+        names += found
+    if not names:
+        raise DataError("no shards are named; give at least one path, URL or pattern")
+    if len(set(names)) != len(names):
+        name, times = Counter(names).most_common(1)[0]
+        raise DataError(
+            f"{public_name(name)}: named {times} times; a shard counts once, so make the patterns not overlap"
+        )
+    return names
+
+
+def _expand_one(pattern: str, list_remote: _Lister | None) -> list[str]:
+    """The names of one pattern."""
+    if not pattern or not pattern.isprintable():
+        raise DataError(f"{redact(repr(pattern))}: not a name; a shard's name is printable text and not empty")
+    if _SCHEME.match(pattern) is None and os.path.exists(pattern):
+        return [os.path.normpath(pattern)]
+    escaped = "\\" in pattern
+    if "{" not in pattern and "}" not in pattern and not escaped:
+        expanded = [pattern]
+    else:
+        expanded = _expand_braces(pattern, escaped)
+    # All names share what stands before the first brace: one look at it does for a million of them.
+    common = re.split(r"[{\\]", pattern, maxsplit=1)[0]
+    is_alike = _SCHEME.match(common) is not None or ("/" in common and ":" not in pattern)
+    if is_alike and scheme_of(expanded[0]) in ("http", "https", "s3", "gs") and not _GLOB.search(pattern):
+        return expanded
+    names: list[str] = []
+    for name in expanded:
+        names += _expand_globs(name, list_remote, must_exist=len(expanded) == 1)
+    return names
+
+
+def _expand_braces(pattern: str, escaped: bool) -> list[str]:
+    # braceexpand makes a range's names before it gives the first of them.
+    expanded: list[str] = []
+    ranges = sum(abs(int(last) - int(first)) // max(1, int(step or 1)) for first, last, step in _RANGE.findall(pattern))
+    if ranges <= MAX_NAMES:
+        try:
+            expanded = list(islice(braceexpand(pattern, escape=escaped), MAX_NAMES + 1))
+        except ValueError:  # its UnbalancedBracesError
+            raise DataError(
+                f"{public_name(pattern)}: a brace has no partner; write {{0000..0099}}, or \\{{ for the character"
+            ) from None
+    if ranges > MAX_NAMES or len(expanded) > MAX_NAMES:
+        raise DataError(f"{public_name(pattern)}: more than {MAX_NAMES} names; check the brace ranges")
+    return expanded
+
+
+def _expand_globs(name: str, list_remote: _Lister | None, must_exist: bool) -> list[str]:
+    """What a name without braces stands for."""
+    path = local_path(name)
+    if path is not None:
+        if not _GLOB.search(path):
+            if must_exist and not os.path.exists(path):
+                return []
+            # Two spellings of a path are one file.
+            return [os.path.normpath(path) if "./" in path or "//" in path else path]
+        return sorted(os.path.normpath(found) for found in glob.glob(path, recursive=True))
+    if scheme_of(name) in ("http", "https"):
+        # A question mark begins the query there, and brackets hold an IPv6 address.
+        if "*" in re.split(r"[?#]", name, maxsplit=1)[0]:
+            raise DataError(
+                f"{public_name(name)}: a web server lists no files; name them by a range such as {{0000..0099}}"
+            )
+        return [name]
+    if not _GLOB.search(name):
+        return [name]
+    if list_remote is None:
+        raise DataError(f"{public_name(name)}: patterns of remote names are not expanded here; name the shards")
+    return sorted(list_remote(name))

@@ -1,0 +1,560 @@
+from __future__ import annotations
+
+import asyncio
+import itertools
+import os
+import pickle
+import subprocess
+import sys
+import textwrap
+import threading
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from ldm_scale.data import remote
+from ldm_scale.data.failures import describe
+from ldm_scale.data.storage import Storage, StorageError, StorageSettings, expand
+from ldm_scale.data.urls import public_name, redact
+from ldm_scale.errors import DataError
+from tests.helpers.fault_server import FAULTS, OK, Fault, FaultServer, fault
+
+CONTENT = np.random.default_rng(0).bytes(300_000)
+OTHER = CONTENT[::-1]
+QUICK = StorageSettings(
+    connect_s=1.0, stall_s=0.2, min_bytes_per_s=50_000, budget_s=1.2, max_retries=3, backoff_s=0.01, max_backoff_s=0.05
+)
+# Every read of CONTENT ends by then: the budget, and the time of its bytes at the lowest speed.
+BOUND_S = QUICK.budget_s + len(CONTENT) / QUICK.min_bytes_per_s + 1
+CANARIES = ("AKIACANARYKEYID", "canarysecret/aws", "canarysession", "canarysigned", "canarypassword", "canaryuser")
+PATH = "/bucket/x.tar"
+
+
+FILES = {PATH: CONTENT, "/bucket/empty": b""}
+
+
+@pytest.fixture(autouse=True)
+def no_proxy(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("http_proxy", "https_proxy", "all_proxy"):
+        monkeypatch.delenv(name, raising=False)
+        monkeypatch.delenv(name.upper(), raising=False)
+
+
+@pytest.fixture(scope="module")
+def one_server() -> Iterator[FaultServer]:
+    with FaultServer(FILES) as made:
+        yield made
+    remote.close_filesystems()
+
+
+@pytest.fixture
+def server(one_server: FaultServer) -> FaultServer:
+    one_server.reset(FILES)
+    return one_server
+
+
+@pytest.fixture(params=["http", "s3"])
+def url(request: pytest.FixtureRequest, server: FaultServer, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Where CONTENT lies: the same server is a web server, and an S3 endpoint as far as reading objects goes."""
+    if request.param == "http":
+        return server.url(PATH)
+    _aws(monkeypatch, f"http://{server.host}")
+    return "s3:/" + PATH
+
+
+@pytest.fixture
+def anew() -> Iterator[None]:
+    """Nothing; connections by the configuration of before and after are not this test's."""
+    remote.close_filesystems()
+    yield
+    remote.close_filesystems()
+
+
+def _aws(monkeypatch: pytest.MonkeyPatch, endpoint: str) -> None:
+    monkeypatch.setenv("AWS_ENDPOINT_URL_S3", endpoint)
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", CANARIES[0])
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", CANARIES[1])
+    monkeypatch.setenv("AWS_SESSION_TOKEN", CANARIES[2])
+    monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")
+    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+
+
+def _fault(kind: str, after: int = 50_000) -> Fault:
+    content = {"changed": OTHER, "redirect": b"/bucket/nowhere"}.get(kind, b"")
+    return fault(kind, after=after, content=content, seconds=0.05 if kind == "drip" else 30)
+
+
+# Names
+
+
+@pytest.mark.parametrize(
+    ("pattern", "expected"),
+    [
+        ("s3://b/x-{08..10}.tar", ["s3://b/x-08.tar", "s3://b/x-09.tar", "s3://b/x-10.tar"]),
+        ("gs://{a,b}/{0..1}.tar", ["gs://a/0.tar", "gs://a/1.tar", "gs://b/0.tar", "gs://b/1.tar"]),
+        ("https://u:p@h/{0..1}.tar?sig=a*b", ["https://u:p@h/0.tar?sig=a*b", "https://u:p@h/1.tar?sig=a*b"]),
+        ("http://[::1]:80/x.tar", ["http://[::1]:80/x.tar"]),
+        ("file:///d/{0..1}.tar", ["/d/0.tar", "/d/1.tar"]),
+        ("./d//{0..1}.tar", ["d/0.tar", "d/1.tar"]),
+        (r"s3://b/\{0\}.tar", ["s3://b/{0}.tar"]),
+        ("{s3://a/x,/y/z}.tar", ["s3://a/x.tar", "/y/z.tar"]),
+    ],
+)
+def test_braces_expand_as_in_bash(pattern: str, expected: list[str]) -> None:
+    assert expand([pattern]) == expected
+
+
+def test_patterns_keep_their_order_and_globs_are_sorted(tmp_path: Path) -> None:
+    for name in ("c.tar", "a.tar", "b.tar", "deep/d.tar", "$HOME.tar", "x[1].tar"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    names = expand([f"{tmp_path}/c.tar", f"file://{tmp_path}/[ab].tar", f"{tmp_path}/deep/**/*.tar"])
+    assert names == [str(tmp_path / name) for name in ("c.tar", "a.tar", "b.tar", "deep/d.tar")]
+    # What exists is itself; nothing of the environment enters a name.
+    assert expand([f"{tmp_path}/x[1].tar", f"{tmp_path}/$HOME.tar"])[1] == str(tmp_path / "$HOME.tar")
+
+
+@pytest.mark.parametrize(
+    ("patterns", "rule"),
+    [
+        (["pipe:cat /etc/passwd"], "commands are never run"),
+        (["{pipe:touch x,a}.tar"], "commands are never run"),
+        (["{p,}ipe:touch x"], "commands are never run"),
+        (["PIPE://touch x"], "commands are never run"),
+        (["zip://*.tar::http://h/x.zip"], "commands are never run"),
+        (["simplecache::s3://b/x.tar"], "commands are never run"),
+        (["ftp://h/x.tar"], "commands are never run"),
+        (["s3:b/x.tar"], "commands are never run"),
+        (["file://host/x.tar"], "three slashes"),
+        (["/nowhere/x.tar"], "matches nothing"),
+        (["/nowhere/*.tar"], "matches nothing"),
+        (["$HOME/*"], "matches nothing"),
+        (["~/*"], "matches nothing"),
+        (["http://h/*.tar"], "lists no files"),
+        (["/d/{0..2}.tar", "/d/{2..4}.tar"], "named 2 times"),
+        (["/d/{0..2}.tar", "/d/./{2..4}.tar"], "named 2 times"),
+        (["/d/{0..2.tar"], "no partner"),
+        (["/d/{0..99999999999}.tar"], "more than"),
+        (["a\0b"], "printable"),
+        ([""], "printable"),
+        ([], "no shards are named"),
+    ],
+)
+def test_what_is_no_shard_is_refused(patterns: list[str], rule: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("ldm_scale.data.urls.MAX_NAMES", 1000)
+    with pytest.raises(DataError, match=rule):
+        expand(patterns)
+
+
+def test_a_million_names_take_a_second_or_two() -> None:
+    began = time.process_time()
+    names = expand(["s3://bucket/laion/{0000000..0999999}.tar"])
+    assert time.process_time() - began < 3
+    assert (len(names), names[-1]) == (1_000_000, "s3://bucket/laion/0999999.tar")
+
+
+# Web servers, and S3 as far as it is HTTP
+
+
+@pytest.mark.parametrize("kind", [kind for kind in FAULTS if kind not in ("corrupt", "changed", "gzip", "no_length")])
+def test_a_passing_fault_changes_nothing(server: FaultServer, url: str, kind: str) -> None:
+    there = fault("redirect", content=server.url(PATH).encode())
+    server.plan(PATH, *[there if kind == "redirect" else _fault(kind)] * 2)
+    if url.startswith("s3") and kind in ("ignore_range", "chunked", "redirect", "html"):
+        return  # no S3 API does so; as a lasting fault it is an error below
+    assert Storage(QUICK).read(url, 5_000, 290_000) == CONTENT[5_000:290_000]
+
+
+@pytest.mark.parametrize("kind", FAULTS)
+def test_a_lasting_fault_ends_in_the_bytes_or_an_error(server: FaultServer, url: str, kind: str) -> None:
+    server.always(PATH, _fault(kind))
+    through = ["reset", "close", "stall", "less"] + (
+        ["ignore_range", "chunked"] if url.startswith("http") else ["gzip"]
+    )
+    began = time.monotonic()
+    if kind in ("corrupt", "changed"):  # nothing but a checksum can tell on a first read
+        with pytest.raises(StorageError, match="3 times in a row"):
+            Storage(QUICK).read(url, 5_000, 290_000, accept=lambda data: data == CONTENT[5_000:290_000])
+    elif kind in through:  # each answer brings a part or all; S3 never compresses what it sends
+        assert Storage(QUICK).read(url, 5_000, 290_000) == CONTENT[5_000:290_000]
+    else:
+        with pytest.raises(StorageError) as caught:
+            Storage(QUICK).read(url, 5_000, 290_000)
+        assert caught.value.url == url
+        assert caught.value.num_tries >= 1
+    assert time.monotonic() - began < BOUND_S
+
+
+@pytest.mark.parametrize("kind", ["reset", "close", "stall"])
+def test_a_read_goes_on_at_the_byte_where_it_broke(server: FaultServer, url: str, kind: str) -> None:
+    server.plan(PATH, _fault(kind, after=40_000), _fault(kind, after=1))
+    assert Storage(QUICK).read(url, 5_000, 290_000) == CONTENT[5_000:290_000]
+    assert server.count(PATH).ranges == ["bytes=5000-289999", "bytes=45000-289999", "bytes=45001-289999"]
+
+
+@pytest.mark.parametrize("kind", ["ok", "reset", "close", "less", "ignore_range", "chunked"])
+@pytest.mark.parametrize("start", [0, 7_777])
+def test_a_stream_has_every_byte_once(server: FaultServer, kind: str, start: int) -> None:
+    server.plan(PATH, *[_fault(kind) if kind != "ok" else OK] * 2)
+    assert b"".join(Storage(QUICK).stream(server.url(PATH), start)) == CONTENT[start:]
+
+
+def test_a_slow_reader_is_not_a_slow_server(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("ldm_scale.data.reading._CHUNK", 1 << 20)
+    content = CONTENT * 20
+    settings = StorageSettings(stall_s=0.2, min_bytes_per_s=10_000_000, budget_s=0.6, max_retries=1, backoff_s=0.01)
+    with FaultServer({PATH: content}) as server:
+        received = bytearray()
+        for chunk in Storage(settings).stream(server.url(PATH)):
+            received += chunk
+            time.sleep(0.25)
+    assert received == content
+
+
+def test_what_the_server_asks_for_is_waited_for_within_the_budget(server: FaultServer) -> None:
+    url = server.url(PATH)
+    server.plan(PATH, fault("status", status=429, retry_after="1"), fault("status", status=503))
+    assert Storage(QUICK).read(url, 0, 10) == CONTENT[:10]
+    times = server.count(PATH).times
+    assert 1.0 <= times[1] - times[0] < 1.5
+    assert times[2] - times[1] < 0.5
+
+    server.plan(PATH, fault("status", status=503, retry_after="60"))
+    began = time.monotonic()
+    with pytest.raises(StorageError, match="asks to wait 60 s"):
+        Storage(QUICK).read(url, 0, 10)
+    assert time.monotonic() - began < 0.5
+
+
+@pytest.mark.parametrize(
+    ("status", "words"),
+    [(404, "no such object"), (403, "access is refused"), (401, "credentials"), (400, "status 400")],
+)
+def test_what_no_retry_helps_is_tried_once(server: FaultServer, url: str, status: int, words: str) -> None:
+    server.always(PATH, fault("status", status=status))
+    with pytest.raises(StorageError, match=words):
+        Storage(QUICK).read(url, 0, 10)
+    assert server.count(PATH).requests == 1
+
+
+def test_bytes_of_two_versions_are_never_mixed(server: FaultServer, url: str) -> None:
+    storage = Storage(QUICK)
+    # Within a read, by its tag alone: the size is the same.
+    server.plan(PATH, _fault("reset"), fault("changed", content=OTHER))
+    with pytest.raises(StorageError, match=r"it has changed while it was in use \(etag"):
+        storage.read(url, 0, len(CONTENT))
+    # And between two reads.
+    assert storage.read(url, 0, 10) == CONTENT[:10]
+    server.files[PATH] = OTHER
+    with pytest.raises(StorageError, match="it has changed"):
+        storage.read(url, 10, 20)
+    assert Storage(QUICK).read(url, 10, 20) == OTHER[10:20]
+
+
+def test_a_size_tells_versions_apart_where_there_is_no_tag() -> None:
+    with FaultServer({PATH: CONTENT}, validators=False) as server:
+        storage = Storage(QUICK)
+        assert storage.read(server.url(PATH), 0, 10) == CONTENT[:10]
+        server.files[PATH] = OTHER[:-1]
+        with pytest.raises(StorageError, match="size 300000 became 299999"):
+            storage.read(server.url(PATH), 0, 10)
+
+
+def test_a_failed_first_answer_does_not_decide_what_the_object_is(server: FaultServer) -> None:
+    storage = Storage(QUICK)
+    server.plan(PATH, fault("changed", content=OTHER[:100]))
+    with pytest.raises(StorageError, match="it has 100 bytes, but bytes up to 290000"):
+        storage.read(server.url(PATH), 0, 290_000)
+    assert storage.read(server.url(PATH), 0, 290_000) == CONTENT[:290_000]
+
+
+def test_bytes_that_the_reader_refuses_are_fetched_anew(server: FaultServer, url: str) -> None:
+    server.plan(PATH, _fault("corrupt"), _fault("corrupt"))
+    right = CONTENT[5_000:290_000]
+    assert Storage(QUICK).read(url, 5_000, 290_000, accept=lambda data: data == right) == right
+    assert server.count(PATH).requests == 3
+
+
+def test_sizes_and_ends(server: FaultServer, url: str) -> None:
+    storage = Storage(QUICK)
+    empty = url.replace("x.tar", "empty")
+    assert (storage.size(url), storage.size(empty)) == (300_000, 0)
+    assert storage.read(url, 300_000, 300_000) == b""
+    assert storage.read_all(url) == CONTENT
+    with pytest.raises(StorageError, match="300000 bytes"):
+        storage.read(url, 299_990, 300_001)
+    with pytest.raises(StorageError, match="300000 bytes"):
+        storage.read(url, 400_000, 400_001)
+    with pytest.raises(StorageError, match="larger than the 1000"):
+        storage.read_all(url, max_bytes=1000)
+    assert storage.read_all(empty) == b""
+
+
+@pytest.mark.parametrize("scheme", ["http", "s3"])
+@pytest.mark.usefixtures("anew")
+def test_a_server_that_nobody_runs(scheme: str, monkeypatch: pytest.MonkeyPatch, capfd: Any) -> None:
+    _aws(monkeypatch, "http://127.0.0.1:9")
+    url = "http://user:canarypassword@127.0.0.1:9/bucket/x" if scheme == "http" else "s3://bucket/x"
+    with pytest.raises(StorageError, match="tried 4 times") as caught:
+        Storage(QUICK).read(url, 0, 10)
+    assert not [secret for secret in CANARIES if secret in f"{caught.value!r} {capfd.readouterr()}"]
+
+
+# Threads and forks
+
+
+def test_threads_share_a_storage(server: FaultServer, url: str) -> None:
+    storage = Storage(replace(QUICK, budget_s=8.0))
+    server.plan(
+        PATH, *[_fault(kind) for kind in ("reset", "status", "close", "less", "stall", "refuse", "wrong_range")]
+    )
+    starts = range(0, 280_000, 10_000)
+    with ThreadPoolExecutor(8) as pool:
+        parts = list(pool.map(lambda start: storage.read(url, start, start + 20_000), starts))
+    assert parts == [CONTENT[start : start + 20_000] for start in starts]
+
+
+def test_a_fork_reads_while_its_parent_does(server: FaultServer, url: str) -> None:
+    storage = Storage(StorageSettings(budget_s=5, stall_s=3))
+    assert storage.read(url, 0, 10) == CONTENT[:10]
+    half_read = storage.stream(url, 3)
+    assert len(next(half_read)) > 0
+    stop = threading.Event()
+    failed: list[object] = []
+
+    def read_on() -> None:
+        for start in itertools.cycle(range(0, 200_000, 7_001)):
+            if stop.is_set():
+                return
+            if storage.read(url, start, start + 1_000) != CONTENT[start : start + 1_000]:
+                failed.append(start)
+
+    thread = threading.Thread(target=read_on)
+    thread.start()
+    children = []
+    for number in range(4):
+        child = os.fork()
+        if child == 0:
+            code = 1
+            try:
+                half_read.close()
+                for start in range(number, 100_000, 9_001):
+                    assert storage.read(url, start, start + 5_000) == CONTENT[start : start + 5_000]
+                code = 0
+            finally:
+                os._exit(code)
+        children.append(child)
+    assert [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children] == [0] * 4
+    stop.set()
+    thread.join(10)
+    # A connection of the parent that a child had touched would be silent now, until its stall ends it.
+    began = time.monotonic()
+    assert storage.read(url, 0, 100_000) == CONTENT[:100_000]
+    assert time.monotonic() - began < 1.5
+    assert failed == []
+    half_read.close()
+
+
+# Secrets
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("GET https://me:pw@h:1/a/b.tar?X-Amz-Signature=abc&x=1#f failed", "GET https://h:1/a/b.tar failed"),
+        ("url='s3://key:se/cret@b/x' twice http://h/?t=1", "url='s3://key:se/cret@b/x' twice http://h/"),
+        ("no host: /a?sig=abc&token=zz, X-Goog-Signature=1f", "no host: /a?sig=...&token=..., X-Goog-Signature=..."),
+        ("{'Authorization': 'Bearer abc.def'}", "{'Authorization': '...'}"),
+        ("aws_secret_access_key = abc/d", "aws_secret_access_key = ..."),
+        ("nothing to hide in /data/x-{0..9}.tar: 12", "nothing to hide in /data/x-{0..9}.tar: 12"),
+    ],
+)
+def test_secrets_are_taken_out_of_texts(text: str, expected: str) -> None:
+    assert redact(text) == expected
+
+
+def test_public_names() -> None:
+    assert public_name("https://u:p@h/x?a/b@c#d@e") == "https://h/x"
+    assert public_name("https://u:p%40@h") == "https://h"
+    assert public_name("/data/a?b#c@d") == "/data/a?b#c@d"
+
+
+@pytest.mark.parametrize("kind", FAULTS)
+def test_no_secret_shows_in_errors_or_the_log(
+    server: FaultServer, url: str, kind: str, capfd: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    if url.startswith("http"):
+        host = f"{CANARIES[5]}:{CANARIES[4]}@{server.host}"
+        url = f"http://{host}{PATH}?X-Amz-Signature={CANARIES[3]}&sig={CANARIES[3]}"
+    server.always(PATH, _fault(kind, after=0))
+    with pytest.raises(StorageError) as caught:
+        Storage(QUICK).read(url, 0, 10, accept=lambda _: False)
+    error = caught.value
+    shown = [str(error), repr(error), "".join(traceback.format_exception(error)), repr(vars(error))]
+    assert error.__cause__ is None
+    assert error.__context__ is None
+    copied = pickle.loads(pickle.dumps(error))
+    assert (str(copied), copied.url) == (str(error), error.url)
+    # torch's loader makes an error of a worker again from its text alone.
+    assert str(type(error)("text")) == "text"
+    shown += [*capfd.readouterr(), caplog.text]
+    assert not [secret for secret in CANARIES for text in shown if secret in text]
+
+
+@pytest.mark.parametrize("error", [ValueError, OSError, asyncio.TimeoutError, KeyError])
+def test_errors_of_libraries_are_put_into_other_words(error: type[Exception]) -> None:
+    reason = describe(error(f"https://a:{CANARIES[4]}@h/x?sig={CANARIES[3]}"), 1.0).reason
+    assert not [secret for secret in CANARIES if secret in reason]
+
+
+# Configuration, S3, the rest
+
+
+def test_the_configuration_of_fsspec_and_netrc_count(server: FaultServer, tmp_path: Path) -> None:
+    netrc = tmp_path / "netrc"
+    netrc.write_text("machine 127.0.0.1 login me password pw\n")
+    script = f"""
+        from ldm_scale.data.storage import Storage
+        print(len(Storage().read({server.url(PATH)!r}, 0, 1000)))
+    """
+    environment = os.environ | {
+        "FSSPEC_HTTP": '{"headers": {"X-Request": "request"}, "client_kwargs": {"headers": {"X-Session": "session"}}}',
+        "NETRC": str(netrc),
+    }
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(script)], env=environment, capture_output=True, text=True, check=True
+    )
+    assert (done.stdout, done.stderr) == ("1000\n", "")
+    headers = server.count(PATH).headers[0]
+    assert (headers["X-Request"], headers["X-Session"]) == ("request", "session")
+    assert headers["Authorization"] == "Basic bWU6cHc="
+    assert headers["Accept-Encoding"] == "identity"
+
+
+@pytest.fixture
+def bucket(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str, bytes], None]]:
+    """Puts an object into s3://bucket of a real S3 API."""
+    pytest.importorskip("s3fs", reason="the extra s3 is not installed")
+    botocore = pytest.importorskip("botocore.session", reason="the extra s3 is not installed")
+    moto = pytest.importorskip("moto.server", reason="moto's server is not installed")
+    api = moto.ThreadedMotoServer("127.0.0.1", 0, verbose=False)
+    api.start()
+    host, port = api.get_host_and_port()
+    _aws(monkeypatch, f"http://{host}:{port}")
+    client = botocore.get_session().create_client("s3")
+    client.create_bucket(Bucket="bucket")
+    yield lambda key, content: client.put_object(Bucket="bucket", Key=key, Body=content)
+    api.stop()
+
+
+@pytest.mark.usefixtures("anew")
+def test_a_real_s3_api(bucket: Callable[[str, bytes], None]) -> None:
+    for key in ("d/b.tar", "d/a.tar", "d/deep/c.tar", "d/x.json"):
+        bucket(key, CONTENT)
+    bucket("empty", b"")
+    names = expand(["s3://bucket/d/*.tar"])
+    assert names == ["s3://bucket/d/a.tar", "s3://bucket/d/b.tar"]
+    assert expand(["s3://bucket/d/**/*.tar"]) == [*names, "s3://bucket/d/deep/c.tar"]
+    with pytest.raises(DataError, match="matches nothing"):
+        expand(["s3://bucket/e/*.tar"])
+    storage = Storage(QUICK)
+    assert storage.read(names[0], 5_000, 290_000) == CONTENT[5_000:290_000]
+    assert b"".join(storage.stream(names[0], 7)) == CONTENT[7:]
+    assert (storage.size(names[1]), storage.size("s3://bucket/empty")) == (len(CONTENT), 0)
+    with pytest.raises(StorageError, match="no such object"):
+        storage.read("s3://bucket/none", 0, 1)
+    with pytest.raises(StorageError, match="no such object"):
+        storage.read("s3://no-bucket/none", 0, 1)
+    bucket("d/a.tar", OTHER)
+    with pytest.raises(StorageError, match="has changed"):
+        storage.read(names[0], 0, 10)
+    bucket("d/new.tar", b"")
+    assert len(expand(["s3://bucket/d/*.tar"])) == 3
+
+
+@pytest.mark.usefixtures("anew")
+def test_missing_credentials_are_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, server: FaultServer) -> None:
+    _aws(monkeypatch, f"http://{server.host}")
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN"):
+        monkeypatch.delenv(name)
+    for name in ("AWS_CONFIG_FILE", "AWS_SHARED_CREDENTIALS_FILE"):
+        monkeypatch.setenv(name, str(tmp_path / "none"))
+    with pytest.raises(StorageError, match="NoCredentialsError: Unable to locate credentials"):
+        Storage(QUICK).read("s3:/" + PATH, 0, 10)
+
+
+@pytest.mark.usefixtures("anew")
+def test_a_missing_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    def missing(scheme: str) -> Any:
+        raise ImportError(f"Install {scheme} to access it")
+
+    monkeypatch.setattr("fsspec.get_filesystem_class", missing)
+    with pytest.raises(StorageError, match="pip install gcsfs"):
+        Storage(QUICK).read("gs://bucket/x", 0, 10)
+    with pytest.raises(StorageError, match="pip install s3fs"):
+        expand(["s3://bucket/*"])
+
+
+class _Object:
+    """What is used of gcsfs: sizes, generations and ranges, in coroutines; the object may change while it is read."""
+
+    def __init__(self, content: bytes, num_changes: int = 0) -> None:
+        self.content, self.generation, self.num_changes = content, 1, num_changes
+
+    def invalidate_cache(self) -> None:
+        pass
+
+    async def _info(self, path: str) -> dict[str, Any]:
+        return {"size": len(self.content), "generation": str(self.generation)}
+
+    async def _cat_file(self, path: str, start: int, end: int) -> bytes:
+        data = self.content[start:end]
+        if self.num_changes:
+            self.content, self.generation, self.num_changes = OTHER, self.generation + 1, self.num_changes - 1
+        return data
+
+
+def test_google_cloud_reads_ranges_of_one_generation(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(remote, "filesystem", lambda scheme: made)
+    made, storage = _Object(CONTENT), Storage(QUICK)
+    assert storage.read("gs://b/x", 5, 200_000) == CONTENT[5:200_000]
+    assert storage.read_all("gs://b/x") == CONTENT
+    with pytest.raises(StorageError, match="300000 bytes"):
+        storage.read("gs://b/x", 0, 300_001)
+    made.num_changes = 1
+    with pytest.raises(StorageError, match="changed"):
+        storage.read("gs://b/x", 5, 10)
+    # Not known before: the new one is read, all of it.
+    made = _Object(CONTENT, num_changes=1)
+    assert Storage(QUICK).read("gs://b/x", 5, 200_000) == OTHER[5:200_000]
+    made = _Object(CONTENT, num_changes=99)
+    with pytest.raises(StorageError, match="changed"):
+        Storage(QUICK).read("gs://b/x", 5, 10)
+
+
+def test_local_files(tmp_path: Path) -> None:
+    path = tmp_path / "x.tar"
+    path.write_bytes(CONTENT)
+    storage = Storage(QUICK)
+    for name in (str(path), f"file://{path}"):
+        assert storage.size(name) == len(CONTENT)
+        assert storage.read(name, 5, 200_000) == CONTENT[5:200_000]
+        assert storage.read_all(name) == CONTENT
+        assert b"".join(storage.stream(name, 299_999)) == CONTENT[-1:]
+    with pytest.raises(StorageError, match="ends at byte 300000"):
+        storage.read(str(path), 5, 300_001)
+    with pytest.raises(StorageError, match="No such file"):
+        storage.read(str(tmp_path / "none"), 0, 1)
+    os.mkfifo(tmp_path / "pipe")
+    for name in ("pipe", "."):
+        with pytest.raises(StorageError, match="not a file"):
+            storage.read(str(tmp_path / name), 0, 1)
+    with pytest.raises(DataError, match="commands are never run"):
+        storage.read("pipe:cat x", 0, 1)
