@@ -39,8 +39,6 @@ def of_status(status: int, retry_after: str | None = None) -> Failure:
         return Failure(f"there is no such object ({status}); check the name", True)
     if status in (401, 403):
         return Failure(f"access is refused ({status}); check the credentials, or renew the signed URL", True)
-    if status == 412:
-        return Failure("it has changed since it was first read (412)", True)
     if status not in _PASSING_STATUS:
         return Failure(f"the server answers with status {status}", True)
     return Failure(f"the server answers with status {status}", False, _seconds(retry_after))

@@ -235,7 +235,7 @@ async def open_range(url: str, start: int, stop: int, seen: Version | None, conn
         if scheme in ("http", "https"):
             return await _open_http(filesystem(scheme), url, start, stop, connect_s)
         if scheme == "s3":
-            return await _open_s3(filesystem(scheme), url, start, stop, seen)
+            return await _open_s3(filesystem(scheme), url, start, stop)
     return await _open_whole(filesystem(scheme), url, start, stop, seen, connect_s + stall_s)
 
 
@@ -300,11 +300,10 @@ def _http_body(response: aiohttp.ClientResponse, start: int, stop: int) -> Body:
     return _HttpBody(Version(length, etag, modified), None if end is None else max(0, end - start), start, response)
 
 
-async def _open_s3(fs: Any, url: str, start: int, stop: int, seen: Version | None) -> Body:
+async def _open_s3(fs: Any, url: str, start: int, stop: int) -> Body:
     bucket, key, _ = fs.split_path(url)
-    pinned = {"IfMatch": seen.etag} if seen is not None and seen.etag is not None else {}
     try:
-        answer = await fs._call_s3("get_object", Bucket=bucket, Key=key, Range=_range(start, stop), **pinned)
+        answer = await fs._call_s3("get_object", Bucket=bucket, Key=key, Range=_range(start, stop))
     except OSError as error:
         if status_of(error) != 416:
             raise

@@ -159,6 +159,7 @@ def _handler_of(server: FaultServer) -> type[BaseHTTPRequestHandler]:
 class _Handler(BaseHTTPRequestHandler):
     owner: FaultServer
     protocol_version = "HTTP/1.1"
+    disable_nagle_algorithm = True  # or each answer takes the 40 ms of a delayed acknowledgement
     timeout = 60
 
     def log_message(self, format: str, *args: object) -> None:
