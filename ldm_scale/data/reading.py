@@ -138,6 +138,7 @@ class Reading:
             while not self._is_done():
                 if self._failure is not None:
                     self._patience.failed(self._failure)
+                    self._failure = None
                 self._failure = self._try()
                 if self._buffer:
                     chunk = bytes(self._buffer)
@@ -176,6 +177,8 @@ class Reading:
             self._close()
         if not more and failure is None and self.seen is not None and self.seen.size is None and self._stop is None:
             self.seen = replace(self.seen, size=self._position + len(self._buffer))  # a body that told no length
+        if not more and failure is None and not self._buffer and not self._is_done():
+            failure = Failure("the answer ended before the bytes that were asked for")
         return failure
 
     def _check(self, version: Version) -> None:

@@ -32,6 +32,7 @@ T = TypeVar("T")
 _PACKAGES = {"s3": "s3fs", "gs": "gcsfs"}
 _CONTENT_RANGE = re.compile(r"bytes (?:(\d+)-(\d+)|\*)/(\d+|\*)")
 _AT_ONCE = 1 << 18  # bytes asked of a stream at a time
+_PIECE = 1 << 23  # bytes that are lost, at most, where a range comes in one go
 
 _filesystems: dict[str, Any] = {}  # of this process, by scheme
 _left_behind: list[Any] = []  # those of the parents: kept, so that nothing ever closes them
@@ -329,7 +330,7 @@ async def _open_whole(fs: Any, url: str, start: int, stop: int, seen: Version | 
 
     before = seen or await version()
     assert before.size is not None
-    stop = min(before.size, start + (1 << 23) if stop < 0 else stop)
+    stop = min(before.size, start + _PIECE, before.size if stop < 0 else stop)
     if start >= stop:
         return _Bytes(before)
     data = await asyncio.wait_for(fs._cat_file(url, start=start, end=stop), timeout_s)

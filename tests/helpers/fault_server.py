@@ -46,7 +46,7 @@ FAULTS = (
     "corrupt",  # a byte is another one
     "status",
     "ignore_range",  # 200 and all of it
-    "chunked",  # 200 and all of it, without a length
+    "chunked",  # 200 and all of it (or `content`), without a length
     "no_length",  # 200 and all of it, ended by closing, as HTTP/1.0 does
     "wrong_range",  # another Content-Range than was asked for
     "less",  # a good answer with fewer bytes than were asked for
@@ -186,7 +186,8 @@ class _Handler(BaseHTTPRequestHandler):
             self.close_connection = True
 
     def _answer(self, path: str, what: Fault, counts: Counts) -> None:
-        content = what.content if what.kind == "changed" else self.owner.files.get(path)
+        is_other = what.kind == "changed" or (what.kind == "chunked" and what.content)
+        content = what.content if is_other else self.owner.files.get(path)
         if what.kind == "refuse":
             return
         if what.kind == "redirect":

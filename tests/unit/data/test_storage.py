@@ -4,6 +4,7 @@ import asyncio
 import itertools
 import os
 import pickle
+import random
 import subprocess
 import sys
 import textwrap
@@ -13,6 +14,7 @@ import traceback
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from email.utils import formatdate
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +22,8 @@ import numpy as np
 import pytest
 
 from ldm_scale.data import remote
-from ldm_scale.data.failures import describe
+from ldm_scale.data.cache import RangeCache
+from ldm_scale.data.failures import describe, of_status
 from ldm_scale.data.storage import Storage, StorageError, StorageSettings, expand
 from ldm_scale.data.urls import public_name, redact
 from ldm_scale.errors import DataError
@@ -233,6 +236,15 @@ def test_what_the_server_asks_for_is_waited_for_within_the_budget(server: FaultS
     assert time.monotonic() - began < 0.5
 
 
+def test_retry_after_is_seconds_or_a_date() -> None:
+    assert of_status(503, "7").retry_after_s == 7
+    assert of_status(503, "Wed, 21 Oct 2015 07:28:00 GMT").retry_after_s == 0
+    assert of_status(503, "soon").retry_after_s is None
+    in_a_minute = of_status(429, formatdate(time.time() + 60, usegmt=True)).retry_after_s
+    assert in_a_minute is not None
+    assert 50 < in_a_minute <= 60
+
+
 @pytest.mark.parametrize(
     ("status", "words"),
     [(404, "no such object"), (403, "access is refused"), (401, "credentials"), (400, "status 400")],
@@ -265,6 +277,16 @@ def test_a_size_tells_versions_apart_where_there_is_no_tag() -> None:
         server.files[PATH] = OTHER[:-1]
         with pytest.raises(StorageError, match="size 300000 became 299999"):
             storage.read(server.url(PATH), 0, 10)
+
+
+def test_an_answer_without_a_length_that_is_too_short_is_no_end(server: FaultServer) -> None:
+    storage = Storage(QUICK)
+    assert storage.size(server.url(PATH)) == len(CONTENT)
+    etag = server.etag(CONTENT)
+    server.always(PATH, fault("chunked", content=CONTENT[:1000], etag=etag))
+    with pytest.raises(StorageError, match="ended before the bytes"):
+        storage.read_all(server.url(PATH))
+    assert server.count(PATH).requests < 10
 
 
 def test_a_failed_first_answer_does_not_decide_what_the_object_is(server: FaultServer) -> None:
@@ -305,6 +327,25 @@ def test_a_server_that_nobody_runs(scheme: str, monkeypatch: pytest.MonkeyPatch,
     with pytest.raises(StorageError, match="tried 4 times") as caught:
         Storage(QUICK).read(url, 0, 10)
     assert not [secret for secret in CANARIES if secret in f"{caught.value!r} {capfd.readouterr()}"]
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_any_row_of_faults_ends_in_the_bytes_or_an_error(server: FaultServer, tmp_path: Path, seed: int) -> None:
+    rng = random.Random(seed)
+    cache = RangeCache(tmp_path, 20 * 30_100, 30_000) if seed % 2 else None
+    storage, num_read = Storage(QUICK, cache), 0
+    storage.version(server.url(PATH))  # who has not seen an object before cannot know that it is another one
+    kinds = [kind for kind in FAULTS if kind not in ("corrupt", "drip")]
+    for _ in range(10):
+        server.plan(PATH, *[_fault(rng.choice(kinds), after=rng.randrange(80_000)) for _ in range(rng.randrange(4))])
+        start, stop = sorted(rng.choices(range(len(CONTENT) + 1), k=2))
+        try:
+            data = storage.read(server.url(PATH), start, stop)
+        except StorageError:
+            continue
+        assert data == CONTENT[start:stop]
+        num_read += 1
+    assert num_read > 3
 
 
 # Threads and forks
@@ -396,7 +437,7 @@ def test_no_secret_shows_in_errors_or_the_log(
         url = f"http://{host}{PATH}?X-Amz-Signature={CANARIES[3]}&sig={CANARIES[3]}"
     server.always(PATH, _fault(kind, after=0))
     with pytest.raises(StorageError) as caught:
-        Storage(QUICK).read(url, 0, 10, accept=lambda _: False)
+        Storage(replace(QUICK, budget_s=0.6, stall_s=0.1)).read(url, 0, 10, accept=lambda _: False)
     error = caught.value
     shown = [str(error), repr(error), "".join(traceback.format_exception(error)), repr(vars(error))]
     assert error.__cause__ is None
@@ -516,6 +557,7 @@ class _Object:
         return {"size": len(self.content), "generation": str(self.generation)}
 
     async def _cat_file(self, path: str, start: int, end: int) -> bytes:
+        assert end - start <= 70_000
         data = self.content[start:end]
         if self.num_changes:
             self.content, self.generation, self.num_changes = OTHER, self.generation + 1, self.num_changes - 1
@@ -524,6 +566,7 @@ class _Object:
 
 def test_google_cloud_reads_ranges_of_one_generation(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(remote, "filesystem", lambda scheme: made)
+    monkeypatch.setattr(remote, "_PIECE", 70_000)
     made, storage = _Object(CONTENT), Storage(QUICK)
     assert storage.read("gs://b/x", 5, 200_000) == CONTENT[5:200_000]
     assert storage.read_all("gs://b/x") == CONTENT
@@ -534,7 +577,7 @@ def test_google_cloud_reads_ranges_of_one_generation(monkeypatch: pytest.MonkeyP
         storage.read("gs://b/x", 5, 10)
     # Not known before: the new one is read, all of it.
     made = _Object(CONTENT, num_changes=1)
-    assert Storage(QUICK).read("gs://b/x", 5, 200_000) == OTHER[5:200_000]
+    assert Storage(QUICK).read("gs://b/x", 5, 200_000) == OTHER[5:200_000]  # from the second try on
     made = _Object(CONTENT, num_changes=99)
     with pytest.raises(StorageError, match="changed"):
         Storage(QUICK).read("gs://b/x", 5, 10)
