@@ -56,6 +56,11 @@ def _parser() -> argparse.ArgumentParser:
     written.add_argument("--resolution", type=_resolution, required=True, help="pixels along each side")
     written.add_argument("--out", type=Path, required=True, help="folder to make; reused if it answers this request")
     written.add_argument("--samples-per-shard", type=_positive, default=256, help="default 256")
+    written.add_argument("--workers", type=_positive, help="processes that make shards (one per processor)")
+    licensed = argparse.ArgumentParser(add_help=False)
+    licensed.add_argument(
+        "--license", metavar="TEXT", help="licence of the pictures, for the manifest: SPDX's or words"
+    )
     rendered = argparse.ArgumentParser(add_help=False, parents=[written])
     rendered.add_argument(
         "--heldout-percent", type=_percent, help="share of the held-out split (5; of a listed subset 0)"
@@ -86,9 +91,11 @@ def _parser() -> argparse.ArgumentParser:
         "--subset", default=DEFAULT_SUBSET, help=f"emoji that are its classes, as for openmoji ({DEFAULT_SUBSET})"
     )
 
-    _add_coco(sources.add_parser("coco", parents=[written, output], help="images with COCO's annotations"))
+    _add_coco(sources.add_parser("coco", parents=[written, licensed, output], help="images with COCO's annotations"))
 
-    folder = sources.add_parser("image-folder", parents=[rendered, lists, output], help="images below a folder")
+    folder = sources.add_parser(
+        "image-folder", parents=[rendered, lists, licensed, output], help="images below a folder"
+    )
     folder.add_argument(
         "folder",
         type=Path,
@@ -116,6 +123,8 @@ def _add_coco(parser: argparse.ArgumentParser) -> None:
     maps = parser.add_mutually_exclusive_group()
     maps.add_argument("--stuff", type=Path, metavar="DIR", help="COCO-Stuff's label maps, NAME.png for NAME.jpg")
     maps.add_argument("--instance-maps", action="store_true", help="label maps drawn from the instances' outlines")
+    maps.add_argument("--panoptic", type=Path, metavar="FILE", help="label maps from panoptic_train2017.json and")
+    parser.add_argument("--panoptic-maps", type=Path, metavar="DIR", help="the folder of its PNGs")
     parser.add_argument("--map-labels", type=Path, metavar="FILE", help="labels of --stuff, one name per line, from 0")
 
 
@@ -131,6 +140,8 @@ def _prepare_coco(arguments: argparse.Namespace) -> Prepared:
     """
     if (arguments.stuff is None) != (arguments.map_labels is None):
         raise DataError("--stuff and --map-labels go together: the names say what the values of the maps mean")
+    if (arguments.panoptic is None) != (arguments.panoptic_maps is None):
+        raise DataError("--panoptic and --panoptic-maps go together: the file says what the numbers in the PNGs mean")
     request = CocoRequest(
         images=arguments.images,
         instances=arguments.instances,
@@ -141,6 +152,10 @@ def _prepare_coco(arguments: argparse.Namespace) -> Prepared:
         resolution=arguments.resolution,
         min_objects=arguments.min_objects,
         samples_per_shard=arguments.samples_per_shard,
+        panoptic=arguments.panoptic,
+        panoptic_maps=arguments.panoptic_maps,
+        license_text=arguments.license,
+        num_workers=arguments.workers,
     )
     return prepare_coco(arguments.out, arguments.split, request)
 
@@ -164,6 +179,8 @@ def _prepare(arguments: argparse.Namespace) -> Prepared:
             arguments.samples_per_shard,
             object_classes,
             map_labels,
+            arguments.license,
+            arguments.workers,
         )
     if arguments.source == "openmoji-scenes":
         return prepare_openmoji_scenes(
@@ -176,10 +193,13 @@ def _prepare(arguments: argparse.Namespace) -> Prepared:
             5.0 if percent is None else percent,
             arguments.samples_per_shard,
             arguments.backgrounds,
+            arguments.workers,
         )
     if percent is None:
         percent = 5.0 if arguments.subset in (None, WITHOUT_SKIN_TONES) else 0.0
-    return prepare_openmoji(arguments.out, arguments.resolution, arguments.subset, percent, arguments.samples_per_shard)
+    return prepare_openmoji(
+        arguments.out, arguments.resolution, arguments.subset, percent, arguments.samples_per_shard, arguments.workers
+    )
 
 
 def main(argv: list[str] | None = None) -> int:

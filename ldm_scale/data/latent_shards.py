@@ -9,30 +9,20 @@ stand in it as the source's image shards.
 
 from __future__ import annotations
 
-import fcntl
-import glob
 import hashlib
 import os
-import re
-import socket
-import time
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
-import webdataset as wds
-
-from ldm_scale.data.indexing import index_shard, index_tar, partial_name, write_json
+from ldm_scale.data.indexing import index_shard, write_json
 from ldm_scale.data.latents import LATENTS, LatentCache
 from ldm_scale.data.manifest import MANIFEST_NAME, manifest_path, read_manifest
+from ldm_scale.data.shard_files import new_shard, remove_abandoned
 from ldm_scale.data.shards import Dataset, open_manifest
 from ldm_scale.data.sidecar import SUFFIX, open_sidecar
 from ldm_scale.errors import DataError
-
-_PARTIAL = re.compile(r"\..+\.(?:tar|json|safetensors)\.partial-(?P<host>.+)-(?P<process>\d+)")
-_ABANDONED_AFTER_S = 86400.0  # unchanged for so long, the file of another host is nobody's
 
 
 @dataclass(frozen=True)
@@ -151,27 +141,15 @@ class CacheFolder:
         """
         tar, sidecar = self.paths(source)
         self.out.mkdir(parents=True, exist_ok=True)
-        partial = partial_name(tar)
-        with _locked(partial) as stream:
-            _check_alone(tar, partial)
-            with wds.TarWriter(stream, encoder=False, mtime=0.0, user="", group="") as writer:
-                for sample in samples:
-                    writer.write(sample)
-            stream.flush()
-            os.fsync(stream.fileno())
-            rows = index_tar(partial)
+        with new_shard(tar, samples) as rows:
             keys = [f"{source.path.stem}/{row.name}" for row in rows]
             wanted = [self.datasets[source.split].key(source.first + row) for row in range(source.num_samples)]
             assert keys == wanted, f"{tar}: not the samples of its source"
-            os.replace(partial, tar)
         index_shard(tar, sidecar, self.out, rows, latents=self._provenance(source, tar))
 
     def remove_abandoned(self) -> None:
         """Nothing; files that killed processes left half-written are gone, those of living ones stay."""
-        for path in self.out.glob(".*.partial-*"):
-            if _is_abandoned(path):
-                with suppress(OSError):
-                    path.unlink()
+        remove_abandoned(self.out)
 
     def _provenance(self, source: Source, tar: Path) -> dict[str, Any]:
         """What the sidecar says besides the index."""
@@ -210,71 +188,6 @@ class CacheFolder:
         """A shard of the source as the cache's manifest lists it."""
         places = {name: _relative(base / source.entry[name], self.out) for name in ("file", "index")}
         return {**source.entry, **places}
-
-
-def _is_abandoned(path: Path) -> bool:
-    """Whether no living process writes this partial file.
-
-    Locks tell for certain on one host only, so the files of other hosts are left alone until they are old.
-    """
-    match = _PARTIAL.fullmatch(path.name)
-    try:
-        if match is None or _is_held(path):
-            return False
-        if match["host"] == socket.gethostname() and not _is_alive(int(match["process"])):
-            return True
-        return time.time() - path.stat().st_mtime > _ABANDONED_AFTER_S
-    except OSError:
-        return False
-
-
-def _is_held(path: Path) -> bool:
-    """Whether a process of this host, or where the file system shares locks of any, has the file locked.
-
-    Raises: OSError if it cannot be opened: gone by now, mostly.
-    """
-    with path.open("rb") as stream:
-        try:
-            fcntl.flock(stream, fcntl.LOCK_SH | fcntl.LOCK_NB)
-        except OSError:
-            return True
-    return False
-
-
-def _is_alive(process: int) -> bool:
-    """Whether this host has such a process."""
-    try:
-        os.kill(process, 0)
-    except ProcessLookupError:
-        return False
-    except (PermissionError, OverflowError):
-        return True
-    return True
-
-
-def _check_alone(tar: Path, partial: Path) -> None:
-    """Returns if nobody else writes the tar: two runs of a command must not do one shard at a time."""
-    for other in tar.parent.glob(f".{glob.escape(tar.name)}.partial-*"):
-        with suppress(FileNotFoundError):
-            if other != partial and _is_held(other):
-                raise DataError(f"{other}: another process is writing this shard; wait for it, or end it")
-
-
-@contextmanager
-def _locked(path: Path) -> Iterator[BinaryIO]:
-    """The file, empty and locked for as long as the block takes; gone if it fails."""
-    with path.open("ab") as stream:
-        try:
-            fcntl.flock(stream, fcntl.LOCK_EX)
-        except OSError as error:
-            raise DataError(f"{path}: cannot be locked ({error.strerror}); choose another --out") from None
-        assert os.path.samestat(os.fstat(stream.fileno()), path.stat()), f"{path}: renamed by another process"
-        stream.truncate(0)
-        try:
-            yield stream
-        except BaseException:
-            path.unlink(missing_ok=True)
-            raise
 
 
 def _describe(cache: LatentCache) -> str:

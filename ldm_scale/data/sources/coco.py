@@ -1,4 +1,6 @@
-"""Images with COCO's annotations: boxes, all captions, and label maps from the instances or from COCO-Stuff's pictures.
+"""Images with COCO's annotations: boxes, all captions, and label maps.
+
+Maps come from the instances' outlines, from COCO-Stuff's pictures or from panoptic segmentations.
 
 One call makes one split in a folder of its own; the manifest above them lists every split that is there. Classes of
 the objects are the file's categories in the order of their numbers. Crowds are no objects (their box is around many),
@@ -11,7 +13,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -24,20 +26,23 @@ from ldm_scale.data.manifest import FORMAT, VERSION, read_manifest
 from ldm_scale.data.policy import BadSample
 from ldm_scale.data.sources import (
     MANIFEST_NAME,
+    Layout,
+    LeftOut,
     Prepared,
     Sample,
+    Source,
     find_prepared,
-    map_in_processes,
-    new_folder,
-    write_dataset,
+    license_request,
 )
 from ldm_scale.data.sources.coco_files import CocoImage, draw_map, read_captions_file, read_instances
+from ldm_scale.data.sources.coco_panoptic import Segments, draw_panoptic, read_panoptic
 from ldm_scale.data.sources.image_folder import sample_name
 from ldm_scale.data.sources.squares import make_square
+from ldm_scale.data.sources.unfinished import STATE_NAME
+from ldm_scale.data.sources.writing import write_dataset
 from ldm_scale.errors import DataError
 
 NO_INSTANCE = "background"  # label 0 of maps that are drawn from instances
-_MAX_NAMED = 100
 
 
 @dataclass(frozen=True)
@@ -53,14 +58,10 @@ class CocoRequest:
     resolution: int
     min_objects: int  # images with fewer that can be seen are left out
     samples_per_shard: int
-
-
-@dataclass(frozen=True)
-class _LeftOut:
-    """An image that cannot be used."""
-
-    file: str
-    reason: str
+    panoptic: Path | None = None  # file of panoptic segmentations, which become the maps
+    panoptic_maps: Path | None = None  # folder of its PNGs
+    license_text: str | None = None
+    num_workers: int | None = None
 
 
 def prepare_coco(out: Path, split: str, request: CocoRequest) -> Prepared:
@@ -68,10 +69,15 @@ def prepare_coco(out: Path, split: str, request: CocoRequest) -> Prepared:
 
     Raises: DataError if a file is not COCO's or lies elsewhere, no image can be used, or something else lies at `out`.
     """
-    for option, folder in (("--images", request.images), ("--stuff", request.stuff)):
+    for option, folder in (
+        ("--images", request.images),
+        ("--stuff", request.stuff),
+        ("--panoptic-maps", request.panoptic_maps),
+    ):
         if folder is not None and not folder.is_dir():
             raise DataError(f"{option} {folder}: no such folder")
-    if out.is_dir() and any(out.iterdir()) and not any(out.glob(f"*/{MANIFEST_NAME}")):
+    parts = [*out.glob(f"*/{MANIFEST_NAME}"), *out.glob(f"*/{STATE_NAME}")]
+    if out.is_dir() and any(out.iterdir()) and not parts:
         raise DataError(f"{out}: exists and is not a data set of `ldm-scale prepare coco`; choose another --out")
     described: dict[str, Any] = {"source": "coco", "split": split, **_identity(request)}
     part = find_prepared(out / split, described)
@@ -91,6 +97,8 @@ def _identity(request: CocoRequest) -> dict[str, Any]:
         "resolution": request.resolution,
         "min_objects": request.min_objects,
         "samples_per_shard": request.samples_per_shard,
+        **({} if request.panoptic is None else {"panoptic": _file_digest(request.panoptic)}),
+        **license_request(request.license_text),
     }
 
 
@@ -110,72 +118,78 @@ def _write(folder: Path, split: str, request: CocoRequest, described: dict[str, 
     if request.captions is not None:
         captions = read_captions_file(request.captions)
         images = [replace(image, captions=captions.get(image.number, ())) for image in images]
-    labels = [NO_INSTANCE, *instances.names] if request.instance_maps else list(request.map_labels)
-    counts: Counter[str] = Counter()
-    names: list[str] = []
-
-    def samples() -> Iterator[Sample]:
-        work = partial(_make_sample, request=request, num_labels=len(labels))
-        for result in map_in_processes(work, images, "resize"):
-            if isinstance(result, Sample):
-                yield result
-                continue
-            counts[result.reason] += 1
-            if len(names) < _MAX_NAMED:
-                names.append(f"{result.file}: {result.reason}")
-        if counts.total() == len(images):
-            raise DataError(f"{request.instances}: none of its {len(images)} images can be used; {names[0]}")
-        counts.update({reason: count for reason, count in instances.dropped.items() if count})
-
+    panoptic = None if request.panoptic is None else read_panoptic(request.panoptic)
+    if panoptic is not None:
+        labels = panoptic.names
+    else:
+        labels = [NO_INSTANCE, *instances.names] if request.instance_maps else list(request.map_labels)
+    licenses = Counter(image.license for image in images if image.license is not None)
     describe = {
         "name": "coco",
         "resolution": request.resolution,
         "classes": [],
         "object_classes": instances.names,
         **({"map_labels": labels} if labels else {}),
-        "license": None,
+        "license": request.license_text,
+        **({"image_licenses": dict(sorted(licenses.items()))} if licenses else {}),
         "attribution": None,
-        "left_out": counts,
-        "left_out_names": names,
+        "left_out": {reason: count for reason, count in instances.dropped.items() if count},
+        "left_out_names": [],
         "request": described,
     }
     _check_lists(folder, describe)
-    with new_folder(folder) as temporary:
-        manifest = write_dataset(
-            temporary,
-            samples(),
-            split=split,
-            heldout_percent=0.0,
-            samples_per_shard=request.samples_per_shard,
-            describe=describe,
-        )
-    return Prepared(folder / MANIFEST_NAME, manifest, reused=False)
+    make = partial(_make_sample, request=request, num_labels=len(labels))
+    segments = {} if panoptic is None else panoptic.images
+    items = ((image, segments.get(image.number)) for image in images)
+    source = Source(str(request.instances), items, len(images), make, family=lambda item: item[0].file)
+    layout = Layout(request.samples_per_shard, split=split, num_workers=request.num_workers)
+    return write_dataset(folder, described, describe, source, layout)
 
 
-def _make_sample(image: CocoImage, request: CocoRequest, num_labels: int) -> Sample | _LeftOut:
+def _make_sample(item: tuple[CocoImage, Segments | None], request: CocoRequest, num_labels: int) -> Sample | LeftOut:
     """The sample of one image, or why there is none."""
+    image, segments = item
     try:
-        label_map: bytes | Image.Image | None = None
-        if request.stuff is not None:
-            path = (request.stuff / image.file).with_suffix(".png")
-            try:
-                label_map = path.read_bytes()
-            except OSError as error:
-                return _LeftOut(image.file, f"its label map {path} cannot be read ({error.strerror})")
-        elif request.instance_maps:
-            label_map = draw_map(image)
+        label_map = _label_map(image, segments, request)
         content = (request.images / image.file).read_bytes()
         square = make_square(content, request.resolution, image.boxes, label_map, num_labels, image.size)
     except BadSample as error:
-        return _LeftOut(image.file, str(error))
+        return LeftOut(image.file, str(error))
     except OSError as error:
-        return _LeftOut(image.file, f"file cannot be read ({error.strerror})")
+        return LeftOut(image.file, f"file cannot be read ({error.strerror})")
     assert square.objects is not None, "boxes were given"
     if len(square.objects) < request.min_objects:
-        return _LeftOut(image.file, f"fewer objects than --min-objects {request.min_objects}")
+        return LeftOut(image.file, f"fewer objects than --min-objects {request.min_objects}")
     metadata = {"id": image.number, "file": image.file, "captions": list(image.captions), "objects": square.objects}
+    if image.license is not None:
+        metadata["license"] = image.license
     members = {**square.members, "json": json.dumps(metadata, ensure_ascii=False).encode("utf-8")}
-    return Sample(sample_name(image.file), image.file, members)
+    return Sample(sample_name(image.file), members)
+
+
+def _label_map(image: CocoImage, segments: Segments | None, request: CocoRequest) -> bytes | Image.Image | None:
+    """The label map of an image, None if none was asked for.
+
+    Raises: BadSample if it cannot be made.
+    """
+    if request.instance_maps:
+        return draw_map(image)
+    if request.panoptic_maps is not None:
+        if segments is None:
+            raise BadSample("no panoptic annotation")
+        return draw_panoptic(_read_map(request.panoptic_maps / segments.file), segments, image.size)
+    return None if request.stuff is None else _read_map((request.stuff / image.file).with_suffix(".png"))
+
+
+def _read_map(path: Path) -> bytes:
+    """A map's file.
+
+    Raises: BadSample if it cannot be read.
+    """
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise BadSample(f"its label map {path} cannot be read ({error.strerror})") from None
 
 
 def _parts(out: Path) -> dict[str, dict[str, Any]]:
@@ -189,7 +203,7 @@ def _check_lists(folder: Path, described: dict[str, Any]) -> None:
     Raises: DataError otherwise: one manifest has one list for all.
     """
     for name, part in _parts(folder.parent).items():
-        for key in ("object_classes", "map_labels", "resolution"):
+        for key in ("object_classes", "map_labels", "resolution", "license"):
             if part.get(key) != described.get(key):
                 raise DataError(
                     f"{folder.parent}: its split {name} and {folder.name} differ in {key}; choose another --out"
@@ -197,24 +211,32 @@ def _check_lists(folder: Path, described: dict[str, Any]) -> None:
 
 
 def _publish(out: Path) -> dict[str, Any]:
-    """The manifest at `out`, written anew from those of its splits."""
-    parts = _parts(out)
+    """The manifest at `out`, written anew from those of its splits; once more if another was finished meanwhile."""
+    written: dict[str, Any] | None = None
+    while (manifest := _combine(_parts(out))) != written:
+        write_json(out / MANIFEST_NAME, manifest)
+        written = manifest
+    return manifest
+
+
+def _combine(parts: Mapping[str, dict[str, Any]]) -> dict[str, Any]:
+    """The manifest of these splits."""
     first = next(iter(parts.values()))
-    left_out: Counter[str] = Counter()
+    counts: dict[str, Counter[str]] = {"image_licenses": Counter(), "left_out": Counter()}
     splits: dict[str, Any] = {}
     for name, part in parts.items():
-        left_out.update(part["left_out"])
+        for key, counter in counts.items():
+            counter.update(part.get(key, {}))
         (entry,) = part["splits"].values()
         shards = [{**shard, **{key: f"{name}/{shard[key]}" for key in ("file", "index")}} for shard in entry["shards"]]
         splits[name] = {**entry, "shards": shards}
-    manifest = {
-        **{key: value for key, value in first.items() if key not in ("request", "left_out", "left_out_names")},
+    return {
+        **{key: value for key, value in first.items() if key not in ("request", "left_out_names", *counts)},
         "format": FORMAT,
         "version": VERSION,
-        "left_out": dict(left_out),
+        **({"image_licenses": dict(counts["image_licenses"])} if counts["image_licenses"] else {}),
+        "left_out": dict(counts["left_out"]),
         "left_out_names": [line for part in parts.values() for line in part["left_out_names"]],
         "request": {"source": "coco", "splits": {name: part["request"] for name, part in parts.items()}},
         "splits": splits,
     }
-    write_json(out / MANIFEST_NAME, manifest)
-    return manifest

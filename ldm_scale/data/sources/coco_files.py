@@ -49,6 +49,7 @@ class CocoImage:
     size: tuple[int, int]  # (width, height) as the file states it
     instances: tuple[Instance, ...]
     captions: tuple[str, ...] = ()
+    license: str | None = None  # name of its licence, where the file says it
 
     @property
     def boxes(self) -> list[tuple[int, Box]]:
@@ -65,7 +66,7 @@ class Instances:
     dropped: dict[str, int]  # annotations that are no objects, by reason
 
 
-def _load(path: Path) -> dict[str, Any]:
+def load_file(path: Path) -> dict[str, Any]:
     """The object in a file with lists of images and annotations.
 
     Raises: DataError if it is something else.
@@ -82,7 +83,7 @@ def _load(path: Path) -> dict[str, Any]:
     return content  # type: ignore[no-any-return]
 
 
-def _refuse(path: Path, key: str, entry: Any, error: Exception) -> NoReturn:
+def refuse(path: Path, key: str, entry: Any, error: Exception) -> NoReturn:
     """Raises DataError about one entry of a list."""
     identity = entry.get("id") if isinstance(entry, dict) else entry
     why = f"no {error}" if isinstance(error, KeyError) else str(error)
@@ -96,28 +97,20 @@ def read_instances(path: Path, with_outlines: bool) -> Instances:
 
     Raises: DataError if it is malformed, or an annotation is of an image or a category that it does not list.
     """
-    content = _load(path)
-    if not isinstance(content.get("categories"), list):
-        raise DataError(
-            f'{path}: no list "categories"; --instances takes an instances file, such as instances_train2017.json'
-        )
-    categories: dict[int, str] = {}
-    for entry in content["categories"]:
-        try:
-            categories[int(entry["id"])] = str(entry["name"])
-        except (KeyError, TypeError, ValueError) as error:
-            _refuse(path, "categories", entry, error)
-    names = [categories[number] for number in sorted(categories)]
-    if not names or len(set(names)) < len(names) or (with_outlines and len(names) >= MAX_MAP_LABELS):
-        raise DataError(f"{path}: {len(names)} categories, {len(set(names))} names; each needs its own, at least one")
-    labels = {number: label for label, number in enumerate(sorted(categories))}
+    content = load_file(path)
+    names, labels = read_categories(
+        path, content, "--instances takes an instances file, such as instances_train2017.json"
+    )
+    if with_outlines and len(names) >= MAX_MAP_LABELS:
+        raise DataError(f"{path}: {len(names)} categories, and a map of 8 bits tells {MAX_MAP_LABELS - 1} apart")
+    licenses = dict(_numbered(path, content, "licenses")) if isinstance(content.get("licenses"), list) else {}
     found: dict[int, list[Instance]] = defaultdict(list)
-    files: dict[int, tuple[str, tuple[int, int]]] = {}
+    files: dict[int, tuple[str, tuple[int, int], str | None]] = {}
     for entry in content["images"]:
         try:
-            files[int(entry["id"])] = _image(entry)
+            files[int(entry["id"])] = (*_image(entry), licenses.get(entry.get("license")))
         except (KeyError, TypeError, ValueError) as error:
-            _refuse(path, "images", entry, error)
+            refuse(path, "images", entry, error)
     dropped = {"crowds among the annotations": 0, "annotations whose box has no area": 0}
     for entry in content["annotations"]:
         try:
@@ -125,7 +118,7 @@ def read_instances(path: Path, with_outlines: bool) -> Instances:
             if number not in files:
                 raise ValueError(f"of image {number}, which the file does not list")
         except (KeyError, TypeError, ValueError) as error:
-            _refuse(path, "annotations", entry, error)
+            refuse(path, "annotations", entry, error)
         if instance is None:
             dropped["annotations whose box has no area"] += 1
             continue
@@ -133,15 +126,52 @@ def read_instances(path: Path, with_outlines: bool) -> Instances:
         found[number].append(instance)
     if not files:
         raise DataError(f'{path}: its list "images" is empty')
-    return Instances(names, [CocoImage(n, *files[n], tuple(found[n])) for n in sorted(files)], dropped)
+    images = []
+    for number in sorted(files):
+        file, size, license_name = files[number]
+        images.append(CocoImage(number, file, size, tuple(found[number]), license=license_name))
+    return Instances(names, images, dropped)
+
+
+def _numbered(path: Path, content: dict[str, Any], key: str) -> list[tuple[int, str]]:
+    """(id, name) of every entry of a list.
+
+    Raises: DataError if one has none.
+    """
+    found = []
+    for entry in content[key]:
+        try:
+            found.append((int(entry["id"]), str(entry["name"])))
+        except (KeyError, TypeError, ValueError) as error:
+            refuse(path, key, entry, error)
+    return found
+
+
+def read_categories(path: Path, content: dict[str, Any], what: str) -> tuple[list[str], dict[int, int]]:
+    """(names of a file's categories by their numbers, place in that list by number).
+
+    Raises: DataError if there is none, or two have one name; `what` says which file is wanted.
+    """
+    if not isinstance(content.get("categories"), list):
+        raise DataError(f'{path}: no list "categories"; {what}')
+    categories = dict(_numbered(path, content, "categories"))
+    names = [categories[number] for number in sorted(categories)]
+    if not names or len(set(names)) < len(names):
+        raise DataError(f"{path}: {len(names)} categories, {len(set(names))} names; each needs its own, at least one")
+    return names, {number: label for label, number in enumerate(sorted(categories))}
+
+
+def safe_file(entry: Any) -> str:
+    """The "file_name" of an entry; raises ValueError if it leads out of its folder."""
+    file = str(entry["file_name"])
+    if file.startswith("/") or ".." in file.split("/"):
+        raise ValueError(f"its file_name {file!r} points outside the folder of the images")
+    return file
 
 
 def _image(entry: Any) -> tuple[str, tuple[int, int]]:
     """(file name, (width, height)) of an entry of "images"."""
-    file = str(entry["file_name"])
-    if file.startswith("/") or ".." in file.split("/"):
-        raise ValueError(f"its file_name {file!r} points outside the folder of the images")
-    return file, (int(entry["width"]), int(entry["height"]))
+    return safe_file(entry), (int(entry["width"]), int(entry["height"]))
 
 
 def _instance(entry: Any, labels: dict[int, int], with_outline: bool) -> Instance | None:
@@ -172,11 +202,11 @@ def read_captions_file(path: Path) -> dict[int, tuple[str, ...]]:
     Raises: DataError if it is malformed.
     """
     found: dict[int, list[tuple[int, str]]] = defaultdict(list)
-    for entry in _load(path)["annotations"]:
+    for entry in load_file(path)["annotations"]:
         try:
             found[int(entry["image_id"])].append((int(entry["id"]), str(entry["caption"]).strip()))
         except (KeyError, TypeError, ValueError) as error:
-            _refuse(path, "annotations", entry, error)
+            refuse(path, "annotations", entry, error)
     return {number: tuple(text for _, text in sorted(captions) if text) for number, captions in found.items()}
 
 

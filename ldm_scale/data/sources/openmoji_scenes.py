@@ -21,18 +21,11 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from ldm_scale.data.annotations import MAP_EXTENSION, MAX_MAP_LABELS
-from ldm_scale.data.sources import (
-    MANIFEST_NAME,
-    Prepared,
-    Sample,
-    find_prepared,
-    map_in_processes,
-    new_folder,
-    write_dataset,
-)
+from ldm_scale.data.sources import Layout, Prepared, Sample, Source, find_prepared
 from ldm_scale.data.sources.openmoji import Emoji, render_transparent, select, subset_identity
 from ldm_scale.data.sources.scenes import Mask, Scene, cell_pixels, paste_mask, plan_scene, scene_record
 from ldm_scale.data.sources.squares import png
+from ldm_scale.data.sources.writing import write_dataset
 from ldm_scale.errors import ConfigError, DataError
 
 BACKGROUND = "background"
@@ -120,7 +113,7 @@ def make_scene(number: int, request: SceneRequest) -> Sample:
         "txt": scene.caption.encode("utf-8"),
         "json": json.dumps(metadata, ensure_ascii=False).encode("utf-8"),
     }
-    return Sample(f"{number:08d}", f"scene {number}", members)
+    return Sample(f"{number:08d}", members)
 
 
 def prepare_openmoji_scenes(
@@ -133,6 +126,7 @@ def prepare_openmoji_scenes(
     heldout_percent: float,
     samples_per_shard: int,
     backgrounds: str = "all",
+    num_workers: int | None = None,
 ) -> Prepared:
     """The data set at `out`, drawn now or found there.
 
@@ -173,15 +167,11 @@ def prepare_openmoji_scenes(
         "request": request,
     }
     scenes = SceneRequest(tuple(item.key for item in items), tuple(names), resolution, seed, max_objects, backgrounds)
-    with new_folder(out) as folder:
-        manifest = write_dataset(
-            folder,
-            map_in_processes(partial(make_scene, request=scenes), list(range(num_samples)), "draw"),
-            heldout_percent=heldout_percent,
-            samples_per_shard=samples_per_shard,
-            describe=describe,
-        )
-    return Prepared(out / MANIFEST_NAME, manifest, reused=False)
+    make = partial(make_scene, request=scenes)
+    source = Source("scenes", range(num_samples), num_samples, make, family=lambda number: f"scene {number}")
+    return write_dataset(
+        out, request, describe, source, Layout(samples_per_shard, heldout_percent, num_workers=num_workers)
+    )
 
 
 def _classes(subset: str) -> list[Emoji]:

@@ -274,7 +274,7 @@ def test_files_that_are_missing_or_not_json(coco: Path) -> None:
         main([*arguments(coco), "--images", str(coco / "none")])
     for image in (coco / "images").iterdir():
         image.unlink()
-    with pytest.raises(DataError, match=r"none of its 4 images can be used; 000000000011.jpg: file cannot be read"):
+    with pytest.raises(DataError, match=r"none of 4 images can be used; 000000000011.jpg: file cannot be read"):
         main(arguments(coco))
     (coco / "other").mkdir()
     (coco / "other" / "notes.txt").write_text("x")
