@@ -1,4 +1,4 @@
-"""`ldm-scale prepare`: from OpenMoji, COCO, a folder of images or existing tars to webdataset shards and a manifest."""
+"""`ldm-scale prepare`: from OpenMoji, COCO, a folder, a table or existing tars to webdataset shards and a manifest."""
 
 from __future__ import annotations
 
@@ -15,6 +15,8 @@ from ldm_scale.data.sources.openmoji import SHIPPED_SUBSETS, WITHOUT_SKIN_TONES,
 from ldm_scale.data.sources.openmoji_scenes import DEFAULT_SUBSET, prepare_openmoji_scenes
 from ldm_scale.data.sources.scenes import BACKGROUNDS
 from ldm_scale.data.sources.squares import read_names
+from ldm_scale.data.sources.table import TableRequest, prepare_table
+from ldm_scale.data.sources.table_files import Columns
 from ldm_scale.data.sources.tars import index_tars
 from ldm_scale.errors import DataError
 
@@ -104,11 +106,23 @@ def _parser() -> argparse.ArgumentParser:
         "is its map",
     )
 
+    _add_table(sources.add_parser("table", parents=[rendered, licensed, output], help="images that a table lists"))
+
     index = sources.add_parser("index", parents=[lists, output], help="existing webdataset tars, left as they are")
     index.add_argument("shards", type=Path, nargs="+", metavar="SHARDS", help="uncompressed tars")
     index.add_argument("--out", type=Path, required=True, metavar="MANIFEST", help="manifest to write or to add to")
     index.add_argument("--split", default="train", help="name of the split that the shards make (train)")
     return parser
+
+
+def _add_table(parser: argparse.ArgumentParser) -> None:
+    """Nothing; the parser knows the options of tables."""
+    parser.add_argument("table", type=Path, metavar="FILE", help=".csv or .tsv with a line of names, or .parquet")
+    parser.add_argument("--image-column", required=True, metavar="NAME", help="paths of the images")
+    parser.add_argument("--caption-column", metavar="NAME", help="a caption, or in Parquet a list of them")
+    parser.add_argument("--class-column", metavar="NAME", help="names, or numbers from 0")
+    parser.add_argument("--keep", metavar="NAME,...", default="", help="columns that the samples' .json shall have too")
+    parser.add_argument("--base", type=Path, metavar="DIR", help="what paths are relative to (the folder of FILE)")
 
 
 def _add_coco(parser: argparse.ArgumentParser) -> None:
@@ -160,10 +174,21 @@ def _prepare_coco(arguments: argparse.Namespace) -> Prepared:
     return prepare_coco(arguments.out, arguments.split, request)
 
 
+def _prepare_table(arguments: argparse.Namespace) -> Prepared:
+    """The data set of a table."""
+    keep = tuple(name.strip() for name in arguments.keep.split(",") if name.strip())
+    columns = Columns(arguments.image_column, arguments.caption_column, arguments.class_column, keep)
+    request = TableRequest(arguments.table, columns, arguments.resolution, arguments.base, arguments.license)
+    percent = 5.0 if arguments.heldout_percent is None else arguments.heldout_percent
+    return prepare_table(arguments.out, request, percent, arguments.samples_per_shard, arguments.workers)
+
+
 def _prepare(arguments: argparse.Namespace) -> Prepared:
     """What the arguments ask for."""
     if arguments.source == "coco":
         return _prepare_coco(arguments)
+    if arguments.source == "table":
+        return _prepare_table(arguments)
     if arguments.source in ("index", "image-folder"):
         object_classes = _names(arguments.object_classes, "--object-classes")
         map_labels = _names(arguments.map_labels, "--map-labels", MAX_MAP_LABELS)

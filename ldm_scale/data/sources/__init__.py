@@ -5,6 +5,7 @@ A source says what its items are and how one becomes a sample; writing.py makes 
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +27,7 @@ __all__ = [
     "Prepared",
     "Sample",
     "Source",
+    "file_digest",
     "find_prepared",
     "is_heldout",
     "license_request",
@@ -128,6 +130,15 @@ def _check_request(out: Path, what: str, found: Any, request: dict[str, Any]) ->
 def _show(request: Any) -> str:
     """A request in one line."""
     return ", ".join(f"{key}={value}" for key, value in request.items()) if isinstance(request, dict) else repr(request)
+
+
+def file_digest(path: Path) -> str:
+    """Name and digest of a file's content. Raises: DataError if it cannot be read."""
+    try:
+        with path.open("rb") as stream:
+            return f"{path.name}@{hashlib.file_digest(stream, 'sha256').hexdigest()[:16]}"
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read ({error.strerror})") from None
 
 
 def license_request(license_text: str | None) -> dict[str, str]:

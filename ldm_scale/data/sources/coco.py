@@ -10,7 +10,6 @@ place in the stream, as a crop is; everything else takes the first.
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections import Counter
 from collections.abc import Mapping
@@ -31,6 +30,7 @@ from ldm_scale.data.sources import (
     Prepared,
     Sample,
     Source,
+    file_digest,
     find_prepared,
     license_request,
 )
@@ -90,25 +90,16 @@ def _identity(request: CocoRequest) -> dict[str, Any]:
     """What decides the samples, as plain values. Pictures by their list in the instances' file alone."""
     files = {"instances": request.instances, "captions": request.captions}
     return {
-        **{name: None if path is None else _file_digest(path) for name, path in files.items()},
+        **{name: None if path is None else file_digest(path) for name, path in files.items()},
         "stuff": None if request.stuff is None else request.stuff.name,
         "map_labels": list(request.map_labels),
         "instance_maps": request.instance_maps,
         "resolution": request.resolution,
         "min_objects": request.min_objects,
         "samples_per_shard": request.samples_per_shard,
-        **({} if request.panoptic is None else {"panoptic": _file_digest(request.panoptic)}),
+        **({} if request.panoptic is None else {"panoptic": file_digest(request.panoptic)}),
         **license_request(request.license_text),
     }
-
-
-def _file_digest(path: Path) -> str:
-    """Name and digest of a file's content. Raises: DataError if it cannot be read."""
-    try:
-        with path.open("rb") as stream:
-            return f"{path.name}@{hashlib.file_digest(stream, 'sha256').hexdigest()[:16]}"
-    except OSError as error:
-        raise DataError(f"{path}: cannot be read ({error.strerror})") from None
 
 
 def _write(folder: Path, split: str, request: CocoRequest, described: dict[str, Any]) -> Prepared:

@@ -45,7 +45,8 @@ class Record:
         """Nothing; an item that cannot be used is counted, and named if there is room."""
         self.left_out[reason] = self.left_out.get(reason, 0) + 1
         if len(self.names) < MAX_NAMED:
-            self.names.append((number, f"{name}: {reason}"))
+            # The name of a file need not be UTF-8.
+            self.names.append((number, f"{name}: {reason}".encode("utf-8", "replace").decode("utf-8")))
 
 
 class Unfinished:
