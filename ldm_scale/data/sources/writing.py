@@ -33,7 +33,7 @@ from ldm_scale.data.sources import (
     find_prepared,
     is_heldout,
 )
-from ldm_scale.data.sources.unfinished import MAX_NAMED, Record, Unfinished, remove_state
+from ldm_scale.data.sources.unfinished import MAX_NAMED, Record, Unfinished
 from ldm_scale.data.sources.workers import count_image, default_workers, map_tasks
 from ldm_scale.errors import DataError
 from ldm_scale.telemetry.log import get_logger
@@ -149,7 +149,6 @@ def write_dataset(
     try:
         with unfinished.alone():
             if (found := find_prepared(out, request)) is not None:
-                remove_state(out)
                 return found
             unfinished.begin(request, describe.get("made_with", {"pillow": version("pillow")}))
             try:

@@ -189,6 +189,19 @@ def test_bad_images_are_left_out_counted_and_named(
     assert "cats/latin.png: caption is not UTF-8" in out
 
 
+def test_the_licence_of_a_folder_is_part_of_its_request(tmp_path: Path, pictures: Path) -> None:
+    arguments = ["image-folder", str(pictures), "--resolution", "8", "--heldout-percent", "0", "--workers", "1"]
+    assert main([*arguments, "--out", str(tmp_path / "o"), "--license", "CC-BY-4.0"]) == 0
+    manifest = json.loads((tmp_path / "o" / "manifest.json").read_text())
+    assert (manifest["license"], manifest["request"]["license"]) == ("CC-BY-4.0", "CC-BY-4.0")
+    with pytest.raises(DataError, match=r"by another request: .*license=CC-BY-4.0; asked for now"):
+        main([*arguments, "--out", str(tmp_path / "o")])
+    assert main([*arguments, "--out", str(tmp_path / "p")]) == 0
+    manifest = json.loads((tmp_path / "p" / "manifest.json").read_text())
+    assert manifest["license"] is None
+    assert "license" not in manifest["request"]  # as before there were licences: old data sets are found again
+
+
 def test_a_folder_with_no_usable_image(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="no such folder"):
         prepare_image_folder(tmp_path / "none", tmp_path / "o", 8, 0.0, 10)
