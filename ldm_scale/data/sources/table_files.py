@@ -115,9 +115,10 @@ def _row(number: int, values: dict[str, Any], columns: Columns, keep: Callable[[
     fault = None
     if columns.class_name is not None and class_name is None:
         fault = "no class"
-    for what, value in (("caption", captions), ("class", class_name), ("kept column", kept)):
-        if not _is_utf8(value):
-            return Row(number, path, fault=f"{what} is not UTF-8")
+    texts = {"caption": captions, "class": class_name, "kept column": kept}
+    if not _is_utf8(texts):
+        what = next(what for what, value in texts.items() if not _is_utf8(value))
+        return Row(number, path, fault=f"{what} is not UTF-8")
     return Row(number, path, captions, class_name, kept, fault)
 
 
@@ -198,12 +199,12 @@ def _parquet_rows(path: Path, columns: Columns) -> Iterator[Row]:
 
     with _parquet(path) as file:
         _check_types(path, file.schema_arrow, columns)
-        number = 0
+        names, number = columns.names, 0
         try:
-            for batch in file.iter_batches(_BATCH_ROWS, columns=columns.names, use_threads=False):
-                cells = [batch.column(name).to_pylist() for name in columns.names]
+            for batch in file.iter_batches(_BATCH_ROWS, columns=names, use_threads=False):
+                cells = [batch.column(name).to_pylist() for name in names]
                 for values in zip(*cells, strict=True):
-                    yield _row(number, dict(zip(columns.names, values, strict=True)), columns, _finite)
+                    yield _row(number, dict(zip(names, values, strict=True)), columns, _finite)
                     number += 1
         except (ArrowException, UnicodeDecodeError) as error:
             raise DataError(f"{path}: damaged after row {number} ({error}); write or copy it again") from None
