@@ -1,29 +1,25 @@
 """From the bytes of a sample to pixels, caption, class, boxes and label map.
 
-Any image becomes RGB on white before it is cropped; crop and resize are one resampling, from a box with fractional
-corners, so that no pixel is interpolated twice. Augmentation is a pure function of (seed, epoch, key): a picture looks
+Augmentation is a pure function of (seed, epoch, key): a picture looks
 the same in an epoch whatever reads it, and wherever in the epoch it stands. Pictures stay 8-bit until a whole batch is
 there, because one conversion per batch is cheaper than one per picture.
 """
 
 from __future__ import annotations
 
-import io
-import struct
-import zlib
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from PIL import ExifTags, Image
 
 from ldm_scale.data.annotations import (
     LAYOUT,
     MAP,
     MAP_EXTENSION,
     TEXT,
+    Box,
     Layout,
     View,
     Vocabulary,
@@ -34,44 +30,9 @@ from ldm_scale.data.annotations import (
 from ldm_scale.data.latents import RECORD, LatentCache, read_context, read_moments, read_record, read_view
 from ldm_scale.data.metadata import choose_caption, member_bytes, read_captions, read_label, read_metadata
 from ldm_scale.data.permutation import uniforms
+from ldm_scale.data.pictures import Picture, reduction_of
 from ldm_scale.data.policy import BadSample
 from ldm_scale.data.shards import IMAGE_EXTENSIONS, RawSample
-
-# 256 MiB as RGB, refused on the header before a pixel is decoded: a loader worker holds up to four such copies. Pillow
-# warns above the same number, and refuses above twice of it.
-MAX_IMAGE_PIXELS = 2**30 // 12
-_TOO_LARGE = f"image has more than {MAX_IMAGE_PIXELS:,} pixels"
-
-# By content, whatever the extension says. Pillow knows forty more: EPS starts another program, TIFF may hold numbers
-# of 32 bits whose range nothing states.
-_FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP")
-
-_PNG_BIT_DEPTH = 24  # byte of the file: after the signature and the header chunk's length, name, width and height
-
-# EXIF's orientation: how to turn what is stored so that it stands upright.
-_TURNS = {
-    2: Image.Transpose.FLIP_LEFT_RIGHT,
-    3: Image.Transpose.ROTATE_180,
-    4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE,
-    6: Image.Transpose.ROTATE_270,
-    7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_90,
-}
-
-# What Pillow's decoders raise on malformed files.
-_DECODE_ERRORS = (
-    OSError,
-    SyntaxError,
-    ValueError,
-    TypeError,
-    EOFError,
-    LookupError,
-    OverflowError,
-    struct.error,
-    zlib.error,
-    Image.DecompressionBombError,
-)
 
 
 @dataclass(frozen=True)
@@ -110,88 +71,28 @@ class DecodedSample:
     text_context: NDArray[np.float16] | None = None  # (M, d) of the caption, from a cache
 
 
-def open_rgb(data: bytes) -> Image.Image:
-    """The picture upright, in RGB, transparency on white; of an animation the first frame.
-
-    Colour profiles are not applied: values are taken as sRGB, as in every published training set.
-
-    Raises: BadSample if the bytes are no complete picture, or one of more than MAX_IMAGE_PIXELS.
-    """
-    try:
-        image: Image.Image = Image.open(io.BytesIO(data), formats=_FORMATS)
-        if image.width * image.height > MAX_IMAGE_PIXELS:
-            raise BadSample(_TOO_LARGE)
-        image.load()
-        image = _upright(image)
-        if image.mode.startswith("I;16"):
-            image = _eight_bit(image)
-        else:
-            _scale_transparent_colour(image, data)
-        if image.has_transparency_data:
-            white = Image.new("RGBA", image.size, "white")
-            image = Image.alpha_composite(white, image.convert("RGBA"))
-        return image.convert("RGB")
-    except Image.DecompressionBombError:
-        raise BadSample(_TOO_LARGE) from None
-    except _DECODE_ERRORS:
-        raise BadSample("image does not decode") from None
-
-
-def _upright(image: Image.Image) -> Image.Image:
-    """The picture turned as its EXIF data ask; as it is stored where they are damaged.
-
-    Not `ImageOps.exif_transpose`: it also writes the other EXIF fields anew, and fails on what cameras put there.
-    """
-    try:
-        turn = _TURNS.get(image.getexif().get(ExifTags.Base.Orientation, 1))
-    except (*_DECODE_ERRORS, AttributeError):
-        return image
-    return image if turn is None else image.transpose(turn)
-
-
-def _eight_bit(image: Image.Image) -> Image.Image:
-    """16 bits of grey as 8, by the nearest value (Pillow's own conversion clips); the transparent one white."""
-    values = np.asarray(image)
-    pixels = (values / 257).round().astype(np.uint8)
-    transparent = image.info.get("transparency")
-    if transparent is not None:
-        pixels[values == transparent] = 255
-    return Image.fromarray(pixels)
-
-
-def _scale_transparent_colour(image: Image.Image, data: bytes) -> None:
-    """Nothing; a PNG's transparent colour is in 8 bits, as its pixels are.
-
-    Pillow scales pixels of 1, 2, 4 and 16 bits to 8 and leaves that colour as the file has it. Of 16 bits it keeps the
-    high byte, so that colours which differ in the low one alone are transparent too.
-    """
-    colour = image.info.get("transparency")
-    depth = data[_PNG_BIT_DEPTH] if image.format == "PNG" else 8
-    if image.mode == "L" and isinstance(colour, int) and depth < 8:
-        image.info["transparency"] = colour * (255 // (2**depth - 1))
-    elif image.mode == "RGB" and isinstance(colour, tuple) and depth == 16:
-        image.info["transparency"] = tuple(channel >> 8 for channel in colour)
-
-
-def crop_box(
-    width: int, height: int, settings: DecodeSettings, epoch: int, key: str
-) -> tuple[tuple[float, float, float, float], bool]:
+def crop_box(width: int, height: int, settings: DecodeSettings, epoch: int, key: str) -> tuple[Box, bool]:
     """(left, top, right, bottom) of what to show, in pixels of the picture, and whether to mirror it.
 
-    Of the target's aspect ratio: the largest box that the picture holds, or a random part of it.
+    Of the target's aspect ratio to a pixel: the largest box that the picture holds, or a random part of it. Corners are
+    multiples of the box's reduction, whatever the picture's format.
     """
     target_height, target_width = settings.shape
     scale, across, down, mirror = uniforms(4, "augment", settings.seed, epoch, key)
-    # Products before quotients: of a square target both sides are the picture's shorter one, to the last bit.
-    box_width = min(float(width), height * target_width / target_height)
-    box_height = min(float(height), width * target_height / target_width)
+    share = 1.0
     if not settings.augment or settings.crop_scale_min >= 1.0:
         across = down = 0.5
     else:
         share = settings.crop_scale_min + (1.0 - settings.crop_scale_min) * scale
-        box_width, box_height = box_width * share, box_height * share
-    left, top = across * (width - box_width), down * (height - box_height)
-    box = (left, top, min(left + box_width, width), min(top + box_height, height))
+    box_width = max(1, round(share * min(float(width), height * target_width / target_height)))
+    box_height = max(1, round(share * min(float(height), width * target_height / target_width)))
+    grain = reduction_of(box_width, box_height, settings.shape)
+    box_width, box_height = box_width // grain * grain, box_height // grain * grain
+    left, top = (
+        int(place * ((whole - part) // grain + 1)) * grain
+        for place, whole, part in ((across, width, box_width), (down, height, box_height))
+    )
+    box = (left, top, left + box_width, top + box_height)
     return box, settings.augment and settings.horizontal_flip and mirror < 0.5
 
 
@@ -201,24 +102,8 @@ def decode_image(data: bytes, settings: DecodeSettings, epoch: int, key: str) ->
     Shapes: returns (H, W, 3) as the settings say.
     Raises: BadSample if it does not decode.
     """
-    return fit_picture(open_rgb(data), settings, epoch, key)
-
-
-def fit_picture(image: Image.Image, settings: DecodeSettings, epoch: int, key: str) -> NDArray[np.uint8]:
-    """An RGB picture cropped, resized and perhaps mirrored. Shapes: returns (H, W, 3) as the settings say."""
-    return render(image, *crop_box(*image.size, settings, epoch, key), settings.shape)
-
-
-def render(
-    image: Image.Image, box: tuple[float, float, float, float], mirror: bool, shape: tuple[int, int]
-) -> NDArray[np.uint8]:
-    """A part of an RGB picture, resized to `shape` (H, W) and perhaps mirrored. Shapes: returns (H, W, 3)."""
-    height, width = shape
-    # reducing_gap: at large ratios a cheap box filter first, as long as 3 pixels per output pixel stay for the bicubic.
-    image = image.resize((width, height), Image.Resampling.BICUBIC, box=box, reducing_gap=3.0)
-    if mirror:
-        image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
-    return np.asarray(image)
+    picture = Picture(data)
+    return picture.render(*crop_box(*picture.size, settings, epoch, key), settings.shape)
 
 
 def to_pixels(images: NDArray[np.uint8]) -> torch.Tensor:
@@ -263,9 +148,9 @@ def decode_sample(
         view = read_view(record, variant, key) if settings.annotations else None
     else:
         assert extension is not None, "a sample without a picture has moments, or was refused above"
-        picture = open_rgb(member_bytes(sample, extension))
+        picture = Picture(member_bytes(sample, extension))
         view = View(picture.size, *crop_box(*picture.size, settings, epoch, key))
-        image = render(picture, view.box, view.mirror, settings.shape)
+        image = picture.render(view.box, view.mirror, settings.shape)
     layout, labels = _annotations(sample, metadata, settings, vocabulary, view)
     return DecodedSample(image, caption, label, key, position, moments, layout, labels, context)
 

@@ -15,8 +15,6 @@ from ldm_scale.data.decode import (
     DecodeSettings,
     crop_box,
     image_extension,
-    open_rgb,
-    render,
 )
 from ldm_scale.data.latents import (
     CENTER,
@@ -31,6 +29,7 @@ from ldm_scale.data.latents import (
 )
 from ldm_scale.data.loader import start_worker
 from ldm_scale.data.metadata import read_captions, read_label, read_metadata
+from ldm_scale.data.pictures import Picture
 from ldm_scale.data.policy import BadSample
 from ldm_scale.data.shards import IMAGE_EXTENSIONS, Dataset, RawSample
 from ldm_scale.errors import DataError, LdmScaleError
@@ -60,21 +59,22 @@ def render_variants(sample: RawSample, cache: LatentCache, class_numbers: dict[s
         raise DataError(f"{key}: has a member {taken}, a name that latent shards need; rename it")
     kept = {name: content for name, content in members.items() if name not in IMAGE_EXTENSIONS}
     side, extension = cache.transform.resolution, image_extension(sample)
+    record: dict[str, Any] = {}
+    images = []
     try:
         if extension is None:
             raise BadSample(f"no image ({', '.join(IMAGE_EXTENSIONS)})")
         metadata = read_metadata(sample)
         captions = read_captions(sample, metadata)
         read_label(sample, metadata, class_numbers)
-        image = open_rgb(members[extension])
+        picture = Picture(members[extension])
+        for variant in cache.variants:
+            box, mirror = variant_box(variant, *picture.size, cache, key)
+            record[variant] = {"box": list(box), "flip": mirror}
+            images.append(picture.render(box, mirror, (side, side)))
     except BadSample as error:
         return Rendered(key, kept, {"unusable": str(error)}, np.empty((0, side, side, 3), np.uint8))
-    record, images = {}, []
-    for variant in cache.variants:
-        box, mirror = variant_box(variant, *image.size, cache, key)
-        record[variant] = {"box": list(box), "flip": mirror}
-        images.append(render(image, box, mirror, (side, side)))
-    return Rendered(key, kept, {"size": list(image.size), "variants": record}, np.stack(images), captions)
+    return Rendered(key, kept, {"size": list(picture.size), "variants": record}, np.stack(images), captions)
 
 
 def variant_box(

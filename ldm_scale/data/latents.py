@@ -46,7 +46,7 @@ CONTEXTS = "text.npy"
 CENTER, MIRROR = "center", "mirror"
 LATENTS, IMAGES = "latents", "images"  # kinds of shards
 # Raised when the same transform would give other pixels: caches made before belong to another transform then.
-TRANSFORM_VERSION = 1
+TRANSFORM_VERSION = 2
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,7 @@ class LatentTransform:
     horizontal_flip: bool = False
     precision: Literal["fp32", "bf16"] = "fp32"  # what the encoder computed in
     dtype: Literal["float16", "float32"] = "float16"  # what the moments are stored in
-    resampling: str = "bicubic, once, from a box with fractional corners"
+    resampling: str = "bicubic with antialiasing, once, from a box with whole corners"
     pixel_range: tuple[float, float] = (-1.0, 1.0)
     version: int = TRANSFORM_VERSION
 

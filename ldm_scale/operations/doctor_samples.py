@@ -17,8 +17,8 @@ import numpy as np
 
 from ldm_scale.config.schema import TextConditioningConfig
 from ldm_scale.data import NO_CLASS, Dataset
-from ldm_scale.data.decode import open_rgb
 from ldm_scale.data.metadata import read_caption, read_label, read_metadata
+from ldm_scale.data.pictures import open_rgb
 from ldm_scale.data.policy import BadSample
 from ldm_scale.data.shards import IMAGE_EXTENSIONS, RawSample
 from ldm_scale.errors import DataError

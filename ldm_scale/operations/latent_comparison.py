@@ -18,9 +18,10 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from ldm_scale.data.decode import image_extension, open_rgb, render, to_pixels
+from ldm_scale.data.decode import image_extension, to_pixels
 from ldm_scale.data.latent_rendering import variant_box
 from ldm_scale.data.latents import LatentCache, read_moments, read_record
+from ldm_scale.data.pictures import Picture
 from ldm_scale.data.policy import BadSample
 from ldm_scale.data.shards import Dataset
 from ldm_scale.errors import DataError
@@ -86,10 +87,10 @@ class Pair:
         content = raw[extension] if extension is not None else None
         if not isinstance(content, bytes):
             raise BadSample("no image")
-        image = open_rgb(content)
-        box, mirror = variant_box(variant, *image.size, self.cache, self.source.key(number))
+        picture = Picture(content)
+        box, mirror = variant_box(variant, *picture.size, self.cache, self.source.key(number))
         side = self.cache.transform.resolution
-        pixels = to_pixels(np.stack([render(image, box, mirror, (side, side))]))
+        pixels = to_pixels(np.stack([picture.render(box, mirror, (side, side))]))
         return pixels, {"box": list(box), "flip": mirror}
 
 

@@ -25,7 +25,8 @@ from ldm_scale.conditioning.base import Conditions
 from ldm_scale.conditioning.classes import NO_CLASS
 from ldm_scale.conditioning.pixel_guidance import named_number
 from ldm_scale.data.annotations import Layout, SceneObject, open_map
-from ldm_scale.data.decode import open_rgb, to_pixels
+from ldm_scale.data.decode import to_pixels
+from ldm_scale.data.pictures import open_rgb
 from ldm_scale.data.policy import BadSample
 from ldm_scale.errors import ConfigError
 from ldm_scale.interchange.classifier import LoadedClassifier

@@ -6,7 +6,10 @@ import io
 import struct
 import zlib
 
+import numpy as np
 from PIL import Image
+
+from ldm_scale.data.sources.openmoji import list_emoji, render_transparent
 
 
 def save(image: Image.Image, form: str, **options: object) -> bytes:
@@ -26,3 +29,17 @@ def raw_png(width: int, height: int, depth: int, color_type: int, row: bytes, tr
     pixels = zlib.compress((b"\0" + row) * height)
     key = chunk(b"tRNS", transparent) if transparent else b""
     return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + key + chunk(b"IDAT", pixels) + chunk(b"IEND", b"")
+
+
+def emoji_scene(side: int, seed: int = 0) -> Image.Image:
+    """Six emoji on a fade, (side, side): the same scene at any resolution."""
+    rng = np.random.default_rng(seed)
+    ramp = np.linspace(0.0, 1.0, side)
+    fade = 60 + 160 * ramp[:, None, None] * np.array([1.0, 0.8, 0.6]) + 30 * ramp[None, :, None]
+    scene = Image.fromarray(fade.clip(0, 255).astype(np.uint8))
+    keys = [emoji.key for emoji in list_emoji()[0]]
+    for _ in range(6):
+        key, share, across, down = keys[int(rng.integers(len(keys)))], rng.uniform(0.2, 0.5), rng.random(), rng.random()
+        drawn = render_transparent(key, int(side * share))
+        scene.paste(drawn, (int(across * (side - drawn.width)), int(down * (side - drawn.height))), drawn)
+    return scene

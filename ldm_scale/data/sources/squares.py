@@ -15,7 +15,8 @@ from typing import Any
 from PIL import Image
 
 from ldm_scale.data.annotations import MAP_EXTENSION, Box, View, check_labels, clip_objects, open_map, render_map
-from ldm_scale.data.decode import DecodeSettings, crop_box, open_rgb, render
+from ldm_scale.data.decode import DecodeSettings, crop_box
+from ldm_scale.data.pictures import Picture
 from ldm_scale.data.policy import BadSample
 from ldm_scale.errors import DataError
 
@@ -40,11 +41,11 @@ def make_square(
 
     Raises: BadSample if the picture or the map cannot be used, or the picture is not of this (width, height).
     """
-    picture = open_rgb(data)
+    picture = Picture(data)
     if size is not None and picture.size != size:
         raise BadSample("picture has another size than its annotations state")
     view = View(picture.size, *crop_box(*picture.size, DecodeSettings(resolution, augment=False), 0, ""))
-    members = {"png": png(Image.fromarray(render(picture, view.box, view.mirror, (resolution, resolution))))}
+    members = {"png": png(Image.fromarray(picture.render(view.box, view.mirror, (resolution, resolution))))}
     if label_map is not None:
         whole = open_map(label_map, view.size) if isinstance(label_map, bytes) else label_map
         labels = render_map(whole, view, (resolution, resolution))

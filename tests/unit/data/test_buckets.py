@@ -17,27 +17,28 @@ from tests.helpers.shards import png
 @pytest.mark.parametrize(
     ("size", "largest"),
     [
-        ((8, 16), (0.0, 2.5, 30.0, 17.5)),
-        ((16, 8), (10.0, 0.0, 20.0, 20.0)),
-        ((20, 30), (0.0, 0.0, 30.0, 20.0)),
-        ((8, 8), (5.0, 0.0, 25.0, 20.0)),
+        ((100, 200), (0, 3, 30, 18)),
+        ((200, 100), (10, 0, 20, 20)),
+        ((20, 30), (0, 0, 30, 20)),
+        ((30, 40), (2, 0, 29, 20)),  # 26.67 wide, to a pixel
+        ((8, 8), (5, 0, 25, 20)),
     ],
 )
 def test_a_bucket_shows_the_largest_box_of_its_aspect_or_a_part_of_it(
-    size: tuple[int, int], largest: tuple[float, ...]
+    size: tuple[int, int], largest: tuple[int, ...]
 ) -> None:
     array = np.random.default_rng(1).integers(0, 256, (20, 30, 3), dtype=np.uint8)
     settings = DecodeSettings(8, size=size)
     assert crop_box(30, 20, settings, 0, "k") == (largest, False)
-    expected = Image.fromarray(array).resize(size[::-1], Image.Resampling.BICUBIC, box=largest)
-    assert np.array_equal(decode_image(png(Image.fromarray(array)), settings, 3, "k"), np.asarray(expected))
+    expected = Image.fromarray(array).crop(largest).resize(size[::-1], Image.Resampling.BICUBIC)
+    found = decode_image(png(Image.fromarray(array)), settings, 3, "k").astype(int)
+    assert np.abs(found - np.asarray(expected)).max() <= 2  # both round after each of two passes
     parts = [crop_box(30, 20, DecodeSettings(8, 0.5, size=size), epoch, "k")[0] for epoch in range(500)]
     assert all(0 <= left < right <= 30 and 0 <= top < bottom <= 20 for left, top, right, bottom in parts)
     widths, heights = (np.array([box[a + 2] - box[a] for box in parts]) for a in (0, 1))
-    assert np.allclose(widths / heights, size[1] / size[0])
-    shares = widths / (largest[2] - largest[0])
-    assert 0.5 <= shares.min() < 0.51
-    assert 0.99 < shares.max() <= 1.0
+    assert np.abs(widths - heights * size[1] / size[0]).max() <= 1
+    whole = largest[2] - largest[0]
+    assert (widths.min(), widths.max()) == pytest.approx((whole / 2, whole), abs=1)
 
 
 @pytest.mark.parametrize("size", [(24, 48), (48, 24), (32, 40)])
@@ -54,7 +55,7 @@ def test_boxes_and_maps_of_a_bucket_show_what_its_pictures_show(size: tuple[int,
         assert (found.image.shape, found.labels.shape) == ((*size, 3), size)
         seen += check_boxes(found.labels, found.layout)
         left, top, right, bottom = found.layout.crop
-        assert (right - left) * 48 / ((bottom - top) * 40) == pytest.approx(size[1] / size[0])
+        assert abs((right - left) * 48 - (bottom - top) * 40 * size[1] / size[0]) < 1.001
         nearest = np.abs(found.image[..., None, :] - np.array(PALETTE, float)).sum(axis=-1).argmin(axis=-1)
         assert (nearest == found.labels).mean() > 0.93
         samples.append(found)

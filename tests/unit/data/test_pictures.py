@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 from PIL import Image, ImageFile
 
-from ldm_scale.data.decode import MAX_IMAGE_PIXELS, DecodeSettings, decode_image, open_rgb
+from ldm_scale.data.decode import DecodeSettings, decode_image
+from ldm_scale.data.pictures import MAX_IMAGE_PIXELS, open_rgb
 from ldm_scale.data.policy import BadSample
 from tests.helpers.pictures import raw_png, save
 from tests.helpers.shards import png
