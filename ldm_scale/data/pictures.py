@@ -185,7 +185,7 @@ def _rgb(image: Image.Image, data: bytes) -> Image.Image:
         if image.has_transparency_data:
             white = Image.new("RGBA", image.size, "white")
             image = Image.alpha_composite(white, image.convert("RGBA"))
-        return image.convert("RGB")
+        return image if image.mode == "RGB" else image.convert("RGB")
     except _DECODE_ERRORS:
         raise BadSample("image does not decode") from None
 
