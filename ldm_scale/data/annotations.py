@@ -18,6 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from ldm_scale.data.pictures import DECODE_ERRORS, MAX_IMAGE_PIXELS
 from ldm_scale.data.policy import BadSample
 
 Box = tuple[float, float, float, float]  # left, top, right, bottom
@@ -95,15 +96,20 @@ def _label(stored: Any, numbers: Mapping[str, int]) -> int:
 
 def _box(stored: Any) -> Box:
     """(left, top, right, bottom) of [x, y, width, height]."""
-    numbers = isinstance(stored, list) and all(
-        isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value) for value in stored
-    )
-    if not numbers or len(stored) != 4:
+    if not isinstance(stored, list) or len(stored) != 4 or not all(map(_is_number, stored)):
         raise BadSample("an object's box is not [x, y, width, height] in finite numbers")
     x, y, width, height = (float(value) for value in stored)
     if width <= 0 or height <= 0:
         raise BadSample("an object's box has no area: width and height must be above 0")
     return x, y, x + width, y + height
+
+
+def _is_number(value: Any) -> bool:
+    """Whether it is a number that a double holds; JSON's whole numbers may have any number of digits."""
+    try:
+        return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    except OverflowError:
+        return False
 
 
 def layout_of(objects: Sequence[tuple[int, Box]], view: View) -> Layout:
@@ -161,10 +167,12 @@ def open_map(data: bytes, size: tuple[int, int] | None) -> Image.Image:
         # On the header, before a pixel is decoded. A palette's numbers are labels (VOC and others colour them so).
         if image.mode not in ("L", "P"):
             raise BadSample("label map is not a PNG of 8 bits and one channel")
+        if image.width * image.height > MAX_IMAGE_PIXELS:
+            raise BadSample(f"label map has more than {MAX_IMAGE_PIXELS:,} pixels")
         if size is not None and image.size != size:
             raise BadSample("label map has another size than its picture")
         image.load()
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):
+    except DECODE_ERRORS:
         raise BadSample("label map does not decode") from None
     return image
 

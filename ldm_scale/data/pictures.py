@@ -12,18 +12,22 @@ multiples of that reduction, so that it is the same part.
 from __future__ import annotations
 
 import io
+import re
 import struct
 import zlib
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
-from PIL import ExifTags, Image
+from PIL import ExifTags, Image, UnidentifiedImageError
 from PIL.JpegImagePlugin import JpegImageFile
 
-from ldm_scale.data.annotations import Box
 from ldm_scale.data.policy import BadSample
+
+if TYPE_CHECKING:
+    from ldm_scale.data.annotations import Box
 
 # 256 MiB as RGB, refused on the header before a pixel is decoded: a loader worker holds up to four such copies. Pillow
 # warns above the same number, and refuses above twice of it.
@@ -49,8 +53,24 @@ _TURNS = {
 
 _SIDES_CHANGE_PLACES = frozenset(_TURNS[orientation] for orientation in (5, 6, 7, 8))
 
+# Of what they all begin with, for the reason that is written down: what else lies under a picture's name.
+_NO_PICTURES = (
+    (re.compile(rb"\s*<"), "an HTML or XML page"),
+    (re.compile(rb"\s*[{\[]"), "JSON"),
+    (re.compile(rb"%!PS|\xc5\xd0\xd3\xc6"), "EPS"),
+    (re.compile(rb"%PDF"), "PDF"),
+    (re.compile(rb"II\*\0|MM\0\*"), "TIFF"),
+    (re.compile(rb"....ftyp(avi[fs]|hei[cx]|mif1|msf1)", re.DOTALL), "AVIF or HEIF"),
+    (re.compile(rb"\xff\x0a|\0\0\0\x0cJXL "), "JPEG XL"),
+    (re.compile(rb"\0+$"), "zeros"),
+)
+
+# A scan of a progressive JPEG costs a pass over the picture and may take ten bytes; encoders write about ten scans.
+_MAX_SCANS = 64
+_SCAN = b"\xff\xda"
+
 # What Pillow's decoders raise on malformed files.
-_DECODE_ERRORS = (
+DECODE_ERRORS = (
     OSError,
     SyntaxError,
     ValueError,
@@ -159,11 +179,27 @@ def _open(data: bytes) -> Image.Image:
         image: Image.Image = Image.open(io.BytesIO(data), formats=_FORMATS)
     except Image.DecompressionBombError:
         raise BadSample(_TOO_LARGE) from None
-    except _DECODE_ERRORS:
-        raise BadSample("image does not decode") from None
+    except DECODE_ERRORS as error:
+        raise BadSample(_fault(error, data)) from None
     if image.width * image.height > MAX_IMAGE_PIXELS:
         raise BadSample(_TOO_LARGE)
+    # In pixels' data the marker cannot stand; a thumbnail or a profile may hold it a few times.
+    if isinstance(image, JpegImageFile) and data.count(_SCAN) > _MAX_SCANS:
+        raise BadSample(f"image has more than {_MAX_SCANS} scans")
     return image
+
+
+def _fault(error: Exception, data: bytes) -> str:
+    """Why a picture cannot be used, from what Pillow raised and from its bytes."""
+    if not data:
+        return "image is empty"
+    cut_webp = data[:4] == b"RIFF" and len(data) < 8 + int.from_bytes(data[4:8], "little")
+    if cut_webp or "truncated" in str(error).lower():
+        return "image is cut short"
+    if isinstance(error, UnidentifiedImageError):
+        kind = next((kind for beginning, kind in _NO_PICTURES if beginning.match(data)), None)
+        return "image does not decode" if kind is None else f"image is {kind}"
+    return "image does not decode"
 
 
 def _rgb(image: Image.Image, data: bytes) -> Image.Image:
@@ -186,8 +222,8 @@ def _rgb(image: Image.Image, data: bytes) -> Image.Image:
             white = Image.new("RGBA", image.size, "white")
             image = Image.alpha_composite(white, image.convert("RGBA"))
         return image if image.mode == "RGB" else image.convert("RGB")
-    except _DECODE_ERRORS:
-        raise BadSample("image does not decode") from None
+    except DECODE_ERRORS as error:
+        raise BadSample(_fault(error, data)) from None
 
 
 def _turn(image: Image.Image) -> Image.Transpose | None:
@@ -197,7 +233,7 @@ def _turn(image: Image.Image) -> Image.Transpose | None:
     """
     try:
         return _TURNS.get(image.getexif().get(ExifTags.Base.Orientation, 1))
-    except (*_DECODE_ERRORS, AttributeError):
+    except (*DECODE_ERRORS, AttributeError):
         return None
 
 

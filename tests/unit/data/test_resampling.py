@@ -133,5 +133,5 @@ def test_a_jpeg_that_is_cut_is_bad_at_any_reduction() -> None:
     data = save(emoji_scene(400), "JPEG")
     for share in (0.3, 0.6, 0.9, 0.999):
         for shape in ((48, 48), (96, 96), (300, 300)):
-            with pytest.raises(BadSample, match="image does not decode"):
+            with pytest.raises(BadSample, match=r"^image is cut short$"):
                 Picture(data[: int(share * len(data))]).render((0, 0, 400, 400), False, shape)

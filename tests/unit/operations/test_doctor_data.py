@@ -163,7 +163,7 @@ def test_a_sidecar_that_names_other_samples_is_found_by_checksums(tmp_path: Path
 def test_samples_that_cannot_be_used_are_named_with_their_reasons(tmp_path: Path) -> None:
     samples = _samples(20)
     samples[3][1]["png"] = samples[3][1]["png"][:300]
-    samples[5][1]["txt"] = b"\xff"
+    samples[5][1]["txt"] = b"\x81"
     samples[7][1]["json"] = b'{"class": 9}'
     del samples[9][1]["png"]
     manifest = _write(tmp_path, train=samples)
@@ -173,8 +173,8 @@ def test_samples_that_cannot_be_used_are_named_with_their_reasons(tmp_path: Path
     report = _run(manifest)
     errors = _lines(report, "error")
     for key, reason in (
-        ("s003", "image does not decode"),
-        ("s005", "caption is not UTF-8"),
+        ("s003", "image is cut short"),
+        ("s005", "caption is not text in UTF-8, UTF-16 or cp1252"),
         ("s007", "class is not in the manifest's list"),
         ("s009", "no image (png, jpg, jpeg, webp)"),
     ):

@@ -190,7 +190,7 @@ def test_what_does_not_decode_keeps_its_place_and_its_reason(tmp_path: Path) -> 
     rng = np.random.default_rng(0)
     samples = [(f"{n:03d}", make_sample(n, 8, rng)) for n in range(6)]
     samples[1][1]["png"] = b"junk"
-    samples[3][1]["txt"] = b"\xff"
+    samples[3][1]["txt"] = b"\x81"
     (tmp_path / "data").mkdir()
     index_tars([write_tar(tmp_path / "data" / "s.tar", samples)], tmp_path / "data" / "manifest.json", "train")
     tiny_artifact(tmp_path / "artifact")
@@ -198,8 +198,8 @@ def test_what_does_not_decode_keeps_its_place_and_its_reason(tmp_path: Path) -> 
     members = read_tar(tmp_path / "cache" / "s.tar")
     assert list(members) == [f"{n:03d}" for n in range(6)]
     assert json.loads(members["001"]["latents.json"]) == {"unusable": "image does not decode"}
-    assert json.loads(members["003"]["latents.json"]) == {"unusable": "caption is not UTF-8"}
-    assert members["003"]["txt"] == b"\xff"
+    assert json.loads(members["003"]["latents.json"]) == {"unusable": "caption is not text in UTF-8, UTF-16 or cp1252"}
+    assert members["003"]["txt"] == b"\x81"
     assert "latents.center.npy" not in members["001"]
 
 
