@@ -8,13 +8,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from ldm_scale.data.annotations import LAYOUT, MAP, Layout
+from ldm_scale.data.arrays import all_finite, not_finite
 from ldm_scale.data.decode import DecodedSample, DecodeSettings, to_pixels
+from ldm_scale.data.latents import CONTEXTS
 from ldm_scale.data.policy import BadRecord
 
 
@@ -42,11 +46,11 @@ class Batch:
 def collate(samples: Sequence[DecodedSample], bad: list[BadRecord], settings: DecodeSettings) -> Batch:
     """The batch of these samples, decoded by these settings."""
     pictures = [sample.image for sample in samples if sample.image is not None]
-    moments = [sample.moments for sample in samples if sample.moments is not None]
+    moments = _stacked([(sample.key, sample.moments) for sample in samples], "latents.*.npy")
     layouts = [sample.layout for sample in samples if sample.layout is not None]
     with_maps, shape = MAP in settings.annotations, settings.shape
     labels = [sample.labels for sample in samples if sample.labels is not None]
-    contexts = [sample.text_context for sample in samples if sample.text_context is not None]
+    contexts = _stacked([(sample.key, sample.text_context) for sample in samples], CONTEXTS)
     images = np.empty((len(pictures), *shape, 3), dtype=np.uint8)
     for row, picture in enumerate(pictures):
         images[row] = picture
@@ -57,13 +61,27 @@ def collate(samples: Sequence[DecodedSample], bad: list[BadRecord], settings: De
         keys=[sample.key for sample in samples],
         image_numbers=torch.tensor([sample.position for sample in samples], dtype=torch.int64),
         bad=bad,
-        moments=torch.from_numpy(np.stack(moments)) if moments else None,
-        cached=torch.tensor([sample.moments is not None for sample in samples]) if moments else None,
+        moments=moments,
+        cached=torch.tensor([sample.moments is not None for sample in samples]) if moments is not None else None,
         layouts=layouts if LAYOUT in settings.annotations else None,
         maps=torch.from_numpy(np.array(labels, np.uint8).reshape(-1, *shape)) if with_maps else None,
         # Of a part of the samples they are of no use: the text encoder runs for all of them then.
-        text_contexts=torch.from_numpy(np.stack(contexts)) if contexts and len(contexts) == len(samples) else None,
+        text_contexts=contexts if contexts is not None and len(contexts) == len(samples) else None,
     )
+
+
+def _stacked(arrays: list[tuple[str, NDArray[Any] | None]], name: str) -> torch.Tensor | None:
+    """The arrays of the samples (key, array) that have one, as one tensor; None if none has.
+
+    Raises: DataError, naming the key, if one holds NaN or infinity.
+    """
+    present = [(key, array) for key, array in arrays if array is not None]
+    if not present:
+        return None
+    stacked = np.stack([array for _, array in present])
+    if not all_finite(stacked):
+        raise not_finite(next(key for key, array in present if not all_finite(np.ascontiguousarray(array))), name)
+    return torch.from_numpy(stacked)
 
 
 def join(parts: Sequence[Batch], pin: bool = False) -> Batch:

@@ -27,8 +27,8 @@ from ldm_scale.data.annotations import (
     read_map,
     read_objects,
 )
-from ldm_scale.data.latents import RECORD, LatentCache, read_context, read_moments, read_record, read_view
-from ldm_scale.data.metadata import choose_caption, member_bytes, read_captions, read_label, read_metadata
+from ldm_scale.data.latents import RECORD, LatentCache, read_context, read_record, read_view, refused, view_moments
+from ldm_scale.data.metadata import choose_caption, may_name, member_bytes, read_captions, read_label, read_metadata
 from ldm_scale.data.permutation import uniforms
 from ldm_scale.data.pictures import Picture, reduction_of
 from ldm_scale.data.policy import BadSample
@@ -126,46 +126,70 @@ def decode_sample(
 
     Raises: BadSample with the reason; DataError if a cached sample is not what its manifest says.
     """
+    if latents is not None and RECORD in sample:
+        return _decode_cached(sample, settings, vocabulary, position, epoch, latents)
     key = str(sample["__key__"])
-    cached = latents is not None and RECORD in sample
     extension = image_extension(sample)
-    if cached and "unusable" in (record := read_record(sample)):
-        raise BadSample(record["unusable"])
-    if extension is None and not cached:
+    if extension is None:
         raise BadSample(f"no image ({', '.join(IMAGE_EXTENSIONS)})")
     metadata = read_metadata(sample)
     captions = read_captions(sample, metadata)
     caption = choose_caption(captions, settings.augment, settings.seed, epoch, key)
     label = read_label(sample, metadata, vocabulary.classes)
-    image: NDArray[np.uint8] | None = None
-    moments: NDArray[Any] | None = None
-    context: NDArray[np.float16] | None = None
-    if latents is not None and cached:
-        variant = latents.variant(settings, epoch, key)
-        moments = read_moments(sample, variant, latents)
-        if TEXT in settings.annotations and latents.text is not None:
-            context = read_context(sample, captions.index(caption), latents.text)
-        view = read_view(record, variant, key) if settings.annotations else None
-    else:
-        assert extension is not None, "a sample without a picture has moments, or was refused above"
-        picture = Picture(member_bytes(sample, extension))
-        view = View(picture.size, *crop_box(*picture.size, settings, epoch, key))
-        image = picture.render(view.box, view.mirror, settings.shape)
+    picture = Picture(member_bytes(sample, extension))
+    view = View(picture.size, *crop_box(*picture.size, settings, epoch, key))
+    image = picture.render(view.box, view.mirror, settings.shape)
     layout, labels = _annotations(sample, metadata, settings, vocabulary, view)
-    return DecodedSample(image, caption, label, key, position, moments, layout, labels, context)
+    return DecodedSample(image, caption, label, key, position, layout=layout, labels=labels)
+
+
+def _decode_cached(
+    sample: RawSample,
+    settings: DecodeSettings,
+    vocabulary: Vocabulary,
+    position: int,
+    epoch: int,
+    latents: LatentCache,
+) -> DecodedSample:
+    """A usable sample from a latent cache; whether its numbers are finite, the batch is asked.
+
+    What is not needed is not parsed: the metadata of these samples was read when they were encoded, and of those that
+    did not pass then the record says so.
+
+    Raises: as `decode_sample`.
+    """
+    reason = refused(sample)
+    if reason is not None:
+        raise BadSample(reason)
+    key, wanted = str(sample["__key__"]), settings.annotations
+    needed = ("captions", "class") if "txt" in sample else ("captions", "class", "caption")
+    metadata = read_metadata(sample) if wanted or may_name(sample, *needed) else {}
+    captions = read_captions(sample, metadata)
+    caption = choose_caption(captions, settings.augment, settings.seed, epoch, key)
+    label = read_label(sample, metadata, vocabulary.classes)
+    variant = latents.variant(settings, epoch, key)
+    moments = view_moments(sample, variant, latents)
+    if not wanted:
+        return DecodedSample(None, caption, label, key, position, moments)
+    context: NDArray[np.float16] | None = None
+    if TEXT in wanted and latents.text is not None:
+        context = read_context(sample, captions.index(caption), latents.text)
+    view = read_view(read_record(sample), variant, key)
+    layout, labels = _annotations(sample, metadata, settings, vocabulary, view)
+    return DecodedSample(None, caption, label, key, position, moments, layout, labels, context)
 
 
 def _annotations(
-    sample: RawSample, metadata: dict[str, Any], settings: DecodeSettings, vocabulary: Vocabulary, view: View | None
+    sample: RawSample, metadata: dict[str, Any], settings: DecodeSettings, vocabulary: Vocabulary, view: View
 ) -> tuple[Layout | None, NDArray[np.uint8] | None]:
     """The objects and the map of what is shown, None for what was not asked for.
 
     Raises: BadSample if what was asked for is missing or malformed.
     """
     layout, labels = None, None
-    if view is not None and LAYOUT in settings.annotations:
+    if LAYOUT in settings.annotations:
         layout = layout_of(read_objects(metadata, vocabulary.objects), view)
-    if view is not None and MAP in settings.annotations:
+    if MAP in settings.annotations:
         content = member_bytes(sample, MAP_EXTENSION) if MAP_EXTENSION in sample else None
         labels = read_map(content, vocabulary.num_map_labels, view, settings.shape)
     return layout, labels

@@ -28,7 +28,7 @@ from ldm_scale.data.latents import (
     pack_moments,
 )
 from ldm_scale.data.loader import start_worker
-from ldm_scale.data.metadata import read_captions, read_label, read_metadata
+from ldm_scale.data.metadata import member_bytes, read_captions, read_label, read_metadata
 from ldm_scale.data.pictures import Picture
 from ldm_scale.data.policy import BadSample
 from ldm_scale.data.shards import IMAGE_EXTENSIONS, Dataset, RawSample
@@ -52,7 +52,7 @@ def render_variants(sample: RawSample, cache: LatentCache, class_numbers: dict[s
     Raises: DataError if the sample has a member of a latent cache.
     """
     key = str(sample["__key__"])
-    members = {name: content for name, content in sample.items() if isinstance(content, bytes) and name != "__key__"}
+    members = {name: member_bytes(sample, name) for name in sample if name != "__key__"}
     reserved = (PREFIX,) if cache.text is None else (PREFIX, CONTEXTS)
     taken = next((name for name in members if name.startswith(reserved)), None)
     if taken is not None:

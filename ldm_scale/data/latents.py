@@ -27,6 +27,7 @@ import json
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
+from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
@@ -34,6 +35,7 @@ from numpy.typing import NDArray
 
 from ldm_scale.config.convert import section_from_dict
 from ldm_scale.data.annotations import View
+from ldm_scale.data.arrays import Members, all_finite, array_of, not_finite
 from ldm_scale.data.permutation import uniforms
 from ldm_scale.errors import ConfigError, DataError
 
@@ -47,6 +49,9 @@ CENTER, MIRROR = "center", "mirror"
 LATENTS, IMAGES = "latents", "images"  # kinds of shards
 # Raised when the same transform would give other pixels: caches made before belong to another transform then.
 TRANSFORM_VERSION = 2
+
+# How our records of usable pictures begin, before and since they tell the picture's size.
+_USABLE = (b'{"size": [', b'{"variants": {')
 
 
 @dataclass(frozen=True)
@@ -92,13 +97,18 @@ class LatentCache:
     program: str = field(default="", compare=False)  # version that wrote it, for people
     text: CachedText | None = None  # None: no contexts beside the latents
 
-    @property
+    @cached_property
     def moments_shape(self) -> tuple[int, int, int]:
         """Shape of one variant's moments: (2c, h, w) of a KL posterior, else (c, h, w)."""
         side = self.transform.resolution // self.f
         return (2 * self.c if self.kind == "kl" else self.c, side, side)
 
-    @property
+    @cached_property
+    def stored_dtype(self) -> np.dtype[Any]:
+        """What the moments are stored in."""
+        return np.dtype(self.transform.dtype)
+
+    @cached_property
     def variants(self) -> tuple[str, ...]:
         """Names of the variants of every sample."""
         if self.transform.random_crops:
@@ -173,13 +183,26 @@ def pack_moments(moments: NDArray[np.float32], dtype: str, key: str) -> bytes:
     return buffer.getvalue()
 
 
-def read_record(sample: Mapping[str, bytes | str]) -> dict[str, Any]:
+def refused(sample: Members) -> str | None:
+    """Why the picture of a sample cannot be used, as latents.json says; None if it can.
+
+    Raises: DataError as `read_record`, where it does not begin as the record of a usable picture.
+    """
+    content = sample[RECORD]
+    if not isinstance(content, str) and bytes(content[:16]).startswith(_USABLE):
+        return None
+    reason: str | None = read_record(sample).get("unusable")
+    return reason
+
+
+def read_record(sample: Members) -> dict[str, Any]:
     """The content of latents.json: "variants" (name -> box, flip) or "unusable" (the reason).
 
     Raises: DataError if it is neither.
     """
     try:
-        record = json.loads(sample[RECORD])
+        content = sample[RECORD]
+        record = json.loads(content if isinstance(content, str) else bytes(content))
         if isinstance(record.get("unusable"), str) or isinstance(record["variants"], dict):
             return record  # type: ignore[no-any-return]
     except (KeyError, ValueError, AttributeError):
@@ -218,49 +241,43 @@ def pack_contexts(contexts: NDArray[Any], key: str) -> bytes:
     return buffer.getvalue()
 
 
-def read_context(sample: Mapping[str, bytes | str], number: int, text: CachedText) -> NDArray[Any]:
+def read_context(sample: Members, number: int, text: CachedText) -> NDArray[Any]:
     """The context of the sample's caption `number`. Shapes: returns (M, d) in float16.
 
-    Raises: DataError, naming the key, if it is missing, not finite or of another shape or type than the manifest's.
+    Raises: DataError, naming the key, if it is missing or of another shape or type than the manifest's.
     """
-    key = str(sample["__key__"])
-    content = sample.get(CONTEXTS)
-    if not isinstance(content, bytes):
-        raise DataError(f"{key}: no member {CONTEXTS}, which its manifest promises; encode its shard anew")
-    try:
-        contexts: NDArray[Any] = np.load(io.BytesIO(content), allow_pickle=False)
-    except (ValueError, EOFError, OSError) as error:
-        raise DataError(f"{key}: its {CONTEXTS} cannot be read ({error}); encode its shard anew") from None
+    key, contexts = str(sample["__key__"]), array_of(sample, CONTEXTS)
     expected = (text.max_tokens, text.width)
     if contexts.ndim != 3 or contexts.shape[1:] != expected or contexts.dtype != np.float16 or number >= len(contexts):
         raise DataError(
             f"{key}: its {CONTEXTS} has shape {contexts.shape} of {contexts.dtype}, its manifest says {expected} of "
             f"float16 for each caption, and it has {number + 1} or more; encode its shard anew"
         )
-    if not np.isfinite(contexts[number]).all():
-        raise DataError(f"{key}: its {CONTEXTS} holds NaN or infinity; encode its shard anew")
     context: NDArray[Any] = contexts[number]
     return context
 
 
-def read_moments(sample: Mapping[str, bytes | str], variant: str, cache: LatentCache) -> NDArray[Any]:
-    """Moments of one variant, in the stored type.
+def read_moments(sample: Members, variant: str, cache: LatentCache) -> NDArray[Any]:
+    """Moments of one variant, in the stored type: a view of the member that cannot be written to.
 
     Raises: DataError, naming the key, if they are missing, not finite or of another shape or type than the manifest's.
     """
-    key, name = str(sample["__key__"]), member(variant)
-    content = sample.get(name)
-    if not isinstance(content, bytes):
-        raise DataError(f"{key}: no member {name}, which its manifest promises; encode its shard anew")
-    try:
-        moments: NDArray[Any] = np.load(io.BytesIO(content), allow_pickle=False)
-    except (ValueError, EOFError, OSError) as error:
-        raise DataError(f"{key}: its {name} cannot be read ({error}); encode its shard anew") from None
-    if moments.shape != cache.moments_shape or moments.dtype != np.dtype(cache.transform.dtype):
+    moments = view_moments(sample, variant, cache)
+    if not all_finite(moments):
+        raise not_finite(str(sample["__key__"]), member(variant))
+    return moments
+
+
+def view_moments(sample: Members, variant: str, cache: LatentCache) -> NDArray[Any]:
+    """What `read_moments` returns, finite or not: of a whole batch that is asked for less.
+
+    Raises: DataError as `read_moments`, but for numbers that are not finite.
+    """
+    name = member(variant)
+    moments = array_of(sample, name)
+    if moments.shape != cache.moments_shape or moments.dtype != cache.stored_dtype:
         raise DataError(
-            f"{key}: its {name} has shape {moments.shape} of {moments.dtype}, its manifest says {cache.moments_shape} "
-            f"of {cache.transform.dtype}; encode its shard anew"
+            f"{sample['__key__']!s}: its {name} has shape {moments.shape} of {moments.dtype}, its manifest says "
+            f"{cache.moments_shape} of {cache.transform.dtype}; encode its shard anew"
         )
-    if not np.isfinite(moments).all():
-        raise DataError(f"{key}: its {name} holds NaN or infinity; encode its shard anew")
     return moments

@@ -121,6 +121,17 @@ def read_metadata(sample: RawSample) -> dict[str, Any]:
     return metadata
 
 
+def may_name(sample: RawSample, *names: str) -> bool:
+    """Whether the member .json may have one of these keys at its top: sure only if not, and without parsing it."""
+    if "json" not in sample:
+        return False
+    content = member_bytes(sample, "json")
+    # Other encodings and escapes can spell a key in other bytes.
+    if content[:1] != b"{" or b"\0" in content or b"\\u" in content:
+        return True
+    return any(f'"{name}"'.encode() in content for name in names)
+
+
 def _without_twins(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     """A JSON object's content.
 
@@ -162,7 +173,7 @@ def read_label(sample: RawSample, metadata: dict[str, Any], class_numbers: Mappi
 
 
 def member_bytes(sample: RawSample, extension: str) -> bytes:
-    """A member of a raw sample."""
+    """A member of a raw sample, copied where it is a view of a file."""
     member = sample[extension]
-    assert isinstance(member, bytes), extension
-    return member
+    assert not isinstance(member, str), extension
+    return bytes(member)  # of bytes: themselves

@@ -34,7 +34,8 @@ from ldm_scale.data.sidecar import BLOCK, Sidecar, open_sidecar
 from ldm_scale.errors import DataError
 
 IMAGE_EXTENSIONS = ("png", "jpg", "jpeg", "webp")
-RawSample = dict[str, bytes | str]  # extension -> bytes, "__key__" -> shard stem / sample name
+# extension -> bytes, or a view of a mapped file; "__key__" -> shard stem / sample name
+RawSample = dict[str, bytes | memoryview | str]
 
 _MAX_OPEN = 1024  # files and mapped sidecars that a process keeps, each
 _CHECKED_AT_OPENING = 64  # shards: to find a wrong mount or folder, not every loss
@@ -292,7 +293,7 @@ class Dataset:
                     intact = len(member) == size and zlib.crc32(member) == checksum
                 if not intact:
                     raise self._not_as_indexed(shard_number, f"{indexed.name}.{extension}", offset, size)
-                sample[extension] = bytes(member)
+                sample[extension] = member
         return sample
 
     def _not_as_indexed(self, shard_number: int, member: str, offset: int, size: int) -> UnreadableSample:

@@ -21,7 +21,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ldm_scale.data import require_images
-from ldm_scale.data.decode import DecodeSettings, decode_image, to_pixels
+from ldm_scale.data.decode import DecodeSettings, decode_image, image_extension, to_pixels
+from ldm_scale.data.metadata import member_bytes
 from ldm_scale.data.order import shuffled
 from ldm_scale.data.policy import BadRecord, BadSample, BadSampleLog
 from ldm_scale.data.shards import IMAGE_EXTENSIONS, Dataset, open_manifest
@@ -180,8 +181,8 @@ def _size(path: Path) -> int:
 def _shard_reader(dataset: Dataset) -> Callable[[int], tuple[str, bytes | str]]:
     def read(number: int) -> tuple[str, bytes | str]:
         sample = dataset.read(number)
-        extension = next((extension for extension in IMAGE_EXTENSIONS if extension in sample), None)
-        return str(sample["__key__"]), "no image" if extension is None else sample[extension]
+        extension = image_extension(sample)
+        return str(sample["__key__"]), "no image" if extension is None else member_bytes(sample, extension)
 
     return read
 

@@ -18,6 +18,7 @@ from ldm_scale.data.annotations import (
     open_map,
     read_objects,
 )
+from ldm_scale.data.metadata import member_bytes
 from ldm_scale.data.policy import BadSample
 from ldm_scale.data.shards import RawSample
 from ldm_scale.operations.doctor_report import Report
@@ -53,10 +54,9 @@ def inspect_annotations(
     pixels: tuple[tuple[int, int], ...] | None = None
     if dataset.map_labels:
         try:
-            content = raw.get(MAP_EXTENSION)
-            if not isinstance(content, bytes):
+            if MAP_EXTENSION not in raw:
                 raise BadSample(f"no label map ({MAP_EXTENSION})")
-            labels = np.asarray(open_map(content, size))
+            labels = np.asarray(open_map(member_bytes(raw, MAP_EXTENSION), size))
             check_labels(labels, len(dataset.map_labels))
             values, counts = np.unique(labels, return_counts=True)
             pixels = tuple(zip(values.tolist(), counts.tolist(), strict=True))

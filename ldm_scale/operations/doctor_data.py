@@ -256,6 +256,6 @@ def _digests(dataset: Dataset, numbers: np.ndarray[Any, Any]) -> Iterator[tuple[
         except DataError:
             continue
         data = next((sample[extension] for extension in IMAGE_EXTENSIONS if extension in sample), b"")
-        assert isinstance(data, bytes)
+        assert not isinstance(data, str)
         if data:
             yield number, hashlib.blake2b(data, digest_size=16).digest()

@@ -231,7 +231,9 @@ def _check_pairing(raw: dict[str, Any], source: dict[str, Any], where: str, show
 
 def _text(content: object) -> str:
     """A member for a message."""
-    return "missing" if not isinstance(content, bytes) else repr(content.decode("utf-8", "replace")[:40])
+    return (
+        repr(bytes(content).decode("utf-8", "replace")[:40]) if isinstance(content, bytes | memoryview) else "missing"
+    )
 
 
 def _check_range(moments: Any, cache: LatentCache, where: str, extremes: dict[str, list[float]], shown: Shown) -> None:

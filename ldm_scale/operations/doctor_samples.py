@@ -17,7 +17,8 @@ import numpy as np
 
 from ldm_scale.config.schema import TextConditioningConfig
 from ldm_scale.data import NO_CLASS, Dataset
-from ldm_scale.data.metadata import read_caption, read_label, read_metadata
+from ldm_scale.data.decode import image_extension
+from ldm_scale.data.metadata import member_bytes, read_caption, read_label, read_metadata
 from ldm_scale.data.pictures import open_rgb
 from ldm_scale.data.policy import BadSample
 from ldm_scale.data.shards import IMAGE_EXTENSIONS, RawSample
@@ -89,11 +90,10 @@ def inspect_sample(number: int) -> Seen:
 
 def _picture(raw: RawSample) -> bytes:
     """The bytes of a sample's picture. Raises: BadSample if it has none."""
-    for extension in IMAGE_EXTENSIONS:
-        data = raw.get(extension)
-        if isinstance(data, bytes):
-            return data
-    raise BadSample(f"no image ({', '.join(IMAGE_EXTENSIONS)})")
+    extension = image_extension(raw)
+    if extension is None:
+        raise BadSample(f"no image ({', '.join(IMAGE_EXTENSIONS)})")
+    return member_bytes(raw, extension)
 
 
 @dataclass

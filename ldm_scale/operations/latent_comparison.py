@@ -21,6 +21,7 @@ from tqdm import tqdm
 from ldm_scale.data.decode import image_extension, to_pixels
 from ldm_scale.data.latent_rendering import variant_box
 from ldm_scale.data.latents import LatentCache, read_moments, read_record
+from ldm_scale.data.metadata import member_bytes
 from ldm_scale.data.pictures import Picture
 from ldm_scale.data.policy import BadSample
 from ldm_scale.data.shards import Dataset
@@ -84,10 +85,9 @@ class Pair:
         """
         raw = self.source.read(number)
         extension = image_extension(raw)
-        content = raw[extension] if extension is not None else None
-        if not isinstance(content, bytes):
+        if extension is None:
             raise BadSample("no image")
-        picture = Picture(content)
+        picture = Picture(member_bytes(raw, extension))
         box, mirror = variant_box(variant, *picture.size, self.cache, self.source.key(number))
         side = self.cache.transform.resolution
         pixels = to_pixels(np.stack([picture.render(box, mirror, (side, side))]))

@@ -12,8 +12,12 @@ from PIL import Image
 
 from ldm_scale.data.annotations import LAYOUT, MAP, Vocabulary
 from ldm_scale.data.decode import DecodeSettings, decode_image, decode_sample
+from ldm_scale.data.latents import LatentCache, LatentTransform
+from ldm_scale.data.pipeline import collate
 from ldm_scale.data.policy import BadSample
+from ldm_scale.errors import DataError
 from tests.helpers.annotated import NUMBERS, scene
+from tests.helpers.latents import npy
 from tests.helpers.mutations import mutate, with_checksums
 from tests.helpers.pictures import raw_png, save
 
@@ -108,3 +112,32 @@ def test_damaged_text_metadata_and_maps_are_used_or_bad() -> None:
             outcomes["used"] += 1
     assert outcomes["used"] > 20
     assert len(outcomes) > 8, outcomes
+
+
+def test_damaged_latents_are_used_or_an_error_of_the_data() -> None:
+    cache = LatentCache("0" * 64, "kl", 2, 2, LatentTransform(8))
+    rng = np.random.default_rng(3)
+    record = {"size": [8, 8], "variants": {"center": {"box": [0, 0, 8, 8], "flip": False}}}
+    whole = {
+        "latents.center.npy": npy(rng.standard_normal((4, 4, 4)).astype(np.float16)),
+        "latents.json": json.dumps(record).encode(),
+        "txt": b"a cat",
+        "json": b'{"class": 0}',
+    }
+    outcomes: Counter[str] = Counter()
+    for number in range(1500):
+        member = list(whole)[number % 3 and number % 4]
+        members = whole | {member: mutate(whole[member], whole["json"], rng)}
+        try:
+            sample = decode_sample({"__key__": "s/k", **members}, SETTINGS[0], Vocabulary({"a": 0}), number, 0, cache)
+            batch = collate(([sample], []), SETTINGS[0])
+        except BadSample:
+            outcomes["bad"] += 1
+        except DataError as error:
+            outcomes["error" if str(error).startswith("s/k: ") else "unnamed"] += 1
+        else:
+            assert batch.moments is not None
+            assert (batch.moments.shape, batch.moments.isfinite().all()) == ((1, 4, 4, 4), True)
+            outcomes["used"] += 1
+    assert not outcomes["unnamed"]
+    assert min(outcomes["bad"], outcomes["error"], outcomes["used"]) > 50, outcomes
