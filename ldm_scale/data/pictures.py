@@ -32,11 +32,11 @@ if TYPE_CHECKING:
 # 256 MiB as RGB, refused on the header before a pixel is decoded: a loader worker holds up to four such copies. Pillow
 # warns above the same number, and refuses above twice of it.
 MAX_IMAGE_PIXELS = 2**30 // 12
-_TOO_LARGE = f"image has more than {MAX_IMAGE_PIXELS:,} pixels"
+TOO_LARGE = f"image has more than {MAX_IMAGE_PIXELS:,} pixels"
 
 # By content, whatever the extension says. Pillow knows forty more: EPS starts another program, TIFF may hold numbers
 # of 32 bits whose range nothing states.
-_FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP")
+FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP")
 
 _PNG_BIT_DEPTH = 24  # byte of the file: after the signature and the header chunk's length, name, width and height
 
@@ -176,13 +176,13 @@ def _open(data: bytes) -> Image.Image:
     Raises: BadSample as `open_rgb`.
     """
     try:
-        image: Image.Image = Image.open(io.BytesIO(data), formats=_FORMATS)
+        image: Image.Image = Image.open(io.BytesIO(data), formats=FORMATS)
     except Image.DecompressionBombError:
-        raise BadSample(_TOO_LARGE) from None
+        raise BadSample(TOO_LARGE) from None
     except DECODE_ERRORS as error:
         raise BadSample(_fault(error, data)) from None
     if image.width * image.height > MAX_IMAGE_PIXELS:
-        raise BadSample(_TOO_LARGE)
+        raise BadSample(TOO_LARGE)
     # In pixels' data the marker cannot stand; a thumbnail or a profile may hold it a few times.
     if isinstance(image, JpegImageFile) and data.count(_SCAN) > _MAX_SCANS:
         raise BadSample(f"image has more than {_MAX_SCANS} scans")
