@@ -80,6 +80,7 @@ class Scan:
 
     samples: list[IndexedSample]
     bad: list[BadRecord]  # samples, members and places; keys as above
+    sha256: str | None = None  # of the tar, if the window reads all
 
 
 class _TooMuch(Exception):
@@ -110,13 +111,15 @@ def scan_tar(window: Window, pictures: bool = True, visit: Visit | None = None) 
     Raises: DataError if the bytes cannot be read; never for what they are.
     """
     if window.num_bytes == 0:
-        return Scan([], [BadRecord("", EMPTY_FILE)])
-    if window.read(0, 8).startswith(_SIGNATURES):
-        return Scan([], [BadRecord("", COMPRESSED)])
-    try:
-        return _Pass(window, pictures, visit).run()
-    except _TooMuch:
-        return Scan([], [BadRecord("", TOO_MUCH)])
+        samples, bad = list[IndexedSample](), [BadRecord("", EMPTY_FILE)]
+    elif window.read(0, 8).startswith(_SIGNATURES):
+        samples, bad = [], [BadRecord("", COMPRESSED)]
+    else:
+        try:
+            samples, bad = _Pass(window, pictures, visit).run()
+        except _TooMuch:
+            samples, bad = [], [BadRecord("", TOO_MUCH)]
+    return Scan(samples, bad, window.sha256())
 
 
 class _Pass:
@@ -135,8 +138,8 @@ class _Pass:
         self._after_fault = False
         self._num_headers = self._num_members = self._num_faults = self._bytes_again = 0
 
-    def run(self) -> Scan:
-        """The samples.
+    def run(self) -> tuple[list[IndexedSample], list[BadRecord]]:
+        """What is usable and what is not.
 
         Raises: _TooMuch.
         """
@@ -145,9 +148,9 @@ class _Pass:
             offset = self._step(offset)
         self._close()
         if self._num_headers == 0:
-            return Scan([], [BadRecord("", NOT_A_TAR)])
+            return [], [BadRecord("", NOT_A_TAR)]
         self._judge_doubtful()
-        return Scan([sample for sample in self._samples if sample is not None], self._bad)
+        return [sample for sample in self._samples if sample is not None], self._bad
 
     def _step(self, offset: int) -> int | None:
         """Where the next header should be, None at the end; `offset` is where one should be."""
@@ -167,15 +170,17 @@ class _Pass:
         else:
             name, stated, sparse = self._extensions.member(header)
             size = header.size if stated is None else stated
-            reason = _unusable(header, sparse, name) or (BAD_EXTENSION if self._contradicts(stated, header) else None)
-            sample = None if header.isdir() else self._take(name, block, start, size, reason)
+            reason = _unusable(header, sparse, name) or (BAD_EXTENSION if stated != header.size else None)
+            if self._extensions.too_large:
+                self._record(f"@{offset}", BAD_EXTENSION)  # its name is not known
+                self._lose()
+                sample = None
+            else:
+                sample = None if header.isdir() else self._take(name, block, start, size, reason)
             self._extensions.clear()
         stop = start + payload_size(header, size)
         self._last = (start, start + size if stop > start else start, sample)
         return stop if self._last[1] <= window.num_bytes else self._fault(offset, NO_END)
-
-    def _contradicts(self, stated: int | None, header: TarInfo) -> bool:
-        return self._extensions.too_large or stated != header.size
 
     def _take(self, name: str, block: bytes, start: int, size: int, reason: str | None) -> _Open | None:
         """The sample that a member belongs to, with that member in it; None if webdataset would skip it too."""
@@ -272,22 +277,25 @@ class _Pass:
             raise _TooMuch
         start, stop, sample = self._last
         found = find_header(self._window, start)
-        end = self._window.num_bytes if found is None else found
-        if sample is not None and end < stop:
-            sample.spoil(CUT_MEMBER if found is None else OVERRUN)
-        elif sample is not None and self._window.read(stop, min(padded(stop), end)).strip(b"\0"):
-            sample.spoil(OVERRUN)
+        end = start + padded(stop - start)
+        ends_early = stop > self._window.num_bytes if found is None else found < end
+        if sample is not None and (ends_early or self._window.read(stop, end).strip(b"\0")):
+            sample.spoil(CUT_MEMBER if found is None and ends_early else OVERRUN)
         else:
             self._record(f"@{offset}", reason)
-        if self._open is not None:
-            self._open.doubtful = True
-        self._after_fault = True
+        self._lose()
         self._extensions.clear()
         if found is not None:
             self._bytes_again += max(0, offset - found)
         if self._bytes_again > 2 * self._window.num_bytes:
             raise _TooMuch
         return found
+
+    def _lose(self) -> None:
+        """Nothing; members were lost here, of the sample before or after."""
+        if self._open is not None:
+            self._open.doubtful = True
+        self._after_fault = True
 
     def _record(self, name: str, reason: str) -> None:
         """Nothing; the sample or place is written down as bad, its name in printable characters."""

@@ -38,7 +38,7 @@ _TYPES = {"I64": "<i8", "I32": "<i4", "U32": "<u4", "U8": "u1"}
 _AGAIN = "index the shard anew with `ldm-scale prepare index`"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)  # a tar may hold a million
 class Member:
     """One file of a sample in its tar."""
 
@@ -47,7 +47,7 @@ class Member:
     crc32: int | None = None  # None: its bytes were not read when it was indexed
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)  # a tar may hold a million
 class IndexedSample:
     """A usable sample as the index found it."""
 

@@ -63,8 +63,11 @@ def find_header(window: Window, start: int) -> int | None:
 
 
 def _may_be_header(block: bytes) -> bool:
-    """Whether the stated checksum is right; far cheaper than parsing, for bytes that are mostly no header."""
-    if len(block) < BLOCK:
+    """Whether there is a name and the right checksum; far cheaper than parsing, for bytes that are mostly no header.
+
+    Without a name, the checksum of a header that lost some zeros of it would be right a few bytes too early.
+    """
+    if len(block) < BLOCK or not block[0]:
         return False
     stated = block[_CHECKSUM].strip(b" \0")
     return stated.lstrip(b"0") == b"%o" % (sum(block) - sum(block[_CHECKSUM]) + 8 * ord(" "))

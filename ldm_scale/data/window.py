@@ -16,6 +16,8 @@ from pathlib import Path
 
 from ldm_scale.errors import DataError
 
+LOCAL_AHEAD = 1 << 20  # bytes of a file that are read at a time
+REMOTE_AHEAD = 1 << 16  # bytes of a remote shard: a request is worth about as much, and pictures should be skipped
 Fetch = Callable[[int, int], bytes]  # (start, stop) -> these bytes
 
 
@@ -105,7 +107,7 @@ class Window:
 
 
 @contextmanager
-def open_file(path: Path, ahead: int, checksum: bool) -> Iterator[Window]:
+def open_file(path: Path, ahead: int = LOCAL_AHEAD, checksum: bool = True) -> Iterator[Window]:
     """A file as a window.
 
     Raises: DataError if it cannot be read.

@@ -21,11 +21,13 @@ from tqdm import tqdm
 from ldm_scale.config.schema import DataConfig
 from ldm_scale.data import Dataset, open_manifest
 from ldm_scale.data.decode import DecodeSettings, decode_sample
-from ldm_scale.data.indexing import index_tar
 from ldm_scale.data.manifest import manifest_path, read_manifest
 from ldm_scale.data.policy import BadSample
+from ldm_scale.data.scan import scan_tar
 from ldm_scale.data.shards import IMAGE_EXTENSIONS, Shard
+from ldm_scale.data.sidecar import IndexedSample
 from ldm_scale.data.sources import TRAIN, map_in_processes
+from ldm_scale.data.window import open_file
 from ldm_scale.errors import DataError
 from ldm_scale.operations.doctor_report import Report
 from ldm_scale.operations.doctor_samples import SampleTally, inspect_sample, inspecting
@@ -122,19 +124,28 @@ def _check_content(report: Report, shard: Shard, checksum: object) -> None:
 
     Raises: DataError.
     """
+    sidecar = shard.load_index()
+    with open_file(shard.path) as window:
+        found = scan_tar(window, pictures=sidecar.pictures is not None)
     if checksum is None:
         report.warning("the manifest has no checksum of this shard", str(shard.path), "index it anew for one")
-    else:
-        with shard.path.open("rb") as stream:
-            found = hashlib.file_digest(stream, "sha256").hexdigest()
-        if found != checksum:
+    elif found.sha256 != checksum:
+        raise DataError(
+            f"{shard.path}: SHA-256 {str(found.sha256)[:12]}..., but its manifest says {str(checksum)[:12]}...; the "
+            "shard was changed: copy it again or index it anew with `ldm-scale prepare index`"
+        )
+    there = {sample.name: sample for sample in found.samples}
+    for row in range(len(sidecar)):
+        listed = sidecar.sample(row)
+        if listed.name not in there or _places(listed) != _places(there[listed.name]):
             raise DataError(
-                f"{shard.path}: SHA-256 {found[:12]}..., but its manifest says {str(checksum)[:12]}...; the shard was "
-                "changed: copy it again or index it anew with `ldm-scale prepare index`"
+                f"{shard.index_path}: {listed.name} does not lie in {shard.path.name} as it says; index the shard anew"
             )
-    sidecar = shard.load_index()
-    if [sidecar.sample(row) for row in range(len(sidecar))] != index_tar(shard.path):
-        raise DataError(f"{shard.index_path}: does not list what lies in {shard.path.name}; index the shard anew")
+
+
+def _places(sample: IndexedSample) -> dict[str, tuple[int, int]]:
+    """Where the members of a sample lie; their bytes are held against the checksum of the whole tar."""
+    return {extension: (member.offset, member.size) for extension, member in sample.members.items()}
 
 
 def _check_samples(report: Report, dataset: Dataset, resolution: int, samples: int) -> dict[bytes, str]:

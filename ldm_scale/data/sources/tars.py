@@ -1,77 +1,88 @@
 """Existing webdataset tars (img2dataset's or any others) as they are: indexed, checksummed, listed; never rewritten.
 
-Images, captions and classes stay what they were; what cannot be used is met in training and handled there. Only the
-classes are read here, because the manifest lists them. Sidecars lie beside the manifest, since shards may be on a
-file system that is read-only or shared.
+What a tar holds that cannot be used is left out of the index and listed in `bad_samples.jsonl`; a tar with too much of
+it is left out whole. Sidecars lie beside the manifest, since shards may be remote, read-only or shared. Each is written
+when its tar was read, so that a run that was killed goes on where it was.
 """
 
 from __future__ import annotations
 
+import json
 import os
-import sys
+from collections import Counter
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tqdm import tqdm
-
-from ldm_scale.data.indexing import index_shard, index_tar, write_json
+from ldm_scale.data.indexing import write_json, write_whole
 from ldm_scale.data.manifest import FORMAT, VERSION, read_manifest
-from ldm_scale.data.metadata import read_class, read_metadata
-from ldm_scale.data.policy import BadSample
-from ldm_scale.data.shards import IMAGE_EXTENSIONS, RawSample
-from ldm_scale.data.sidecar import SUFFIX, IndexedSample
+from ldm_scale.data.sidecar import open_sidecar
 from ldm_scale.data.sources import Prepared
+from ldm_scale.data.sources.class_lists import Classes
+from ldm_scale.data.sources.tar_index import Indexed, Job, index_one, shard_stem, sidecar_name
+from ldm_scale.data.sources.shard_jobs import map_shards
+from ldm_scale.data.storage import expand
+from ldm_scale.data.urls import local_path, public_name
 from ldm_scale.errors import DataError
 
-_MAX_CLASSES = 1_000_000  # a larger number is an identifier, not a class
+BAD_SAMPLES_NAME = "bad_samples.jsonl"
+
+_MAX_NAMED = 10
+_QUARANTINED = "quarantined"  # entry of a split: tars that were left out whole
+
+
+@dataclass(frozen=True)
+class IndexOptions:
+    """How tars are indexed."""
+
+    workers: int | None = None  # processes; None = one per core
+    checksums: bool | None = None  # read every byte; None = of local files
+    max_bad: float = 0.5  # share of a shard's samples that may be unusable; beyond it the shard is left out
+    max_bad_total: float = 0.1  # share of all samples that may be left out
 
 
 def index_tars(
-    shards: list[Path],
+    shards: Sequence[Path | str],
     manifest_path: Path,
     split: str,
     object_classes: Sequence[str] = (),
     map_labels: Sequence[str] = (),
+    options: IndexOptions | None = None,
 ) -> Prepared:
     """The manifest with this split of these shards; a split of other shards in an existing manifest stays.
 
-    `object_classes` and `map_labels` are the names that boxes and label maps in the shards refer to.
+    `shards` are paths, URLs and patterns. `object_classes` and `map_labels` are the names that boxes and label maps in
+    the shards refer to.
 
-    Raises: DataError if a tar is damaged, unsafe or without images, if two shards have one name, or if the manifest
-    already has this split from other shards.
+    Raises: DataError if a shard cannot be read, two have one name, too much is unusable, or the manifest already has
+    this split from other shards.
     """
-    if not shards:
-        raise DataError("no shards given; name the tars, such as data/*.tar")
+    options = options or IndexOptions()
     base = manifest_path.resolve().parent
-    shards = sorted(shards)
-    request = {"shards": [_relative(shard, base) for shard in shards]}
+    names = sorted(expand([str(shard) for shard in shards]))
+    request = {"shards": [_place(name, base) for name in names]}
     existing = read_manifest(manifest_path) if manifest_path.exists() else None
     if existing and existing.get("request", {}).get("source") != "index":
         raise DataError(
             f"{manifest_path}: not made by `ldm-scale prepare index`, so it stays as it is; choose another --out"
         )
     lists = _lists(existing, manifest_path, object_classes=object_classes, map_labels=map_labels)
+    others = {key: value for key, value in existing["splits"].items() if key != split} if existing else {}
     known = existing["request"]["splits"] if existing else {}
-    others = dict(existing["splits"]) if existing else {}
-    if existing and split in others:
-        return _reuse(existing, manifest_path, split, request, shards)
-    taken = {Path(shard["file"]).stem for entry in others.values() for shard in entry["shards"]}
-    for shard in shards:
-        if shard.stem in taken:
-            raise DataError(f"{shard}: a second shard with the name {shard.stem}; keys would repeat, so rename one")
-        taken.add(shard.stem)
-
+    if known.get(split, request) != request:
+        raise DataError(
+            f"{manifest_path}: already has a split {split!r}, of {len(known[split]['shards'])} shards "
+            f"{', '.join(known[split]['shards'][:3])}..., and now {len(names)} shards "
+            f"{', '.join(request['shards'][:3])}... are given; choose another --split or --out, or remove the manifest"
+        )
+    _check_names(names, others)
     base.mkdir(parents=True, exist_ok=True)
-    entries: list[dict[str, Any]] = []
-    classes = _Classes(existing["classes"] if existing else [])
-    for shard in tqdm(shards, desc="index", unit="shards", mininterval=1.0, file=sys.stderr):
-        samples = index_tar(shard)
-        if not any(extension in sample.members for sample in samples for extension in IMAGE_EXTENSIONS):
-            raise DataError(f"{shard}: no image in it ({', '.join(IMAGE_EXTENSIONS)}); leave this tar out")
-        classes.collect(shard, samples)
-        folder = base if shard.resolve().parent == base else base / f"{manifest_path.stem}.index"
-        entries.append(index_shard(shard.resolve(), folder / f"{shard.stem}{SUFFIX}", base, samples))
+    classes = Classes(existing["classes"] if existing else [])
+    entry, reused = _index(names, manifest_path, options, classes)
+    splits = {**others, split: entry}
+    left_out = _write_bad_samples(splits, base)
+    _check_bad(entry, base, options)
     manifest = {
         "format": FORMAT,
         "version": VERSION,
@@ -81,11 +92,121 @@ def index_tars(
         **lists,
         "license": None,
         "attribution": None,
+        "left_out": left_out,
         "request": {"source": "index", "splits": {**known, split: request}},
-        "splits": {**others, split: {"num_samples": sum(entry["num_samples"] for entry in entries), "shards": entries}},
+        "splits": splits,
     }
+    if reused and manifest == existing:
+        return Prepared(manifest_path, manifest, reused=True)
     write_json(manifest_path, manifest)
     return Prepared(manifest_path, manifest, reused=False)
+
+
+def _index(
+    names: list[str], manifest_path: Path, options: IndexOptions, classes: Classes
+) -> tuple[dict[str, Any], bool]:
+    """The manifest's entry of a split, and whether all sidecars were there; `classes` takes in those that occur."""
+    base = manifest_path.resolve().parent
+    jobs = [Job(name, _sidecar(name, manifest_path), options.checksums) for name in names]
+    rows: list[dict[str, Any]] = []
+    quarantined: list[dict[str, Any]] = []
+    reused = True
+    results = map_shards(index_one, jobs, len(jobs), options.workers, "index", lambda found: found.num_bytes)
+    for job, found in zip(jobs, results, strict=True):
+        reused &= found.reused
+        row = _row(job, found, base)
+        if found.num_samples == 0 or found.num_bad > options.max_bad * (found.num_samples + found.num_bad):
+            quarantined.append(row)
+            continue
+        classes.merge(public_name(job.name), found.classes)
+        rows.append(row)
+    entry: dict[str, Any] = {"num_samples": sum(row["num_samples"] for row in rows), "shards": rows}
+    return entry | ({_QUARANTINED: quarantined} if quarantined else {}), reused
+
+
+def _row(job: Job, found: Indexed, base: Path) -> dict[str, Any]:
+    """A shard as the manifest lists it."""
+    row = {
+        "file": _place(job.name, base),
+        "num_samples": found.num_samples,
+        "keys": found.keys,
+        "bytes": found.num_bytes,
+        "sha256": found.sha256,
+        "index": Path(os.path.relpath(job.sidecar, base)).as_posix(),
+        "bad": found.num_bad,
+    }
+    return {key: value for key, value in row.items() if value is not None and (key, value) != ("bad", 0)}
+
+
+def _sidecar(name: str, manifest_path: Path) -> Path:
+    """Where the sidecar of a shard lies: beside it if the manifest does too."""
+    base, path = manifest_path.resolve().parent, local_path(name)
+    is_beside = path is not None and Path(path).resolve().parent == base
+    return (base if is_beside else base / f"{manifest_path.stem}.index") / sidecar_name(name)
+
+
+def _place(name: str, base: Path) -> str:
+    """A shard as the manifest names it: a path relative to the manifest's folder, or a URL."""
+    path = local_path(name)
+    return name if path is None else Path(os.path.relpath(Path(path).resolve(), base)).as_posix()
+
+
+def _check_names(names: list[str], others: dict[str, Any]) -> None:
+    """Returns if keys are unique among these shards and those of other splits."""
+    taken = {
+        shard_stem(shard["file"])
+        for entry in others.values()
+        for shard in [*entry["shards"], *entry.get(_QUARANTINED, [])]
+    }
+    for name in names:
+        stem = shard_stem(name)
+        if stem in taken:
+            raise DataError(
+                f"{public_name(name)}: a second shard with the name {stem}; keys would repeat, so rename one"
+            )
+        taken.add(stem)
+
+
+def _write_bad_samples(splits: dict[str, Any], base: Path) -> dict[str, int]:
+    """How many were left out for each reason; all of them are listed in a file beside the manifest."""
+    counts: Counter[str] = Counter()
+    lines: list[str] = []
+    for entry in splits.values():
+        for row in [*entry["shards"], *entry.get(_QUARANTINED, [])]:
+            if row.get("bad"):
+                for key, reason in open_sidecar(base / row["index"]).bad:
+                    counts[reason] += 1
+                    record = {"shard": public_name(row["file"]), "key": key, "reason": reason}
+                    lines.append(json.dumps(record, ensure_ascii=False) + "\n")
+    path = base / BAD_SAMPLES_NAME
+    if lines or path.exists():
+        write_whole(path, "".join(lines).encode("utf-8"))
+    return dict(sorted(counts.items(), key=lambda item: (-item[1], item[0])))
+
+
+def _check_bad(entry: dict[str, Any], base: Path, options: IndexOptions) -> None:
+    """Returns if little enough is left out of a split.
+
+    Raises: DataError with the shards that lost most.
+    """
+    rows, quarantined = entry["shards"], entry.get(_QUARANTINED, [])
+    bad = sum(row.get("bad", 0) for row in [*rows, *quarantined]) + sum(row["num_samples"] for row in quarantined)
+    total = bad + entry["num_samples"]
+    if rows and bad <= options.max_bad_total * total:
+        return
+    losses = sorted([*quarantined, *(row for row in rows if row.get("bad"))], key=lambda row: -row.get("bad", 0))
+    named = []
+    for row in losses[:_MAX_NAMED]:
+        reasons = Counter(record.reason for record in open_sidecar(base / row["index"]).bad).most_common(3)
+        counted = ", ".join(f"{number} x {reason}" for reason, number in reasons) or "none of its members is a sample"
+        named.append(f"{public_name(row['file'])} ({counted})")
+    what = f"{bad} of {total} samples" if rows else "all shards"
+    fix = (
+        f"repair or remove the shards, or raise --max-bad-total (now {options.max_bad_total:g})"
+        if rows
+        else ("name webdataset tars with images, or raise --max-bad")
+    )
+    raise DataError(f"{what} cannot be used: {'; '.join(named)}; {fix}; all are listed in {base / BAD_SAMPLES_NAME}")
 
 
 def _lists(existing: dict[str, Any] | None, manifest_path: Path, **given: Sequence[str]) -> dict[str, list[str]]:
@@ -102,71 +223,3 @@ def _lists(existing: dict[str, Any] | None, manifest_path: Path, **given: Sequen
                 "the manifest and index all its splits anew"
             )
     return {key: existing[key] for key in given if key in existing}
-
-
-def _relative(shard: Path, base: Path) -> str:
-    """A shard's path relative to the manifest's folder."""
-    return Path(os.path.relpath(shard.resolve(), base)).as_posix()
-
-
-def _reuse(
-    existing: dict[str, Any], manifest_path: Path, split: str, request: dict[str, Any], shards: list[Path]
-) -> Prepared:
-    """The existing manifest if it has this very split of these very tars, by name and size."""
-    known = existing["request"]["splits"].get(split)
-    sizes = {shard["file"]: shard["bytes"] for shard in existing["splits"][split]["shards"]}
-    base = manifest_path.resolve().parent
-    if known == request and all(
-        shard.is_file() and sizes.get(_relative(shard, base)) == shard.stat().st_size for shard in shards
-    ):
-        return Prepared(manifest_path, existing, reused=True)
-    raise DataError(
-        f"{manifest_path}: already has a split {split!r}, of {len(sizes)} shards {', '.join(list(sizes)[:3])}..., and "
-        f"now {len(shards)} shards {', '.join(request['shards'][:3])}... are given or have changed; choose another "
-        "--split or --out, or remove the manifest"
-    )
-
-
-class _Classes:
-    """The classes that occur: numbers, or names in alphabetical order, never both."""
-
-    def __init__(self, known: list[str]) -> None:
-        numeric = bool(known) and known == [str(number) for number in range(len(known))]
-        self._names = set() if numeric else set(known)
-        self._count = len(known) if numeric else 0
-
-    def collect(self, shard: Path, samples: list[IndexedSample]) -> None:
-        """Nothing; takes in the classes of a tar.
-
-        Raises: DataError if some are numbers and some are names.
-        """
-        with shard.open("rb") as stream:
-            for sample in samples:
-                name, raw_members = sample.name, sample.members
-                raw: RawSample = {}
-                for extension in ("cls", "json"):
-                    if extension in raw_members:
-                        stream.seek(raw_members[extension].offset)
-                        raw[extension] = stream.read(raw_members[extension].size)
-                try:
-                    found = read_class(raw, read_metadata(raw) if "cls" not in raw else {})
-                except BadSample:
-                    continue  # counted and named where it is read for training
-                if isinstance(found, str):
-                    self._names.add(found)
-                elif found is not None:
-                    self._count = max(self._count, found + 1)
-                if self._count > _MAX_CLASSES:
-                    raise DataError(f"{shard}: sample {name} has class {found}; class numbers are below {_MAX_CLASSES}")
-                if self._names and self._count:
-                    raise DataError(
-                        f"{shard}: sample {name} has class {found!r}, others have a {self._other(found)}; use one kind"
-                    )
-
-    def _other(self, found: int | str | None) -> str:
-        """The kind of class that `found` is not."""
-        return "number" if isinstance(found, str) else "name"
-
-    def names(self) -> list[str]:
-        """The manifest's list of classes."""
-        return sorted(self._names) if self._names else [str(number) for number in range(self._count)]

@@ -200,64 +200,14 @@ def test_a_tar_replaced_by_one_of_equal_size_is_noticed(tmp_path: Path) -> None:
         open_manifest(manifest, "train").read(0)
 
 
-def _link(info: tarfile.TarInfo) -> None:
-    info.type, info.linkname, info.size = tarfile.SYMTYPE, "/etc/passwd", 0
-
-
-def _device(info: tarfile.TarInfo) -> None:
-    info.type, info.size = tarfile.CHRTYPE, 0
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        (_link, "is a link"),
-        (_device, "a device"),
-        (lambda info: setattr(info, "name", "/abs/b.png"), "outside the tar"),
-        (lambda info: setattr(info, "name", "a/../../b.png"), "outside the tar"),
-        (lambda info: setattr(info, "name", "a.png"), "occurs twice"),
-        (lambda info: setattr(info, "name", "a.PNG"), "occurs twice"),
-        (lambda info: setattr(info, "name", "b.pyd"), "is a pickle"),
-        (lambda info: setattr(info, "name", "b.mask.pth"), "is a pickle"),
-        (lambda info: setattr(info, "name", "b\udcff.png"), "not printable UTF-8"),
-    ],
-)
-def test_unsafe_members_are_refused_by_name(
-    tmp_path: Path, change: Callable[[tarfile.TarInfo], None], message: str
-) -> None:
-    path = tmp_path / "bad.tar"
-    with tarfile.open(path, "w") as archive:
-        for name, edit in (("a.png", None), ("b.png", change)):
-            info = tarfile.TarInfo(name)
-            info.size = len(PIXEL)
-            if edit is not None:
-                edit(info)
-            archive.addfile(info, io.BytesIO(PIXEL))
-    with pytest.raises(DataError, match=rf"bad.tar: member .*{message}"):
-        index_tar(path)
-
-
-def test_a_sample_name_that_comes_back_later_is_refused(tmp_path: Path) -> None:
-    path = write_tar(tmp_path / "bad.tar", [("a", {"png": PIXEL}), ("b", {"png": PIXEL}), ("a", {"txt": b"late"})])
-    with pytest.raises(DataError, match="sample 'a' occurs twice"):
-        index_tar(path)
-
-
-@pytest.mark.parametrize("damage", ["compressed", "cut in a member", "cut at a member", "header overwritten", "no tar"])
-def test_damaged_tars_are_refused(tmp_path: Path, damage: str) -> None:
+def test_a_tar_that_was_just_written_must_be_sound(tmp_path: Path) -> None:
     path = write_tar(tmp_path / "bad.tar", [(f"{n}", {"png": PIXEL}) for n in range(4)])
-    data = bytearray(path.read_bytes())
-    if damage == "compressed":
-        with tarfile.open(path, "w:gz") as archive:
-            archive.addfile(tarfile.TarInfo("a.png"))
-    elif damage == "cut in a member":
-        path.write_bytes(data[:600])
-    elif damage == "cut at a member":
-        path.write_bytes(data[:2048])
-    elif damage == "header overwritten":
-        data[2048:2100] = b"\xff" * 52
-        path.write_bytes(data)
-    else:
-        path.write_text("hello")
-    with pytest.raises(DataError, match=r"bad.tar: (not a complete, uncompressed tar|damaged or cut short)"):
+    assert [sample.name for sample in index_tar(path)] == ["0", "1", "2", "3"]
+    path.write_bytes(path.read_bytes()[: 2 * 1024 + 540])
+    with pytest.raises(DataError, match=r"bad.tar: 1 parts of this tar cannot be used \(2: member reaches beyond"):
         index_tar(path)
+    path.write_text("hello")
+    with pytest.raises(DataError, match=r"bad.tar: 1 parts .*\(all of it: not a tar"):
+        index_tar(path)
+    with pytest.raises(DataError, match=r"missing.tar: cannot be read \(No such file"):
+        index_tar(tmp_path / "missing.tar")
