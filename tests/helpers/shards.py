@@ -34,6 +34,11 @@ def png(image: Image.Image) -> bytes:
     return buffer.getvalue()
 
 
+def broken_png() -> bytes:
+    """A picture whose first bytes are sound and whose pixels are missing: only decoding finds that."""
+    return png(Image.new("RGB", (8, 8)))[:45]
+
+
 def make_sample(number: int, resolution: int, rng: np.random.Generator) -> dict[str, bytes]:
     """A coloured shape at a random place, its caption ("red circle") and its class (the shape)."""
     color, shape = COLORS[number % len(COLORS)], number % len(SHAPES)

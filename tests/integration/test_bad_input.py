@@ -13,7 +13,7 @@ from ldm_scale.data.sources.tars import index_tars
 from tests.helpers.commands import refusal, stage1, stage2
 from tests.helpers.ranks import run_ranks
 from tests.helpers.runs import tiny_artifact
-from tests.helpers.shards import make_dataset, write_tar
+from tests.helpers.shards import broken_png, make_dataset, write_tar
 
 
 @pytest.fixture
@@ -83,7 +83,7 @@ def test_more_ranks_than_shards_train(folder: Path) -> None:
 @pytest.mark.parametrize("workers", [0, 1])
 def test_images_none_of_which_decode_stop_the_run_with_their_names(tmp_path: Path, workers: int) -> None:
     (tmp_path / "data").mkdir()
-    samples = [(f"blank{n:02d}", {"png": b"no picture", "txt": b"a"}) for n in range(16)]
+    samples = [(f"blank{n:02d}", {"png": broken_png(), "txt": b"a"}) for n in range(16)]
     index_tars([write_tar(tmp_path / "data" / "0.tar", samples)], tmp_path / "data" / "manifest.json", "train")
     arguments = stage1(tmp_path, tmp_path / "run", f"data.num_workers={workers}", "data.max_consecutive_bad=3")
     ((status, errors),) = run_ranks(_main_and_errors, 1, arguments)

@@ -28,7 +28,7 @@ from tests.helpers.commands import stage2
 from tests.helpers.latents import encode, other_artifact
 from tests.helpers.ranks import run_ranks
 from tests.helpers.runs import set_random_outputs, tiny_artifact, tiny_config
-from tests.helpers.shards import make_dataset, make_sample, write_tar
+from tests.helpers.shards import broken_png, make_dataset, make_sample, write_tar
 
 STEPS = 6
 CROPS = ["--crops", "4", "--crop-scale-min", "0.6"]
@@ -40,7 +40,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("cache")
     rng = np.random.default_rng(0)
     samples = [(f"{n:03d}", make_sample(n, 20, rng)) for n in range(24)]
-    samples[5][1]["png"] = b"junk"
+    samples[5][1]["png"] = broken_png()
     samples[17][1]["txt"] = b"\x81"
     (path / "data").mkdir()
     tars = [write_tar(path / "data" / f"s{n}.tar", samples[8 * n : 8 * n + 8]) for n in range(3)]

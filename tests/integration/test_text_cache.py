@@ -23,7 +23,7 @@ from ldm_scale.training.diffusion_step import DiffusionTask
 from tests.helpers.latents import array, encode, npy, read_tar, rewrite
 from tests.helpers.ranks import run_ranks
 from tests.helpers.runs import set_random_outputs, tiny_artifact, tiny_config
-from tests.helpers.shards import make_sample, write_tar
+from tests.helpers.shards import broken_png, make_sample, write_tar
 from tests.helpers.towers import tiny_tower
 
 TEXT = frozenset({"text"})
@@ -40,7 +40,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory, section: FrozenTextConditio
     path = tmp_path_factory.mktemp("cache")
     rng = np.random.default_rng(0)
     samples = [(f"{n:03d}", make_sample(n, 20, rng)) for n in range(16)]
-    samples[5][1]["png"] = b"junk"
+    samples[5][1]["png"] = broken_png()
     samples[2][1]["json"] = b'{"captions": ["a red apple", "a green pear"]}'
     del samples[3][1]["txt"]
     samples[4][1]["txt"] = b"one " * 20

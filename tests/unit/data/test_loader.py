@@ -22,7 +22,7 @@ from ldm_scale.data.decode import DecodeSettings, decode_sample
 from ldm_scale.data.order import Order, replacement_at
 from ldm_scale.data.sources.tars import index_tars
 from ldm_scale.errors import ConfigError, DataError
-from tests.helpers.shards import make_dataset, make_sample, write_tar
+from tests.helpers.shards import broken_png, make_dataset, make_sample, write_tar
 
 
 @pytest.fixture(scope="module")
@@ -142,7 +142,7 @@ def _with_bad_samples(folder: Path, bad: dict[int, dict[str, bytes]], num_sample
 
 
 def test_bad_samples_are_replaced_alike_on_any_rank_counted_and_named(tmp_path: Path) -> None:
-    manifest = _with_bad_samples(tmp_path, {2: {"png": b"junk"}, 9: {"txt": b"\x81"}})
+    manifest = _with_bad_samples(tmp_path, {2: {"png": broken_png()}, 9: {"txt": b"\x81"}})
     whole = _load(manifest)
     reference = list(islice(whole, 4))
     assert all(len(batch.keys) == 8 for batch in reference)
@@ -170,7 +170,7 @@ def test_bad_samples_are_replaced_alike_on_any_rank_counted_and_named(tmp_path: 
 
 @pytest.mark.parametrize("workers", [0, 1])
 def test_too_many_bad_samples_in_a_row_stop_with_their_names(tmp_path: Path, workers: int) -> None:
-    manifest = _with_bad_samples(tmp_path, {n: {"png": b"junk"} for n in range(16)})
+    manifest = _with_bad_samples(tmp_path, {n: {"png": broken_png()} for n in range(16)})
     with pytest.raises(DataError) as caught:
         list(_load(manifest, workers=workers, num_epochs=1))
     message = str(caught.value)

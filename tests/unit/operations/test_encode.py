@@ -36,7 +36,7 @@ from ldm_scale.operations import encode as encode_operation
 from tests.helpers.latents import array, encode, other_artifact, read_tar
 from tests.helpers.ranks import run_ranks
 from tests.helpers.runs import tiny_artifact
-from tests.helpers.shards import make_dataset, make_sample, png, write_tar
+from tests.helpers.shards import broken_png, make_dataset, make_sample, png, write_tar
 from tests.unit.interchange.test_load import write_checkpoint
 
 ROOT = Path(__file__).parents[3]
@@ -189,7 +189,7 @@ def test_who_publishes_looks_once_more(folder: Path, monkeypatch: pytest.MonkeyP
 def test_what_does_not_decode_keeps_its_place_and_its_reason(tmp_path: Path) -> None:
     rng = np.random.default_rng(0)
     samples = [(f"{n:03d}", make_sample(n, 8, rng)) for n in range(6)]
-    samples[1][1]["png"] = b"junk"
+    samples[1][1]["png"] = broken_png()
     samples[3][1]["txt"] = b"\x81"
     (tmp_path / "data").mkdir()
     index_tars([write_tar(tmp_path / "data" / "s.tar", samples)], tmp_path / "data" / "manifest.json", "train")
