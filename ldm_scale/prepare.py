@@ -1,4 +1,7 @@
-"""`ldm-scale prepare`: from OpenMoji, COCO, a folder, a table or existing tars to webdataset shards and a manifest."""
+"""`ldm-scale prepare`: from OpenMoji, COCO, a folder, a table or existing tars to webdataset shards and a manifest.
+
+From a manifest, others: filtered, in aspect-ratio buckets, mixed.
+"""
 
 from __future__ import annotations
 
@@ -6,18 +9,23 @@ import argparse
 import json
 import time
 from pathlib import Path
+from typing import Any
 
 from ldm_scale.data.annotations import MAX_MAP_LABELS
 from ldm_scale.data.sources import Prepared
+from ldm_scale.data.sources.buckets import BucketOptions, bucket_manifest
 from ldm_scale.data.sources.coco import CocoRequest, prepare_coco
+from ldm_scale.data.sources.filtering import Rules, filter_manifest
 from ldm_scale.data.sources.image_folder import prepare_image_folder
+from ldm_scale.data.sources.mixing import mix_manifests
 from ldm_scale.data.sources.openmoji import SHIPPED_SUBSETS, WITHOUT_SKIN_TONES, prepare_openmoji
 from ldm_scale.data.sources.openmoji_scenes import DEFAULT_SUBSET, prepare_openmoji_scenes
 from ldm_scale.data.sources.scenes import BACKGROUNDS
 from ldm_scale.data.sources.squares import read_names
 from ldm_scale.data.sources.table import TableRequest, prepare_table
 from ldm_scale.data.sources.table_files import Columns
-from ldm_scale.data.sources.tars import index_tars
+from ldm_scale.data.sources.tars import IndexOptions, index_tars
+from ldm_scale.data.urls import public_name
 from ldm_scale.errors import DataError
 
 _MAX_RESOLUTION = 8192  # of one picture in memory: 200 MB
@@ -45,6 +53,34 @@ def _percent(text: str) -> float:
     if not 0.0 <= number < 100.0:
         raise argparse.ArgumentTypeError(f"{text} must be at least 0 and below 100")
     return number
+
+
+def _share(text: str) -> float:
+    """An argument that is a share of 1."""
+    number = float(text)
+    if not 0.0 <= number <= 1.0:
+        raise argparse.ArgumentTypeError(f"{text} must be from 0 to 1")
+    return number
+
+
+def _aspect(text: str) -> float:
+    """An argument that is a ratio of the longer side to the shorter."""
+    number = float(text)
+    if not 1.0 <= number < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text} must be at least 1: it is the longer side by the shorter")
+    return number
+
+
+def _named_number(text: str) -> tuple[str, float]:
+    """An argument NAME=X with a number X; the name may hold equals signs."""
+    name, equals, number = text.rpartition("=")
+    try:
+        value = float(number)
+    except ValueError:
+        value = float("nan")
+    if not equals or not name or not float("-inf") < value < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text!r} must be a name, an equals sign and a number")
+    return name, value
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -107,11 +143,12 @@ def _parser() -> argparse.ArgumentParser:
     )
 
     _add_table(sources.add_parser("table", parents=[rendered, licensed, output], help="images that a table lists"))
-
-    index = sources.add_parser("index", parents=[lists, output], help="existing webdataset tars, left as they are")
-    index.add_argument("shards", type=Path, nargs="+", metavar="SHARDS", help="uncompressed tars")
-    index.add_argument("--out", type=Path, required=True, metavar="MANIFEST", help="manifest to write or to add to")
-    index.add_argument("--split", default="train", help="name of the split that the shards make (train)")
+    _add_index(sources.add_parser("index", parents=[lists, output], help="existing webdataset tars, left as they are"))
+    _add_filter(sources.add_parser("filter", parents=[output], help="a manifest of the samples that meet some rules"))
+    _add_buckets(sources.add_parser("buckets", parents=[output], help="a manifest with aspect-ratio buckets"))
+    mix = sources.add_parser("mix", parents=[output], help="a manifest that draws from others in fixed shares")
+    mix.add_argument("manifests", type=_named_number, nargs="+", metavar="MANIFEST=WEIGHT", help="weights above 0")
+    mix.add_argument("--out", type=Path, required=True, metavar="MANIFEST", help="manifest to write")
     return parser
 
 
@@ -123,6 +160,60 @@ def _add_table(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--class-column", metavar="NAME", help="names, or numbers from 0")
     parser.add_argument("--keep", metavar="NAME,...", default="", help="columns that the samples' .json shall have too")
     parser.add_argument("--base", type=Path, metavar="DIR", help="what paths are relative to (the folder of FILE)")
+
+
+def _add_index(parser: argparse.ArgumentParser) -> None:
+    """Nothing; the parser knows the options of the index."""
+    parser.add_argument("shards", nargs="+", metavar="SHARDS", help="uncompressed tars: paths, URLs, globs, {00..99}")
+    parser.add_argument("--out", type=Path, required=True, metavar="MANIFEST", help="manifest to write or to add to")
+    parser.add_argument("--split", default="train", help="name of the split that the shards make (train)")
+    parser.add_argument("--workers", type=_positive, help="processes (one per core)")
+    parser.add_argument(
+        "--checksums",
+        action=argparse.BooleanOptionalAction,
+        help="read every byte, for checksums of shards and members (of local shards yes, of remote ones no)",
+    )
+    parser.add_argument(
+        "--max-bad", type=_share, default=0.5, help="leave a shard out if more of its samples are unusable (0.5)"
+    )
+    parser.add_argument(
+        "--max-bad-total", type=_share, default=0.1, help="fail if more of all samples are left out (0.1)"
+    )
+
+
+def _add_filter(parser: argparse.ArgumentParser) -> None:
+    """Nothing; the parser knows the options of the filter."""
+    parser.add_argument("manifest", type=Path, metavar="MANIFEST", help="manifest of the images to choose from")
+    parser.add_argument("--out", type=Path, required=True, metavar="MANIFEST2", help="manifest to write")
+    parser.add_argument("--split", action="append", metavar="NAME", help="may be repeated (default: every split)")
+    parser.add_argument("--min-side", type=_positive, metavar="PX", help="shorter side at least")
+    parser.add_argument("--max-side", type=_positive, metavar="PX", help="longer side at most")
+    parser.add_argument("--min-pixels", type=_positive, metavar="N", help="width x height at least")
+    parser.add_argument("--max-aspect", type=_aspect, metavar="R", help="longer side by shorter at most")
+    for least, word in (("min", "least"), ("max", "most")):
+        parser.add_argument(
+            f"--{least}-score",
+            type=_named_number,
+            action="append",
+            default=[],
+            metavar="NAME=X",
+            help=f"number NAME of the sample's json at {word}; may be repeated",
+        )
+    parser.add_argument(
+        "--min-caption-length", type=_positive, metavar="N", help="characters of the shortest caption at least"
+    )
+    parser.add_argument("--workers", type=_positive, help="processes (one per core)")
+
+
+def _add_buckets(parser: argparse.ArgumentParser) -> None:
+    """Nothing; the parser knows the options of the buckets."""
+    parser.add_argument("manifest", type=Path, metavar="MANIFEST", help="manifest of the images to group")
+    parser.add_argument("--out", type=Path, required=True, metavar="MANIFEST2", help="manifest to write")
+    parser.add_argument("--resolution", type=_resolution, required=True, help="side of the square of the largest area")
+    parser.add_argument("--step", type=_positive, default=64, help="sides are multiples of it (64)")
+    parser.add_argument("--max-aspect", type=_aspect, default=2.0, help="longer side by shorter at most (2)")
+    parser.add_argument("--min-share", type=_share, default=0.001, help="smaller buckets join their neighbours (0.001)")
+    parser.add_argument("--workers", type=_positive, help="processes (one per core)")
 
 
 def _add_coco(parser: argparse.ArgumentParser) -> None:
@@ -183,17 +274,39 @@ def _prepare_table(arguments: argparse.Namespace) -> Prepared:
     return prepare_table(arguments.out, request, percent, arguments.samples_per_shard, arguments.workers)
 
 
+def _choose(arguments: argparse.Namespace) -> Prepared:
+    """The manifest that is made from others."""
+    if arguments.source == "mix":
+        return mix_manifests([(Path(name), weight) for name, weight in arguments.manifests], arguments.out)
+    if arguments.source == "buckets":
+        options = BucketOptions(arguments.resolution, arguments.step, arguments.max_aspect, arguments.min_share)
+        return bucket_manifest(arguments.manifest, arguments.out, options, arguments.workers)
+    rules = Rules(
+        arguments.min_side,
+        arguments.max_side,
+        arguments.min_pixels,
+        arguments.max_aspect,
+        arguments.min_caption_length,
+        tuple(arguments.min_score),
+        tuple(arguments.max_score),
+    )
+    return filter_manifest(arguments.manifest, arguments.out, rules, arguments.split, arguments.workers)
+
+
 def _prepare(arguments: argparse.Namespace) -> Prepared:
     """What the arguments ask for."""
     if arguments.source == "coco":
         return _prepare_coco(arguments)
     if arguments.source == "table":
         return _prepare_table(arguments)
+    if arguments.source in ("filter", "buckets", "mix"):
+        return _choose(arguments)
     if arguments.source in ("index", "image-folder"):
         object_classes = _names(arguments.object_classes, "--object-classes")
         map_labels = _names(arguments.map_labels, "--map-labels", MAX_MAP_LABELS)
     if arguments.source == "index":
-        return index_tars(arguments.shards, arguments.out, arguments.split, object_classes, map_labels)
+        options = IndexOptions(arguments.workers, arguments.checksums, arguments.max_bad, arguments.max_bad_total)
+        return index_tars(arguments.shards, arguments.out, arguments.split, object_classes, map_labels, options)
     percent: float | None = arguments.heldout_percent
     if arguments.source == "image-folder":
         return prepare_image_folder(
@@ -227,6 +340,24 @@ def _prepare(arguments: argparse.Namespace) -> Prepared:
     )
 
 
+def _tables(manifest: dict[str, Any]) -> list[str]:
+    """Shares of a mixture, buckets and quarantined shards, for people."""
+    lines = [f"  {entry['weight']:7.2%}  {entry['manifest']}" for entry in manifest.get("mixture", [])]
+    for name, split in manifest.get("splits", {}).items():
+        sized = [part for part in split.get("parts", []) if "size" in part]
+        if sized and "cropped" in sized[0]:
+            lines.append(f"{name}: height x width, samples, share, area that is cropped away")
+        for part in sized:
+            height, width = part["size"]
+            lines.append(
+                f"  {height:5} x {width:<5} {part['num_samples']:12,}"
+                + "".join(f"  {part[key]:7.2%}" for key in ("share", "cropped") if key in part)
+            )
+        for shard in split.get("quarantined", []):
+            lines.append(f"{name}: left out whole: {public_name(shard['file'])} ({shard['bad']} unusable parts)")
+    return lines
+
+
 def main(argv: list[str] | None = None) -> int:
     """Exit status 0.
 
@@ -236,7 +367,7 @@ def main(argv: list[str] | None = None) -> int:
     started = time.monotonic()
     prepared = _prepare(arguments)
     manifest = prepared.manifest
-    splits = {name: split["num_samples"] for name, split in manifest["splits"].items()}
+    splits = {name: split["num_samples"] for name, split in manifest.get("splits", {}).items()}
     if arguments.json:
         result = {
             "manifest": str(prepared.manifest_path),
@@ -248,7 +379,10 @@ def main(argv: list[str] | None = None) -> int:
         print(json.dumps(result, ensure_ascii=False))
         return 0
     counts = ", ".join(f"{name} {count}" for name, count in splits.items())
-    print(f"{'reused' if prepared.reused else 'written'}: {prepared.manifest_path} ({counts} samples)")
+    counted = f" ({counts} samples)" if splits else ""
+    print(f"{'reused' if prepared.reused else 'written'}: {prepared.manifest_path}{counted}")
+    for line in _tables(manifest):
+        print(line)
     for reason, count in manifest.get("left_out", {}).items():
         print(f"left out: {count} ({reason})")
     for name in manifest.get("left_out_names", []):

@@ -171,7 +171,7 @@ def read_split(path: Path, name: str, _depth: int = 0) -> Split:
     try:
         content = _checked(path, _read(path, object_hook=_compact))
         if "mixture" in content:
-            return _read_mixture(path, name, content["mixture"], _depth)
+            return read_mixture(path, name, content["mixture"], _depth)
         if name not in content["splits"]:
             known = ", ".join(sorted(content["splits"])) or "none"
             raise DataError(f"{path}: no split {name!r}; it has: {known} (data.split, data.validation_split)")
@@ -208,7 +208,7 @@ def _size(size: Any) -> tuple[int, int]:
     return height, width
 
 
-def _read_mixture(path: Path, name: str, entries: list[Any], depth: int) -> Split:
+def read_mixture(path: Path, name: str, entries: list[Any], depth: int = 0) -> Split:
     """The parts of a mixture that have this split, with their weights.
 
     Raises: DataError if none has it, or they do not go together.
