@@ -112,7 +112,7 @@ def scan_tar(window: Window, pictures: bool = True, visit: Visit | None = None) 
     """
     if window.num_bytes == 0:
         samples, bad = list[IndexedSample](), [BadRecord("", EMPTY_FILE)]
-    elif window.read(0, 8).startswith(_SIGNATURES):
+    elif window.read(0, 8).startswith(_SIGNATURES) and parse_header(window.read(0, BLOCK)) is None:
         samples, bad = [], [BadRecord("", COMPRESSED)]
     else:
         try:

@@ -28,7 +28,7 @@ def parse_header(block: bytes) -> tarfile.TarInfo | None:
     try:
         header = tarfile.TarInfo.frombuf(block, "utf-8", "surrogateescape")
     except tarfile.HeaderError:
-        return None
+        return None  # as well for a block that is too short
     return header if header.size >= 0 else None
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import stat
 import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -113,12 +114,26 @@ def open_file(path: Path, ahead: int = LOCAL_AHEAD, checksum: bool = True) -> It
     Raises: DataError if it cannot be read.
     """
     try:
-        with path.open("rb", buffering=0) as stream:
-            descriptor = stream.fileno()
-
-            def fetch(start: int, stop: int) -> bytes:
-                return os.pread(descriptor, stop - start, start)
-
-            yield Window(str(path), os.fstat(descriptor).st_size, fetch, ahead, checksum)
+        # Not to wait for a writer, where the name is a pipe's.
+        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
     except OSError as error:
         raise DataError(f"{path}: cannot be read ({error.strerror})") from None
+
+    def fetch(start: int, stop: int) -> bytes:
+        content = b""
+        while len(content) < stop - start:
+            more = os.pread(descriptor, stop - start - len(content), start + len(content))
+            if not more:
+                break
+            content = content + more if content else more
+        return content
+
+    try:
+        found = os.fstat(descriptor)
+        if not stat.S_ISREG(found.st_mode):
+            raise DataError(f"{path}: not a file; shards are plain files")
+        yield Window(str(path), found.st_size, fetch, ahead, checksum)
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read ({error.strerror})") from None
+    finally:
+        os.close(descriptor)

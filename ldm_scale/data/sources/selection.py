@@ -28,7 +28,7 @@ from ldm_scale.data.sidecar import IndexedSample, Sidecar, open_sidecar
 from ldm_scale.data.sources import Prepared
 from ldm_scale.data.sources.tar_index import shard_stem, sidecar_name
 from ldm_scale.data.storage import Storage
-from ldm_scale.data.urls import local_path
+from ldm_scale.data.urls import local_path, public_name
 from ldm_scale.data.window import REMOTE_AHEAD, Window
 from ldm_scale.errors import DataError
 
@@ -65,9 +65,12 @@ class ShardPart:
         found = storage.size(name)
         if found != self.row["bytes"]:
             raise DataError(
-                f"{self.row['file']}: {found} bytes, but its manifest says {self.row['bytes']}; index it anew"
+                f"{public_name(self.row['file'])}: {found} bytes, but its manifest says {self.row['bytes']}; index it "
+                "anew"
             )
-        return Window(name, found, lambda start, stop: storage.read(name, start, stop), REMOTE_AHEAD, checksum=False)
+        return Window(
+            public_name(name), found, lambda start, stop: storage.read(name, start, stop), REMOTE_AHEAD, checksum=False
+        )
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ldm_scale.data.indexing import write_json, write_whole
+from ldm_scale.data.indexing import partial_name, write_json
 from ldm_scale.data.manifest import FORMAT, VERSION, read_manifest
 from ldm_scale.data.sidecar import open_sidecar
 from ldm_scale.data.sources import Prepared
@@ -61,7 +61,8 @@ def index_tars(
     options = options or IndexOptions()
     base = manifest_path.resolve().parent
     names = sorted(expand([str(shard) for shard in shards]))
-    request = {"shards": [_place(name, base) for name in names]}
+    # Without signatures: who signs the URLs again asks for the same.
+    request = {"shards": [public_name(_place(name, base)) for name in names]}
     existing = read_manifest(manifest_path) if manifest_path.exists() else None
     if existing and existing.get("request", {}).get("source") != "index":
         raise DataError(
@@ -168,20 +169,38 @@ def _check_names(names: list[str], others: dict[str, Any]) -> None:
 
 
 def _write_bad_samples(splits: dict[str, Any], base: Path) -> dict[str, int]:
-    """How many were left out for each reason; all of them are listed in a file beside the manifest."""
+    """How many were left out for each reason; all of them are listed in a file beside the manifest.
+
+    That file goes on listing what manifests of other shards in this folder left out.
+    """
     counts: Counter[str] = Counter()
-    lines: list[str] = []
-    for entry in splits.values():
-        for row in [*entry["shards"], *entry.get(_QUARANTINED, [])]:
-            if row.get("bad"):
-                for key, reason in open_sidecar(base / row["index"]).bad:
-                    counts[reason] += 1
-                    record = {"shard": public_name(row["file"]), "key": key, "reason": reason}
-                    lines.append(json.dumps(record, ensure_ascii=False) + "\n")
+    rows = [row for entry in splits.values() for row in [*entry["shards"], *entry.get(_QUARANTINED, [])]]
+    ours = {public_name(row["file"]) for row in rows}
     path = base / BAD_SAMPLES_NAME
-    if lines or path.exists():
-        write_whole(path, "".join(lines).encode("utf-8"))
+    partial = partial_name(path)
+    with partial.open("w", encoding="utf-8") as stream:
+        for row in rows:
+            for key, reason in open_sidecar(base / row["index"]).bad if row.get("bad") else ():
+                counts[reason] += 1
+                record = {"shard": public_name(row["file"]), "key": key, "reason": reason}
+                stream.write(json.dumps(record, ensure_ascii=False) + "\n")
+        if path.exists():
+            with path.open(encoding="utf-8", errors="replace") as lines:
+                stream.writelines(line for line in lines if not _is_of(line, ours))
+        written = stream.tell()
+    if written or path.exists():
+        os.replace(partial, path)
+    else:
+        partial.unlink()
     return dict(sorted(counts.items(), key=lambda item: (-item[1], item[0])))
+
+
+def _is_of(line: str, shards: set[str]) -> bool:
+    """Whether a line of the list is about one of these shards, or about nothing."""
+    try:
+        return json.loads(line)["shard"] in shards
+    except (ValueError, TypeError, KeyError):
+        return True
 
 
 def _check_bad(entry: dict[str, Any], base: Path, options: IndexOptions) -> None:

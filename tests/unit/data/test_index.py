@@ -78,11 +78,14 @@ def test_a_shard_beyond_the_budget_is_left_out_whole(tmp_path: Path, capsys: pyt
     assert [row["file"] for row in split["shards"]] == ["a.tar"]
     assert [row["file"] for row in split["quarantined"]] == ["b.tar", "c.tar"]
     assert [record["shard"] for record in _bad_samples(tmp_path)] == ["b.tar", "b.tar", "c.tar"]
+    (tmp_path / "d.tar").write_bytes((tmp_path / "a.tar").read_bytes()[:-512])
+    index_tars([tmp_path / "d.tar"], tmp_path / "d.json", "train")  # a manifest beside the other
+    assert [record["shard"] for record in _bad_samples(tmp_path)] == ["b.tar", "b.tar", "c.tar"]
     options = IndexOptions(max_bad_total=0.05)
     with pytest.raises(
         DataError, match=r"4 of 44 samples cannot be used: b.tar \(2 x no image .*c.tar \(1 x not a tar"
     ):
-        index_tars([tmp_path / "*.tar"], tmp_path / "m.json", "train", options=options)
+        index_tars([tmp_path / "[a-c].tar"], tmp_path / "m.json", "train", options=options)
     with pytest.raises(DataError, match=r"all shards cannot be used: c.tar"):
         index_tars([tmp_path / "c.tar"], tmp_path / "n.json", "train")
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
+import os
 import random
 import tarfile
 import tracemalloc
@@ -19,6 +21,7 @@ from ldm_scale.data.decode import TOO_LARGE, open_rgb
 from ldm_scale.data.picture_size import BAD_HEADER
 from ldm_scale.data.scan import Scan, scan_tar
 from ldm_scale.data.window import Window, open_file
+from ldm_scale.errors import DataError
 from tests.helpers.shards import png, write_tar
 
 NUM = 40
@@ -88,8 +91,6 @@ def test_an_intact_tar(intact: bytes, ahead: int, checksum: bool) -> None:
 
 
 def test_the_checksum_is_of_the_file(tmp_path: Path, intact: bytes) -> None:
-    import hashlib
-
     for content in (intact, b"", b"PK\x03\x04", intact[:3000], bytes(70000) + intact):
         (tmp_path / "a.tar").write_bytes(content)
         with open_file(tmp_path / "a.tar", 4096) as window:
@@ -200,6 +201,16 @@ def test_what_is_no_tar_at_all(intact: bytes) -> None:
     for content, reason in cases.items():
         found = _scan(content)
         assert (found.samples, found.bad) == ([], [("", reason)])
+
+
+def test_a_name_that_begins_like_a_compressed_file() -> None:
+    assert [one.name for one in _scan(_tar(("BZh/a.png", PIXEL))).samples] == ["BZh/a"]
+
+
+def test_a_pipe_is_not_waited_for(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "a.tar")
+    with pytest.raises(DataError, match=r"a.tar: not a file"), open_file(tmp_path / "a.tar"):
+        pass
 
 
 def test_names_that_come_back(intact: bytes) -> None:
