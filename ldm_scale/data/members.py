@@ -22,14 +22,18 @@ def neighbours(places: list[tuple[str, int, int]]) -> list[list[tuple[str, int, 
 
 
 def is_header_of(block: bytes, member: str, size: int) -> bool:
-    """Whether a tar header block describes a plain file of this name (extension in any case) and size.
+    """Whether a tar header block describes a plain file of this name and size."""
+    try:
+        return describes(tarfile.TarInfo.frombuf(block, "utf-8", "surrogateescape"), member, size)
+    except tarfile.HeaderError:
+        return False
+
+
+def describes(header: tarfile.TarInfo, member: str, size: int) -> bool:
+    """Whether a header is of a plain file of this name (extension in any case) and size.
 
     A name over 100 bytes or outside ASCII may stand in an extension block before the header, which then has only a
     shortened form of it: there, the size alone must agree.
     """
-    try:
-        header = tarfile.TarInfo.frombuf(block, "utf-8", "surrogateescape")
-    except tarfile.HeaderError:
-        return False
     same_name = header.name.lower() == member.lower()
     return header.isreg() and header.size == size and (same_name or len(member) > 100 or not member.isascii())

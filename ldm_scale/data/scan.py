@@ -18,7 +18,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from tarfile import TarInfo
 
-from ldm_scale.data.members import is_header_of
+from ldm_scale.data.members import describes
 from ldm_scale.data.picture_size import picture_size
 from ldm_scale.data.policy import BadRecord, BadSample
 from ldm_scale.data.shards import IMAGE_EXTENSIONS
@@ -176,13 +176,13 @@ class _Pass:
                 self._lose()
                 sample = None
             else:
-                sample = None if header.isdir() else self._take(name, block, start, size, reason)
+                sample = None if header.isdir() else self._take(name, header, start, size, reason)
             self._extensions.clear()
         stop = start + payload_size(header, size)
         self._last = (start, start + size if stop > start else start, sample)
         return stop if self._last[1] <= window.num_bytes else self._fault(offset, NO_END)
 
-    def _take(self, name: str, block: bytes, start: int, size: int, reason: str | None) -> _Open | None:
+    def _take(self, name: str, header: TarInfo, start: int, size: int, reason: str | None) -> _Open | None:
         """The sample that a member belongs to, with that member in it; None if webdataset would skip it too."""
         match = _BASE_AND_EXTENSION.match(name)
         if match is None or _META_MEMBER.match(name):
@@ -195,7 +195,7 @@ class _Pass:
         sample = self._open
         if reason is None and extension.rpartition(".")[2] in PICKLE_EXTENSIONS:
             reason = PICKLE
-        if reason is None and not is_header_of(block, f"{base}.{extension}", size):
+        if reason is None and not describes(header, f"{base}.{extension}", size):
             reason = BAD_EXTENSION  # who reads the sample will look at this header again
         if extension in sample.members:
             reason = REPEATED_MEMBER

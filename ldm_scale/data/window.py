@@ -17,8 +17,8 @@ from pathlib import Path
 
 from ldm_scale.errors import DataError
 
-LOCAL_AHEAD = 1 << 20  # bytes of a file that are read at a time
-REMOTE_AHEAD = 1 << 16  # bytes of a remote shard: a request is worth about as much, and pictures should be skipped
+READ_ALL = 1 << 20  # bytes at a time where all are read
+READ_SOME = 1 << 16  # where most should be skipped: so many that small members do not cost a request each
 Fetch = Callable[[int, int], bytes]  # (start, stop) -> these bytes
 
 
@@ -108,7 +108,7 @@ class Window:
 
 
 @contextmanager
-def open_file(path: Path, ahead: int = LOCAL_AHEAD, checksum: bool = True) -> Iterator[Window]:
+def open_file(path: Path, ahead: int = READ_ALL, checksum: bool = True) -> Iterator[Window]:
     """A file as a window.
 
     Raises: DataError if it cannot be read.

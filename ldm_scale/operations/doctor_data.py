@@ -62,6 +62,9 @@ def run(arguments: argparse.Namespace) -> Report:
     except DataError as error:
         report.error(str(error))
         return report
+    if "splits" not in manifest:
+        report.error("a mixture", str(path), "check the manifests of its data sets, one by one")
+        return report
     resolution = arguments.resolution or manifest.get("resolution") or DataConfig().resolution
     report.facts |= {"manifest": str(path), "resolution": resolution, "splits": {}}
     datasets: dict[str, Dataset] = {}
@@ -85,7 +88,8 @@ def _check_shards(report: Report, path: Path, split: str, checksums: bool) -> Da
     Raises: DataError if the manifest is malformed or has no such split.
     """
     whole = open_manifest(path, split, check_sizes=False)
-    entries: list[dict[str, Any]] = read_manifest(path)["splits"][split]["shards"]
+    entry = read_manifest(path)["splits"][split]
+    entries: list[dict[str, Any]] = [row for part in entry.get("parts", [entry]) for row in part["shards"]]
     usable, healthy = list[int](), 0
     total = sum(shard.num_bytes for shard in whole.shards)
     with tqdm(

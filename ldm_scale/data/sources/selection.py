@@ -29,7 +29,7 @@ from ldm_scale.data.sources import Prepared
 from ldm_scale.data.sources.tar_index import shard_stem, sidecar_name
 from ldm_scale.data.storage import Storage
 from ldm_scale.data.urls import local_path, public_name
-from ldm_scale.data.window import REMOTE_AHEAD, Window
+from ldm_scale.data.window import READ_SOME, Window
 from ldm_scale.errors import DataError
 
 _CHOICE = "choice"  # entry of a sidecar: by what its rows were chosen
@@ -69,7 +69,7 @@ class ShardPart:
                 "anew"
             )
         return Window(
-            public_name(name), found, lambda start, stop: storage.read(name, start, stop), REMOTE_AHEAD, checksum=False
+            public_name(name), found, lambda start, stop: storage.read(name, start, stop), READ_SOME, checksum=False
         )
 
 

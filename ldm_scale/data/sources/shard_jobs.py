@@ -37,27 +37,28 @@ def map_shards(
 
     Raises: what `work` raises; DataError if a process dies.
     """
-    workers = min(num_workers or len(os.sched_getaffinity(0)), max(num_jobs, 1))
-    executor = ProcessPoolExecutor(workers, multiprocessing.get_context("fork"), initializer=_start)
+    workers = min(num_workers or len(os.sched_getaffinity(0)), num_jobs)
+    results = map(work, jobs) if workers <= 1 else _in_processes(work, jobs, workers, label)
     done, started = 0, time.monotonic()
+    with tqdm(total=num_jobs, desc=label, unit="shards", mininterval=1.0, file=sys.stderr) as progress:
+        for result in results:
+            done += num_bytes(result)
+            rate = done / (time.monotonic() - started)
+            progress.set_postfix_str(f"{rate / 1e6:,.0f} MB/s" if done else "", refresh=False)
+            progress.update()
+            yield result
+
+
+def _in_processes(work: Callable[[Item], Result], jobs: Iterable[Item], workers: int, label: str) -> Iterator[Result]:
+    executor = ProcessPoolExecutor(workers, multiprocessing.get_context("fork"), initializer=_start)
     waiting: deque[Future[Result]] = deque()
     try:
-        with tqdm(total=num_jobs, desc=label, unit="shards", mininterval=1.0, file=sys.stderr) as progress:
-
-            def take() -> Result:
-                nonlocal done
-                result = waiting.popleft().result()
-                done += num_bytes(result)
-                progress.set_postfix_str(f"{done / 1e6 / (time.monotonic() - started):,.0f} MB/s", refresh=False)
-                progress.update()
-                return result
-
-            for job in jobs:
-                if len(waiting) == _AHEAD * workers:
-                    yield take()
-                waiting.append(executor.submit(work, job))
-            while waiting:
-                yield take()
+        for job in jobs:
+            if len(waiting) == _AHEAD * workers:
+                yield waiting.popleft().result()
+            waiting.append(executor.submit(work, job))
+        while waiting:
+            yield waiting.popleft().result()
     except BrokenProcessPool:
         raise DataError(
             f"{label}: a worker process died, most likely for want of memory; run the command again with fewer "

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,7 @@ from ldm_scale.data.sidecar import SUFFIX, Sidecar, open_sidecar
 from ldm_scale.data.sources.class_lists import Classes
 from ldm_scale.data.storage import Storage
 from ldm_scale.data.urls import local_path, public_name
-from ldm_scale.data.window import REMOTE_AHEAD, Window, open_file
+from ldm_scale.data.window import READ_ALL, READ_SOME, Window, open_file
 from ldm_scale.errors import DataError
 
 _SHARD, _CLASSES = "shard", "classes"  # entries of a sidecar: what the tar was, and the classes in it
@@ -60,7 +59,8 @@ def index_one(job: Job) -> Indexed:
     """
     path = local_path(job.name)
     checksums = path is not None if job.checksums is None else job.checksums
-    state = _state(job.name)
+    storage = Storage()
+    state = _state(job.name, storage)
     with suppress(DataError):
         found = open_sidecar(job.sidecar)
         shard = found.extra.get(_SHARD, {})
@@ -76,14 +76,14 @@ def index_one(job: Job) -> Indexed:
     if path is None:
 
         def fetch(start: int, stop: int) -> bytes:
-            return _storage().read(job.name, start, stop)
+            return storage.read(job.name, start, stop)
 
-        ahead = 16 * REMOTE_AHEAD if checksums else REMOTE_AHEAD
+        ahead = READ_ALL if checksums else READ_SOME
         scan = scan_tar(Window(public_name(job.name), state["bytes"], fetch, ahead, checksums), visit=visit)
     else:
-        with open_file(Path(path), checksum=checksums) as window:
+        with open_file(Path(path), READ_ALL if checksums else READ_SOME, checksums) as window:
             scan = scan_tar(window, visit=visit)
-    if _state(job.name) != state:
+    if _state(job.name, storage) != state:
         raise DataError(f"{public_name(job.name)}: changed while it was read; index it when nothing writes to it")
     sidecar = _sidecar(scan, state, classes.names())
     job.sidecar.parent.mkdir(parents=True, exist_ok=True)
@@ -110,11 +110,10 @@ def _describe(sidecar: Sidecar, reused: bool) -> Indexed:
     )
 
 
-def _state(name: str) -> dict[str, Any]:
+def _state(name: str, storage: Storage) -> dict[str, Any]:
     """What tells this content of a tar from another."""
     path = local_path(name)
     if path is None:
-        storage = _storage()
         version = storage.version(name)
         marks = {"etag": version.etag, "modified": version.modified}
         return {"bytes": storage.size(name), **{key: value for key, value in marks.items() if value is not None}}
@@ -123,9 +122,3 @@ def _state(name: str) -> dict[str, Any]:
     except OSError as error:
         raise DataError(f"{path}: cannot be read ({error.strerror})") from None
     return {"bytes": found.st_size, "mtime_ns": found.st_mtime_ns}
-
-
-@lru_cache(maxsize=1)
-def _storage() -> Storage:
-    """This process's storage, so that connections are kept."""
-    return Storage()

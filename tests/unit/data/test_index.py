@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import http.server
 import io
 import json
@@ -134,6 +135,9 @@ def test_a_killed_run_goes_on(tmp_path: Path) -> None:
         time.sleep(0.005)
     process.send_signal(signal.SIGKILL)
     process.wait()
+    while time.monotonic() < deadline and any(str(tmp_path).encode() in line for line in _command_lines()):
+        time.sleep(0.05)  # workers end with their parent
+    assert not any(str(tmp_path).encode() in line for line in _command_lines())
     done = {path: path.stat().st_mtime_ns for path in tmp_path.glob("[0-9]*.safetensors")}
     assert 3 <= len(done) < 40, "killed too late to tell anything"
     assert not (tmp_path / "m.json").exists()
@@ -142,6 +146,13 @@ def test_a_killed_run_goes_on(tmp_path: Path) -> None:
     assert main(arguments) == 0
     assert all(path.stat().st_mtime_ns == when for path, when in done.items())
     assert open_manifest(tmp_path / "m.json", "train").num_samples == 240
+
+
+def _command_lines() -> Iterator[bytes]:
+    """Of all processes."""
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        with contextlib.suppress(OSError):
+            yield path.read_bytes()
 
 
 class _Handler(http.server.SimpleHTTPRequestHandler):

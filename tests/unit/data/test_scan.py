@@ -18,6 +18,7 @@ from PIL import Image, ImageOps
 
 from ldm_scale.data import scan as s
 from ldm_scale.data.decode import TOO_LARGE, open_rgb
+from ldm_scale.data.members import is_header_of
 from ldm_scale.data.picture_size import BAD_HEADER
 from ldm_scale.data.scan import Scan, scan_tar
 from ldm_scale.data.window import Window, open_file
@@ -412,6 +413,10 @@ def test_mutated_tars(tmp_path: Path) -> None:
         assert {record.reason for record in found.bad} <= s.REASONS | {BAD_HEADER, TOO_LARGE}
         for one in found.samples:
             assert all(0 < m.offset <= m.offset + m.size <= len(content) for m in one.members.values())
+        if found.samples:
+            one = found.samples[-1]
+            for kind, m in one.members.items():
+                assert is_header_of(content[m.offset - BLOCK : m.offset], f"{one.name}.{kind}", m.size)
         listed = _members(content, found)
         whole = {n for n, (first, last) in spans.items() if not any(a < last and b > first for a, b in touched)}
         missing = whole - {name for name, members in listed if members == right[name]}
