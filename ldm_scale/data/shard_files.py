@@ -41,7 +41,7 @@ def new_shard(tar: Path, samples: Iterable[dict[str, Any]]) -> Iterator[list[Ind
                 writer.write(sample)
         stream.flush()
         os.fsync(stream.fileno())
-        yield index_tar(partial)
+        yield index_tar(partial, pictures=True)
         os.replace(partial, tar)
 
 
