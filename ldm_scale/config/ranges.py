@@ -96,6 +96,7 @@ _RANGES: tuple[_Range, ...] = (
             "data.resolution",
             "data.prefetch_batches",
             "data.lanes",
+            "data.fetch_threads",
             "data.chunk_samples",
             "data.block_chunks",
             "data.max_consecutive_bad",
@@ -126,6 +127,7 @@ _RANGES: tuple[_Range, ...] = (
             "autoencoder_loss.r1_weight",
             "autoencoder_loss.lecam_weight",
             "data.num_workers",
+            "data.read_ahead_batches",
             "optimizer.weight_decay",
             "optimizer.warmup_images",
             "ema.half_life_images",
@@ -144,7 +146,16 @@ _RANGES: tuple[_Range, ...] = (
         ),
         at_least=0,
     ),
-    _Range(("optimizer.lr", "optimizer.eps", "optimizer.gradient_clip", "autoencoder_loss.discriminator_lr"), above=0),
+    _Range(
+        (
+            "data.cache_gib",
+            "optimizer.lr",
+            "optimizer.eps",
+            "optimizer.gradient_clip",
+            "autoencoder_loss.discriminator_lr",
+        ),
+        above=0,
+    ),
     _Range(("ema.power_stds",), above=0, at_most=MAX_POWER_STD),
     _Range(("sampling.eta",), at_least=0, at_most=1),
     _Range(("conditioning.semantic_map.num_labels",), at_least=1, at_most=255),  # 255 itself means unknown

@@ -259,6 +259,12 @@ class DataConfig:
     lanes: int = 64
     chunk_samples: int = 32
     block_chunks: int = 32
+    # Of shards that are not local files: micro-batches that are fetched before they are needed, requests at a time of a
+    # loader process, and a folder on a local disk (of the node, shared by its ranks) that keeps what was read.
+    read_ahead_batches: int = 4
+    fetch_threads: int = 8
+    cache_dir: str = ""  # "" = none
+    cache_gib: float = 64.0  # at most so much of it
     max_consecutive_bad: int = 20  # more unusable samples than this in a row stop the run
     max_bad_share_of_shard: float = 0.2  # more unusable samples of a shard than this take it out of the run
     max_bad_share: float = 0.05  # more unusable ones among the images seen stop the run

@@ -5,7 +5,7 @@ from ldm_scale.data.batch import Batch
 from ldm_scale.data.latents import LatentCache
 from ldm_scale.data.loader import Loader, build_loader, check_moments, require_images
 from ldm_scale.data.metadata import NO_CLASS
-from ldm_scale.data.policy import BadRecord, BadSampleLog
+from ldm_scale.data.policy import BadRecord, BadSampleLog, SkippedSample
 from ldm_scale.data.shards import Dataset, open_manifest
 
 __all__ = [
@@ -14,6 +14,7 @@ __all__ = [
     "BadSampleLog",
     "Batch",
     "Dataset",
+    "SkippedSample",
     "LatentCache",
     "Layout",
     "Loader",

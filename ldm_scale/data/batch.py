@@ -19,7 +19,7 @@ from ldm_scale.data.annotations import LAYOUT, MAP, Layout
 from ldm_scale.data.arrays import all_finite, not_finite
 from ldm_scale.data.decode import DecodedSample, DecodeSettings, to_pixels
 from ldm_scale.data.latents import CONTEXTS
-from ldm_scale.data.policy import BadRecord
+from ldm_scale.data.policy import SkippedSample
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ class Batch:
     classes: torch.Tensor  # -1 where a sample has no class
     keys: list[str]
     image_numbers: torch.Tensor  # positions in the global stream, counted from the start of training
-    bad: list[BadRecord]  # skipped to make this batch
+    bad: list[SkippedSample]  # skipped to make this batch
     moments: torch.Tensor | None = None  # of the samples from a cache, in their order; None where there is none
     cached: torch.Tensor | None = None  # which samples those are; None = none
     layouts: list[Layout] | None = None  # None where they were not asked for; so are maps
@@ -43,7 +43,7 @@ class Batch:
     text_contexts: torch.Tensor | None = None  # (b, M, d) of a frozen text encoder, from a cache that holds them
 
 
-def collate(samples: Sequence[DecodedSample], bad: list[BadRecord], settings: DecodeSettings) -> Batch:
+def collate(samples: Sequence[DecodedSample], bad: list[SkippedSample], settings: DecodeSettings) -> Batch:
     """The batch of these samples, decoded by these settings."""
     pictures = [sample.image for sample in samples if sample.image is not None]
     moments = _stacked([(sample.key, sample.moments) for sample in samples], "latents.*.npy")

@@ -42,7 +42,7 @@ def index_tar(path: Path, pictures: bool = False) -> list[IndexedSample]:
     with open_file(path) as window:
         found = scan_tar(window, pictures)
     if found.bad:
-        named = "; ".join(f"{key or 'all of it'}: {reason}" for key, reason, *_ in found.bad[:_MAX_NAMED])
+        named = "; ".join(f"{key or 'all of it'}: {reason}" for key, reason in found.bad[:_MAX_NAMED])
         raise DataError(f"{path}: {len(found.bad)} parts of this tar cannot be used ({named}); write it again")
     return found.samples
 

@@ -17,6 +17,7 @@ import time
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from itertools import accumulate, chain, islice
+from pathlib import Path
 from types import MappingProxyType, TracebackType
 from typing import Any
 
@@ -26,12 +27,15 @@ import webdataset as wds
 from ldm_scale.config.schema import DataConfig
 from ldm_scale.data.annotations import LAYOUT, MAP, TEXT
 from ldm_scale.data.batch import Batch, join
+from ldm_scale.data.cache import RangeCache
 from ldm_scale.data.decode import DecodeSettings
 from ldm_scale.data.latents import read_moments, read_record
 from ldm_scale.data.order import check_batches
-from ldm_scale.data.pipeline import SlotReader, StreamSettings, build_pipeline
+from ldm_scale.data.pipeline import build_pipeline
 from ldm_scale.data.policy import BadSampleLog, Quarantine
 from ldm_scale.data.shards import Dataset, open_manifest
+from ldm_scale.data.slots import StreamSettings
+from ldm_scale.data.storage import Storage
 from ldm_scale.data.stream import build_stream
 from ldm_scale.errors import ConfigError, LdmScaleError
 
@@ -248,6 +252,12 @@ def check_moments(dataset: Dataset) -> None:
                 break
 
 
+def build_storage(data: DataConfig) -> Storage:
+    """What reads the shards of a configuration."""
+    cache = RangeCache(Path(data.cache_dir), int(data.cache_gib * 2**30)) if data.cache_dir else None
+    return Storage(cache=cache)
+
+
 def build_loader(
     data: DataConfig,
     *,
@@ -287,7 +297,7 @@ def build_loader(
         )
     if not data.manifest:
         raise ConfigError("data.manifest is empty; set it to a manifest.json written by `ldm-scale prepare`")
-    dataset = open_manifest(data.manifest, split if split is not None else data.split)
+    dataset = open_manifest(data.manifest, split if split is not None else data.split, storage=build_storage(data))
     if not accept_latents:
         require_images(dataset)
     require_annotations(dataset, annotations)
@@ -311,7 +321,7 @@ def build_loader(
     quarantine = Quarantine(len(dataset.shards))
     for shard_number, position in quarantined.items():
         quarantine.add(shard_number, position)
-    reader = SlotReader(dataset, stream, settings, data.max_consecutive_bad, quarantine)
     end_image = None if num_epochs is None else num_epochs * dataset.num_samples
     part = StreamSettings(global_batch, micro_batch, rank, world_size, start_image, end_image)
-    return Loader(dataset, build_pipeline(reader, part, stream), data.num_workers, data.prefetch_batches, quarantine)
+    pipeline = build_pipeline(dataset, stream, settings, part, data, quarantine)
+    return Loader(dataset, pipeline, data.num_workers, data.prefetch_batches, quarantine)

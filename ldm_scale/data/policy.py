@@ -32,11 +32,18 @@ class BadSample(Exception):
 
 
 class BadRecord(NamedTuple):
-    """A sample that was skipped. The key is the shard's stem, a slash and the sample's name."""
+    """A sample that cannot be used. The key is the shard's stem, a slash and the sample's name."""
 
     key: str
     reason: str
-    shard: str = ""  # path of its shard
+
+
+class SkippedSample(NamedTuple):
+    """A sample that was skipped in training; its key as above."""
+
+    key: str
+    reason: str
+    shard: str = ""  # public name of its shard
     shard_number: int = -1  # in its split
     position: int = -1  # in the training stream
     substitute: str = ""  # key of the sample that took its place
@@ -47,13 +54,13 @@ class ConsecutiveLimit:
 
     def __init__(self, max_consecutive: int) -> None:
         self._max_consecutive = max_consecutive
-        self._run: list[BadRecord] = []
+        self._run: list[SkippedSample] = []
 
     def good(self) -> None:
         """Nothing; a usable sample ends the row."""
         self._run.clear()
 
-    def bad(self, record: BadRecord) -> None:
+    def bad(self, record: SkippedSample) -> None:
         """Nothing.
 
         Raises: DataError, with the names, when the row exceeds the limit.
@@ -95,7 +102,7 @@ class BadSampleLog:
     counts: Counter[str] = field(default_factory=Counter)  # a sample met again in a later epoch counts again
     names: dict[str, str] = field(default_factory=dict)  # key -> reason, the first hundred
 
-    def add(self, records: Iterable[BadRecord]) -> None:
+    def add(self, records: Iterable[BadRecord | SkippedSample]) -> None:
         """Nothing; takes in what was skipped before a batch."""
         for record in records:
             self.counts[record.reason] += 1
@@ -126,7 +133,7 @@ class LossAccount:
     by_shard: dict[str, list[int]] = field(default_factory=dict)  # shard number -> epoch, its bad samples in it
     quarantined: dict[str, int] = field(default_factory=dict)  # shard number -> first position of its quarantine
 
-    def add(self, records: Iterable[BadRecord], epoch_samples: int) -> None:
+    def add(self, records: Iterable[SkippedSample], epoch_samples: int) -> None:
         """Nothing; takes in what all ranks skipped in a step of a stream with epochs of so many samples."""
         for record in records:
             self.total += 1
@@ -165,7 +172,7 @@ class BadSampleFiles:
         self._known_keys = {(row["shard"], row["key"]) for row in _rows(self._samples)}
         self._known_places = {(row["position"], row["key"]) for row in _rows(self._places)}
 
-    def add(self, records: Iterable[BadRecord]) -> None:
+    def add(self, records: Iterable[SkippedSample]) -> None:
         """Nothing; what is not listed yet is. A run that was resumed passes some positions again."""
         samples, places = [], []
         for record in sorted(records, key=lambda record: record.position):

@@ -28,7 +28,7 @@ _ABANDONED_AFTER_S = 86400.0  # unchanged for so long, the file of another host 
 
 
 @contextmanager
-def new_shard(tar: Path, samples: Iterable[dict[str, Any]]) -> Iterator[list[IndexedSample]]:
+def new_shard(tar: Path, samples: Iterable[dict[str, Any]], pictures: bool = False) -> Iterator[list[IndexedSample]]:
     """What `index_tar` says of a tar of these samples (members and "__key__"), which lies there whole after the block.
 
     Leaves nothing if `samples` or the block raises.
@@ -41,7 +41,7 @@ def new_shard(tar: Path, samples: Iterable[dict[str, Any]]) -> Iterator[list[Ind
                 writer.write(sample)
         stream.flush()
         os.fsync(stream.fileno())
-        yield index_tar(partial, pictures=True)
+        yield index_tar(partial, pictures)
         os.replace(partial, tar)
 
 

@@ -13,32 +13,40 @@ of the image shards that they were encoded from, and stand for them: keys, numbe
 from __future__ import annotations
 
 import os
+import time
 import zlib
-from bisect import bisect_right
 from collections import OrderedDict
-from collections.abc import Collection, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Collection, Iterator
+from dataclasses import replace
+from functools import partial
 from hashlib import blake2b
 from pathlib import Path
-from typing import Protocol, overload
+from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ldm_scale.data.annotations import Vocabulary
 from ldm_scale.data.latents import LatentCache
-from ldm_scale.data.manifest import ANEW, Part, Split, manifest_path, read_split
+from ldm_scale.data.manifest import Split, manifest_path, read_split
 from ldm_scale.data.members import is_header_of, neighbours
-from ldm_scale.data.policy import BadRecord
-from ldm_scale.data.sidecar import BLOCK, Sidecar, open_sidecar
+from ldm_scale.data.policy import SkippedSample
+from ldm_scale.data.shard import Shard, Shards
+from ldm_scale.data.sidecar import BLOCK, IndexedSample, Sidecar
+from ldm_scale.data.storage import Storage, StorageError
+from ldm_scale.data.urls import public_name
 from ldm_scale.errors import DataError
+from ldm_scale.telemetry.log import say_once
 
 IMAGE_EXTENSIONS = ("png", "jpg", "jpeg", "webp")
 # extension -> bytes, or a view of a mapped file; "__key__" -> shard stem / sample name
 RawSample = dict[str, bytes | memoryview | str]
 
 _MAX_OPEN = 1024  # files and mapped sidecars that a process keeps, each
-_CHECKED_AT_OPENING = 64  # shards: to find a wrong mount or folder, not every loss
+# Shards whose sizes are looked at: to find a wrong mount or folder, not every loss. Remote ones take a request each.
+_CHECKED_AT_OPENING, _REMOTE_CHECKED_AT_OPENING = 64, 4
+_RETRY_AFTER_S = 60.0
+NOT_AS_INDEXED = "bytes are not those that were indexed"
 
 
 class UnreadableSample(DataError):
@@ -59,100 +67,13 @@ class HeldBytes(Protocol):
         """These bytes, None if they are not held."""
 
 
-@dataclass(frozen=True)
-class Shard:
-    """One tar of a split as its manifest describes it."""
-
-    path: Path
-    index_path: Path
-    num_samples: int
-    num_bytes: int
-    source_bytes: int | None = None  # size of the image shard that a latent shard stands for; None = an image shard
-    keys: str = ""  # digest of its samples' names
-
-    @property
-    def holds_latents(self) -> bool:
-        """Whether its samples have moments instead of pictures."""
-        return self.source_bytes is not None
-
-    @property
-    def make_anew(self) -> str:
-        """What helps where a copy of it does not exist, for messages."""
-        if self.holds_latents:
-            return "remove it and its index and run the same `ldm-scale encode` again"
-        return "index it anew with `ldm-scale prepare index`"
-
-    @property
-    def stem(self) -> str:
-        """File name without folder and ending: the first part of its samples' keys."""
-        return self.path.name.removesuffix(".tar")
-
-    def check_size(self) -> None:
-        """Nothing.
-
-        Raises: DataError if the tar is missing or its size is not the manifest's.
-        """
-        try:
-            found = self.path.stat().st_size
-        except OSError as error:
-            raise DataError(
-                f"{self.path}: shard named in the manifest cannot be opened ({error.strerror}); restore it or "
-                f"{self.make_anew if self.holds_latents else ANEW}"
-            ) from None
-        if found != self.num_bytes:
-            raise DataError(
-                f"{self.path}: {found} bytes, but its manifest says {self.num_bytes}; the shard was changed or "
-                f"copied in part: copy it again or {self.make_anew}"
-            )
-
-    def load_index(self) -> Sidecar:
-        """The sidecar's content.
-
-        Raises: DataError if it disagrees with the manifest or the tar's size.
-        """
-        return open_sidecar(self.index_path, self.num_samples, self.num_bytes)
-
-
-class Shards(Sequence[Shard]):
-    """The shards of all parts by number, those of the first part first; made when they are asked for."""
-
-    def __init__(self, parts: Sequence[Part]) -> None:
-        self._parts = parts
-        self._ends = np.cumsum([len(part.rows) for part in parts]).tolist()
-
-    def __len__(self) -> int:
-        return int(self._ends[-1])
-
-    @overload
-    def __getitem__(self, index: int) -> Shard: ...
-
-    @overload
-    def __getitem__(self, index: slice) -> list[Shard]: ...
-
-    def __getitem__(self, index: int | slice) -> Shard | list[Shard]:
-        if isinstance(index, slice):
-            return [self[number] for number in range(*index.indices(len(self)))]
-        if not -len(self) <= index < len(self):
-            raise IndexError(index)
-        number = index % len(self)
-        part = bisect_right(self._ends, number)
-        rows, row = self._parts[part].rows, number - (self._ends[part - 1] if part else 0)
-        source = int(rows.source_bytes[row])
-        return Shard(
-            rows.base / rows.files[row],
-            rows.base / rows.indices[row],
-            int(rows.num_samples[row]),
-            int(rows.num_bytes[row]),
-            None if source < 0 else source,
-            rows.keys[row],
-        )
-
-
 class Dataset:
     """The samples of one split by number. Safe to use after a fork: reads carry their own offsets."""
 
-    def __init__(self, split: Split) -> None:
+    def __init__(self, split: Split, storage: Storage | None = None) -> None:
         self._split = split
+        self.storage = storage or Storage()
+        self._failed_at: dict[int, float] = {}  # shard number -> when it could not be read
         self.manifest_path, self.split = split.path, split.name
         self.parts = split.parts
         self.shards = Shards(split.parts)
@@ -191,7 +112,8 @@ class Dataset:
             digest.update(f"part {part.size} {part.weight} {len(rows)}\n".encode())
             sizes = np.where(rows.source_bytes >= 0, rows.source_bytes, rows.num_bytes).tolist()
             for file, keys, count, size in zip(rows.files, rows.keys, rows.num_samples.tolist(), sizes, strict=True):
-                name = file.rpartition("/")[2].removesuffix(".tar")
+                shown = public_name(file) if "://" in file else file
+                name = shown.rpartition("/")[2].removesuffix(".tar")
                 digest.update(f"{name} {count} {keys or size}\n".encode())
         return digest.hexdigest()
 
@@ -213,6 +135,19 @@ class Dataset:
     def shard_of(self, number: int) -> Shard:
         """The shard that holds a sample."""
         return self.shards[self.locate(number)[0]]
+
+    @property
+    def has_remote_shards(self) -> bool:
+        """Whether any shard is no local file."""
+        return any("://" in file for part in self.parts for file in part.rows.files)
+
+    def shards_of(self, samples: NDArray[np.int64]) -> NDArray[np.int64]:
+        """The shard numbers of samples."""
+        return np.asarray(np.searchsorted(self._ends, samples, side="right"), dtype=np.int64)
+
+    def first_sample(self, shard_number: int) -> int:
+        """Number of the first sample of a shard."""
+        return int(self._ends[shard_number - 1]) if shard_number else 0
 
     def sidecar(self, shard_number: int) -> Sidecar:
         """The index of a shard, one of the last that were used.
@@ -242,9 +177,9 @@ class Dataset:
             first += len(part.rows)
             if kept:
                 parts.append(replace(part, rows=part.rows.select(kept)))
-        return Dataset(replace(self._split, parts=tuple(parts)))
+        return Dataset(replace(self._split, parts=tuple(parts)), self.storage)
 
-    def bad_record(self, number: int, reason: str, position: int = -1) -> BadRecord:
+    def bad_record(self, number: int, reason: str, position: int = -1) -> SkippedSample:
         """What is to be said of a sample that cannot be used."""
         shard_number, row = self.locate(number)
         shard = self.shards[shard_number]
@@ -252,7 +187,7 @@ class Dataset:
             key = self.key(number)
         except UnreadableSample:
             key = f"{shard.stem}/(sample {row})"
-        return BadRecord(key, reason, str(shard.path), shard_number, position)
+        return SkippedSample(key, reason, shard.shown, shard_number, position)
 
     def keys(self) -> Iterator[str]:
         """The keys of all samples in their order."""
@@ -261,12 +196,20 @@ class Dataset:
             for row in range(shard.num_samples):
                 yield f"{shard.stem}/{sidecar.name(row)}"
 
-    def read(self, number: int, leave_out: Collection[str] = frozenset(), held: HeldBytes | None = None) -> RawSample:
+    def read(self, number: int, leave_out: Collection[str] = frozenset()) -> RawSample:
         """The bytes of a sample's members but those to leave out, by extension, and its key under "__key__".
 
-        Bytes that are `held` are taken from there.
-
         Raises: UnreadableSample if the shard cannot be read, or does not hold at that place what its index says.
+        """
+        views = self.read_views(number, leave_out)
+        return {name: bytes(member) if isinstance(member, memoryview) else member for name, member in views.items()}
+
+    def read_views(
+        self, number: int, leave_out: Collection[str] = frozenset(), held: HeldBytes | None = None
+    ) -> RawSample:
+        """As `read`, without a copy: views of what was read. Bytes that are `held` are taken from there.
+
+        Raises: UnreadableSample
         """
         shard_number, row = self.locate(number)
         indexed = self.sidecar(shard_number).sample(row)
@@ -280,28 +223,47 @@ class Dataset:
             start, stop = group[0][1] - BLOCK, group[-1][1] + group[-1][2]
             content = held.get(shard_number, start, stop) if held is not None else None
             if content is None:
-                content = memoryview(self._pread(shard_number, start, stop - start))
+                content = self.fetch(shard_number, start, stop)
+            damaged = _damaged(content, start, group, indexed)
+            if damaged is not None and self.shards[shard_number].is_remote:
+                # What came over the network may be right the next time; past the cache, which may hold it.
+                content = self.fetch(shard_number, start, stop, partial(_is_intact, start, group, indexed))
+            elif damaged is not None:
+                raise self._not_as_indexed(shard_number, *damaged)
             for extension, offset, size in group:
-                at = offset - start
-                member = content[at : at + size]
-                checksum = indexed.members[extension].crc32
-                if checksum is None:
-                    intact = len(content) >= at + size and is_header_of(
-                        bytes(content[at - BLOCK : at]), f"{indexed.name}.{extension}", size
-                    )
-                else:
-                    intact = len(member) == size and zlib.crc32(member) == checksum
-                if not intact:
-                    raise self._not_as_indexed(shard_number, f"{indexed.name}.{extension}", offset, size)
-                sample[extension] = member
+                sample[extension] = content[offset - start : offset - start + size]
         return sample
+
+    def fetch(
+        self, shard_number: int, start: int, stop: int, accept: Callable[[memoryview], bool] | None = None
+    ) -> memoryview:
+        """Bytes of a shard; of a local one fewer where it ends before. Remote ones that `accept` refuses are fetched
+        anew.
+
+        Raises: UnreadableSample if they cannot be had.
+        """
+        shard = self.shards[shard_number]
+        if not shard.is_remote:
+            return memoryview(self._pread(shard_number, start, stop - start))
+        # A shard that is gone takes its whole budget of time to say so: not once per sample.
+        if time.monotonic() - self._failed_at.get(shard_number, -_RETRY_AFTER_S) < _RETRY_AFTER_S:
+            raise UnreadableSample(f"{shard.shown}: could not be read a moment ago", "its shard cannot be read")
+        try:
+            check = None if accept is None else lambda data: accept(memoryview(data))
+            return memoryview(self.storage.read(shard.location, start, stop, check))
+        except StorageError as error:
+            if accept is None:
+                self._failed_at[shard_number] = time.monotonic()
+                say_once(f"unreadable {shard.shown}", f"{error}; its samples are replaced")
+            reason = "its shard cannot be read" if accept is None else NOT_AS_INDEXED
+            raise UnreadableSample(str(error), reason) from None
 
     def _not_as_indexed(self, shard_number: int, member: str, offset: int, size: int) -> UnreadableSample:
         shard = self.shards[shard_number]
         return UnreadableSample(
-            f"{shard.path}: the {size} bytes of {member} at byte {offset} are not those that were indexed in "
+            f"{shard.shown}: the {size} bytes of {member} at byte {offset} are not those that were indexed in "
             f"{shard.index_path.name}; the shard was changed or damaged: copy it again or {shard.make_anew}",
-            "bytes are not those that were indexed",
+            NOT_AS_INDEXED,
         )
 
     def _pread(self, shard_number: int, start: int, length: int) -> bytes:
@@ -317,11 +279,32 @@ class Dataset:
         except OSError as error:
             path = self.shards[shard_number].path
             raise UnreadableSample(
-                f"{path}: cannot be read at byte {start} ({error.strerror})", f"shard cannot be read: {error.strerror}"
+                f"{path}: cannot be read at byte {start} ({error.strerror})", "its shard cannot be read"
             ) from None
 
 
-def open_manifest(path: str | Path, split: str, check_sizes: bool = True) -> Dataset:
+def _damaged(
+    content: memoryview, start: int, group: list[tuple[str, int, int]], indexed: IndexedSample
+) -> tuple[str, int, int] | None:
+    """The first member of a group in bytes from `start` on that is not as indexed: name, offset and size."""
+    for extension, offset, size in group:
+        at = offset - start
+        member, checksum = content[at : at + size], indexed.members[extension].crc32
+        name = f"{indexed.name}.{extension}"
+        if checksum is None:
+            intact = len(member) == size and is_header_of(bytes(content[at - BLOCK : at]), name, size)
+        else:
+            intact = len(member) == size and zlib.crc32(member) == checksum
+        if not intact:
+            return name, offset, size
+    return None
+
+
+def _is_intact(start: int, group: list[tuple[str, int, int]], indexed: IndexedSample, content: memoryview) -> bool:
+    return _damaged(content, start, group, indexed) is None
+
+
+def open_manifest(path: str | Path, split: str, check_sizes: bool = True, storage: Storage | None = None) -> Dataset:
     """The samples of one split of a manifest. Some shards, spread over it, were seen with the size that it states.
 
     Without `check_sizes` no shard is looked at: for a caller that looks at each of them.
@@ -329,8 +312,8 @@ def open_manifest(path: str | Path, split: str, check_sizes: bool = True) -> Dat
     Raises: DataError if there is no manifest, no such split, no shard, or one that was looked at is missing or has
     another size.
     """
-    dataset = Dataset(read_split(manifest_path(path), split))
-    for number in range(0, len(dataset.shards), max(1, len(dataset.shards) // _CHECKED_AT_OPENING)):
-        if check_sizes:
-            dataset.shards[number].check_size()
+    dataset = Dataset(read_split(manifest_path(path), split), storage)
+    at_most = _REMOTE_CHECKED_AT_OPENING if dataset.has_remote_shards else _CHECKED_AT_OPENING
+    for number in range(0, len(dataset.shards), -(-len(dataset.shards) // at_most)) if check_sizes else ():
+        dataset.shards[number].check_size(dataset.storage)
     return dataset

@@ -41,7 +41,7 @@ class SplitStream(MeasuredImages):
             self.bad.add(bad)
             self.num_images += len(samples)
             if samples:
-                yield collate(samples, bad, self._settings)
+                yield collate(samples, [], self._settings)
 
     def _usable(self, position: int, bad: list[BadRecord]) -> DecodedSample | None:
         """The sample of a position, or None after it went to `bad`."""

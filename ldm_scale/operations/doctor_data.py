@@ -24,7 +24,8 @@ from ldm_scale.data.decode import DecodeSettings, decode_sample
 from ldm_scale.data.manifest import manifest_path, read_manifest
 from ldm_scale.data.policy import BadSample
 from ldm_scale.data.scan import scan_tar
-from ldm_scale.data.shards import IMAGE_EXTENSIONS, Shard
+from ldm_scale.data.shard import Shard
+from ldm_scale.data.shards import IMAGE_EXTENSIONS
 from ldm_scale.data.sidecar import IndexedSample
 from ldm_scale.data.sources import TRAIN, map_in_processes
 from ldm_scale.data.window import open_file
@@ -97,7 +98,7 @@ def _check_shards(report: Report, path: Path, split: str, checksums: bool) -> Da
     ) as progress:
         for number, (shard, entry) in enumerate(zip(whole.shards, entries, strict=True)):
             try:
-                shard.check_size()
+                shard.check_size(whole.storage)
                 shard.load_index()
                 if checksums:
                     _check_content(report, shard, entry.get("sha256"))

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from ldm_scale.config.schema import DataConfig
 from ldm_scale.data import Batch, Dataset, Loader
-from ldm_scale.data.policy import BadRecord, BadSampleFiles, BadSampleLog, Budgets, LossAccount
+from ldm_scale.data.policy import BadSampleFiles, BadSampleLog, Budgets, LossAccount, SkippedSample
 from ldm_scale.engine import collectives
 from ldm_scale.telemetry.log import get_logger, say_once
 
@@ -32,7 +32,7 @@ class SampleLosses:
         self._files = BadSampleFiles(run_dir) if is_main else None
         self._log = BadSampleLog()
 
-    def named(self, batches: Sequence[Batch]) -> list[BadRecord]:
+    def named(self, batches: Sequence[Batch]) -> list[SkippedSample]:
         """What this rank skipped to make the batches; each sample is named once in the log."""
         records = [record for batch in batches for record in batch.bad]
         for record in records:
@@ -41,7 +41,7 @@ class SampleLosses:
             )
         return records
 
-    def settle(self, records: list[BadRecord], first_image: int, global_batch: int, loader: Loader) -> None:
+    def settle(self, records: list[SkippedSample], first_image: int, global_batch: int, loader: Loader) -> None:
         """Nothing; takes in what the ranks skipped in the step at `first_image`. Collective: all ranks.
 
         Raises: DataError on all ranks if too much of the run is bad.

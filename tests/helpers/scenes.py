@@ -9,7 +9,7 @@ import numpy as np
 from PIL import Image
 
 from ldm_scale.data.sources.tars import index_tars
-from tests.helpers.shards import png, write_tar
+from tests.helpers.shards import broken_png, png, write_tar
 
 COLOURS = {"red": (220, 30, 30), "green": (30, 200, 40), "blue": (30, 40, 220)}
 NAMES = list(COLOURS)
@@ -28,7 +28,7 @@ def make_squares(directory: Path, num_samples: int, side: int, *, annotated: boo
         pixels[top : top + size, left : left + size] = COLOURS[name]
         labels[top : top + size, left : left + size] = 1 + number % 3
         members = {
-            "png": png(Image.fromarray(pixels.astype(np.uint8))) if number >= bad else b"no picture",
+            "png": png(Image.fromarray(pixels.astype(np.uint8))) if number >= bad else broken_png(),
             "txt": f"a {name} square".encode(),
             "json": json.dumps(
                 {"class": number % 3, "objects": [{"class": name, "box": [left, top, size, size]}] if annotated else []}

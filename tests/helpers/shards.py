@@ -35,8 +35,11 @@ def png(image: Image.Image) -> bytes:
 
 
 def broken_png() -> bytes:
-    """A picture whose first bytes are sound and whose pixels are missing: only decoding finds that."""
-    return png(Image.new("RGB", (8, 8)))[:45]
+    """A picture whose header is sound and whose pixels are noise: only decoding finds that."""
+    content = bytearray(png(Image.new("RGB", (8, 8))))
+    start = content.index(b"IDAT") + 4
+    content[start : start + 8] = b"\xff" * 8
+    return bytes(content)
 
 
 def make_sample(number: int, resolution: int, rng: np.random.Generator) -> dict[str, bytes]:

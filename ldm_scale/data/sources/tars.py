@@ -180,7 +180,7 @@ def _write_bad_samples(splits: dict[str, Any], base: Path) -> dict[str, int]:
     partial = partial_name(path)
     with partial.open("w", encoding="utf-8") as stream:
         for row in rows:
-            for key, reason, *_ in open_sidecar(base / row["index"]).bad if row.get("bad") else ():
+            for key, reason in open_sidecar(base / row["index"]).bad if row.get("bad") else ():
                 counts[reason] += 1
                 record = {"shard": public_name(row["file"]), "key": key, "reason": reason}
                 stream.write(json.dumps(record, ensure_ascii=False) + "\n")

@@ -87,7 +87,7 @@ def _write_shard(task: _Task[Item], unfinished: Unfinished, make: Callable[[Item
     made = samples()
     if (first := next(made, None)) is not None:
         tar = unfinished.out / f"{task.split}-{task.index:06d}.tar"
-        with new_shard(tar, chain([first], made)) as members:
+        with new_shard(tar, chain([first], made), pictures=True) as members:
             pass
         record.row = index_shard(tar, tar.with_suffix(SUFFIX), unfinished.out, members)
     unfinished.finish(record)

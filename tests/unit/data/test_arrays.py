@@ -11,10 +11,10 @@ import pytest
 
 from ldm_scale.data.annotations import Vocabulary
 from ldm_scale.data.arrays import all_finite, array_of
+from ldm_scale.data.batch import collate
 from ldm_scale.data.decode import DecodedSample, DecodeSettings, decode_sample
 from ldm_scale.data.latents import LatentCache, LatentTransform, refused
 from ldm_scale.data.metadata import may_name
-from ldm_scale.data.pipeline import collate
 from ldm_scale.data.policy import BadSample
 from ldm_scale.errors import DataError
 from tests.helpers.latents import npy
@@ -114,9 +114,9 @@ def test_a_batch_names_the_sample_whose_latents_are_not_finite() -> None:
     samples = [decoded(sample_of(moments()) | {"__key__": f"s/{n}"}) for n in range(4)]
     samples[2] = decoded(sample_of(spoilt) | {"__key__": "s/2"})
     with pytest.raises(DataError, match=r"^s/2: its latents\.\*\.npy holds NaN or infinity; encode its shard anew$"):
-        collate((samples, []), PLAIN)
+        collate(samples, [], PLAIN)
     samples[2] = samples[1]
-    batch = collate((samples, []), PLAIN)
+    batch = collate(samples, [], PLAIN)
     assert batch.moments is not None
     np.testing.assert_array_equal(batch.moments[2].numpy(), moments())
 

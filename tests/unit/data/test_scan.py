@@ -17,9 +17,9 @@ import webdataset as wds
 from PIL import Image, ImageOps
 
 from ldm_scale.data import scan as s
-from ldm_scale.data.decode import TOO_LARGE, open_rgb
 from ldm_scale.data.members import is_header_of
 from ldm_scale.data.picture_size import BAD_HEADER
+from ldm_scale.data.pictures import TOO_LARGE, open_rgb
 from ldm_scale.data.scan import Scan, scan_tar
 from ldm_scale.data.window import Window, open_file
 from ldm_scale.errors import DataError

@@ -17,12 +17,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from PIL import Image
 
 from ldm_scale.data import open_manifest
 from ldm_scale.data.sources import Layout, LeftOut, Prepared, Sample, Source, find_prepared, unfinished, workers
 from ldm_scale.data.sources.writing import write_dataset
 from ldm_scale.errors import DataError
 from ldm_scale.prepare import main
+from tests.helpers.shards import png
+
+PIXEL = png(Image.new("RGB", (2, 2)))  # what follows its end is no part of it
 
 ROOT = Path(__file__).parents[3]
 FORK = multiprocessing.get_context("fork")
@@ -35,7 +39,7 @@ def make(number: int) -> Sample | LeftOut:
     """A sample of most numbers; none of 8 to 11, which are a whole shard."""
     if number % 7 == 3 or 8 <= number < 12:
         return LeftOut(f"item {number}", "odd" if number % 2 else "even")
-    return Sample(f"{number:04d}", {"png": bytes([number]) * 3000, "txt": f"number {number}".encode()})
+    return Sample(f"{number:04d}", {"png": PIXEL + bytes([number]) * 2900, "txt": f"number {number}".encode()})
 
 
 def write(
