@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import json
 import mmap
+import os
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -189,15 +190,12 @@ class BadSampleFiles:
 
 
 def _rows(path: Path) -> list[dict[str, Any]]:
-    """The rows of a .jsonl file; a last line that was cut short by a kill is left out."""
+    """The rows of a .jsonl file; a last line that was cut short by a kill is taken off it."""
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        content = path.read_bytes()
     except FileNotFoundError:
         return []
-    rows = []
-    for line in lines:
-        try:
-            rows.append(json.loads(line))
-        except ValueError:
-            continue
-    return rows
+    whole = content[: content.rfind(b"\n") + 1]
+    if whole != content:
+        os.truncate(path, len(whole))
+    return [json.loads(line) for line in whole.splitlines()]

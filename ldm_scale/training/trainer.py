@@ -66,6 +66,7 @@ class Trainer:
         self._saved_images = -1
         self._kernels_described = False
         self._ranks_compared = False
+        self._waited_s = 0.0  # for data, in all
         self._recent: deque[dict[str, float]] = deque(maxlen=RECENT_STEPS)
         self._findings: list[Finding] | None = None  # of the last validation; None before it
 
@@ -144,10 +145,13 @@ class Trainer:
         if not self._kernels_described:
             self._kernels_described = True
             self.log.info(f"fused operations took, in the first step: {describe_kernels()}")
-        progress.update(self.plan.global_batch, {k: v for k, v in means.items() if k in SHOWN_LOSSES})
+        waited_s, self._waited_s = loader.waited_s - self._waited_s, loader.waited_s
+        waiting = waited_s / (waited_s + seconds)
+        shown = {name: value for name, value in means.items() if name in SHOWN_LOSSES} | {"data wait": waiting}
+        progress.update(self.plan.global_batch, shown)
         if self._due(self.config.train.log_every_images):
             counted = {"bad_samples": float(self.state.losses.total), "truncated": float(self.state.truncated)}
-            rate = {"images_per_s": self.plan.global_batch / seconds}
+            rate = {"images_per_s": self.plan.global_batch / seconds, "data_wait_share": waiting}
             writer.add_scalars(means | rate | counted, self.state.cur_images)
         if self._due(self.config.ema.snapshot_every_images):
             self._snapshot()
