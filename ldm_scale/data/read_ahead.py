@@ -118,7 +118,7 @@ class ReadAhead:
         """Notes the ranges of what this process will deliver of a block, from a place of the pool's stream on."""
         pool = self._stream.pools[pool_number]
         places = pool.order.positions_in(block)
-        places = places[(places >= first_place) & own[pool.slots[places % pool.order.batch]]]
+        places = places[(places >= first_place) & own[pool.slots[places % len(pool.slots)]]]
         samples = np.sort(pool.order.locate(places).samples + pool.first)
         shards = self._dataset.shards_of(samples)
         for shard_number in np.unique(shards).tolist():

@@ -153,13 +153,17 @@ def build_stream(
 ) -> Stream:
     """The stream of a data set. One that `ends` (validation) has all its samples in one pool, without weights or sizes.
 
+    Its order does not depend on the batch either (it has one lane), since validation is cut to what fits the ranks.
+
     Raises: ConfigError if the settings cannot work, or a part of a mixture is too small for a slot.
     """
     arguments = {"lanes": lanes, "chunk": chunk, "block_chunks": block_chunks}
     parts = dataset.parts
     all_slots = np.arange(global_batch)
     if ends or len(parts) == 1:
-        order = Order(dataset.num_samples, seed, global_batch, **arguments)
+        one_lane = {"batch": 1, **arguments, "lanes": 1}
+        every_lane = {"batch": global_batch, **arguments}
+        order = Order(dataset.num_samples, seed, **(one_lane if ends else every_lane))
         return Stream((Pool(0, order, all_slots, None if ends else parts[0].size),), global_batch, seed)
     firsts = np.cumsum([0, *(part.num_samples for part in parts)]).tolist()
     is_mixture = parts[0].weight is not None

@@ -34,7 +34,7 @@ GAN = {
     "discriminator_start_images": 12,
     "discriminator_pretrain_images": 8,
     "adversarial_ramp_images": 16,
-    "discriminator_hold_accuracy": 0.51,
+    "discriminator_hold_accuracy": 0.501,
     "discriminator_lr": 0.02,
     "lecam_weight": 0.1,
     "r1_weight": 0.1,

@@ -140,10 +140,10 @@ def test_a_shard_that_is_gone_costs_its_samples_alone_and_alike_on_any_rank(
 
 def test_eight_ranks_together_read_little_more_than_the_data(local: Path, remote: Path, server: FaultServer) -> None:
     for rank in range(8):
-        assert len(list(_load(remote, rank=rank, world=8, num_epochs=1))) == 9
+        assert len(list(islice(_load(remote, rank=rank, world=8), 45))) == 45  # five epochs
     served = sum(server.count(path).num_bytes for path in server.files)
     total = sum(map(len, server.files.values()))
-    assert 0.9 * total < served < 1.05 * total
+    assert 4.8 * total < served < 5.6 * total  # with what is fetched ahead at the end
     requests = sum(server.count(path).requests for path in server.files)
     assert (
         requests < NUM_SHARDS * PER_SHARD / 2 + 8 * 4
@@ -152,9 +152,9 @@ def test_eight_ranks_together_read_little_more_than_the_data(local: Path, remote
 
 def test_more_ranks_than_lanes_fetch_their_own_samples_alone(local: Path, remote: Path, server: FaultServer) -> None:
     for rank in range(16):
-        list(_load(remote, rank=rank, world=16, num_epochs=1))
+        list(islice(_load(remote, rank=rank, world=16), 45))
     served = sum(server.count(path).num_bytes for path in server.files)
-    assert served < 1.1 * sum(map(len, server.files.values()))
+    assert served < 5.7 * sum(map(len, server.files.values()))
 
 
 def test_a_resumed_run_fetches_the_rest_of_its_blocks_and_nothing_before(remote: Path, server: FaultServer) -> None:
