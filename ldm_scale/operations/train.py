@@ -6,7 +6,7 @@ from pathlib import Path
 
 from ldm_scale.config.fit import batch_plan, check_artifact_fits, check_posterior
 from ldm_scale.config.schema import Config
-from ldm_scale.data import LatentCache, check_moments, open_manifest, require_images
+from ldm_scale.data import Dataset, LatentCache, check_moments, open_manifest, require_images
 from ldm_scale.engine import env
 from ldm_scale.errors import ConfigError
 from ldm_scale.models.fused import check_kernels
@@ -67,9 +67,25 @@ def _check_inputs(config: Config, world_size: int) -> None:
             require_images(dataset)
         if config.stage == "classifier":
             _require_enough_classes(config, len(dataset.class_names))
+        _check_buckets(config, dataset)
         if dataset.latents is not None:
             check_cache_fits(config, dataset.latents, artifact_hash)
             check_moments(dataset)
+
+
+def _check_buckets(config: Config, dataset: Dataset) -> None:
+    """Nothing; raises ConfigError if pictures of an aspect-ratio bucket do not divide as the networks need."""
+    multiple = config.autoencoder.downsampling_factor
+    if config.stage != "autoencoder":
+        multiple *= 2 ** (len(config.unet.channel_multipliers) - 1)
+    for part in dataset.parts:
+        if part.size is not None and any(side % multiple for side in part.size):
+            height, width = part.size
+            raise ConfigError(
+                f"data.manifest={config.data.manifest} has a bucket of {height} x {width} pixels, and both must be "
+                f"multiples of {multiple} (the autoencoder's f, times the UNet's in stage 2); make the buckets with "
+                f"`ldm-scale prepare buckets --step {multiple}`, or a multiple of it"
+            )
 
 
 def _require_enough_classes(config: Config, listed: int) -> None:

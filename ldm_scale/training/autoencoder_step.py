@@ -164,13 +164,19 @@ class AutoencoderTask(Task):
     def _inputs(self, batch: Batch) -> Inputs:
         x = batch.images.to(self.environment.device, non_blocking=True)
         numbers = batch.image_numbers.to(self.environment.device)
-        return Inputs(x, self.posterior_noise(batch.image_numbers.tolist(), "posterior"), numbers)
+        noise = self.posterior_noise(batch.image_numbers.tolist(), "posterior", (x.shape[2], x.shape[3]))
+        return Inputs(x, noise, numbers)
 
-    def posterior_noise(self, image_numbers: Sequence[int], purpose: str) -> Tensor:
-        """Noise of the posterior's samples. Shapes: returns (B, c, H/f, W/f)."""
+    def posterior_noise(
+        self, image_numbers: Sequence[int], purpose: str, size: tuple[int, int] | None = None
+    ) -> Tensor:
+        """Noise of the posterior's samples of images of this size, (H, W), or else of the configured resolution.
+
+        Shapes: returns (B, c, H/f, W/f).
+        """
         config = self.config
-        side = config.data.resolution // config.autoencoder.downsampling_factor
-        shape = (config.autoencoder.latent_channels, side, side)
+        f, (height, width) = config.autoencoder.downsampling_factor, size or [config.data.resolution] * 2
+        shape = (config.autoencoder.latent_channels, height // f, width // f)
         if config.autoencoder.kind != "kl":
             return torch.zeros(len(image_numbers), *shape, device=self.environment.device)
         streams = [seeding.stream(config.train.seed, purpose, number) for number in image_numbers]

@@ -48,7 +48,7 @@ class ClassifierTask(LatentTask):
         loss, correct = torch.zeros(()), torch.zeros(())
         for batch in batches:
             z, labels = self.encode(batch), self._labels(batch)
-            t, noise, _ = self.draw(batch.image_numbers.tolist())
+            t, noise, _ = self.draw(batch.image_numbers.tolist(), shape=z.shape[1:])
             z_t = self.process.add_noise(z, noise, t)
             logits = self.model(self.process.network_input(z_t, t), self.network_time(t)).float()
             error = F.cross_entropy(logits, labels)

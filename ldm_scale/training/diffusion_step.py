@@ -45,7 +45,7 @@ class DiffusionTask(LatentTask):
         for batch in batches:
             z, inputs = self.encode(batch), self.inputs(batch)
             conditioner = self.network.conditioner
-            t, noise, uniforms = self.draw(batch.image_numbers.tolist(), conditioner.num_uniforms)
+            t, noise, uniforms = self.draw(batch.image_numbers.tolist(), conditioner.num_uniforms, z.shape[1:])
             z_t = self.process.add_noise(z, noise, t)
             output = self.model(
                 self.process.network_input(z_t, t),

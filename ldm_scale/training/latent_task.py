@@ -70,12 +70,13 @@ class LatentTask(Task):
         Shapes: returns (b, c, H/f, W/f).
         """
         noise = None
-        if self.config.latents.sample_posterior and not mode:
-            numbers = batch.image_numbers.tolist()
-            streams = [seeding.stream(self.config.train.seed, "posterior", number) for number in numbers]
-            noise = self.to_device(seeding.normal(streams, self.latent_shape))
         with torch.no_grad():
-            return self.autoencoder.network.latents(*self._moments(batch), noise)
+            mean, logvar = self._moments(batch)
+            if self.config.latents.sample_posterior and not mode:
+                numbers = batch.image_numbers.tolist()
+                streams = [seeding.stream(self.config.train.seed, "posterior", number) for number in numbers]
+                noise = self.to_device(seeding.normal(streams, mean.shape[1:]))
+            return self.autoencoder.network.latents(mean, logvar, noise)
 
     @torch.no_grad()
     def encode_pixels(self, x: Tensor) -> Tensor:
@@ -121,13 +122,18 @@ class LatentTask(Task):
         batches = list(itertools.islice(loader, max(1, min(num_full, num_wanted))))
         return batches, sum(len(batch.keys) for batch in batches) if num_full else num_samples // ranks
 
-    def draw(self, numbers: Sequence[int], num_uniforms: int = 0) -> tuple[Tensor, Tensor, Tensor]:
-        """Times (B,), noise (B, c, h, w), and further uniform numbers (B, num_uniforms): functions of image numbers."""
+    def draw(
+        self, numbers: Sequence[int], num_uniforms: int = 0, shape: Sequence[int] | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Times (B,), noise (B, c, h, w), and further uniform numbers (B, num_uniforms): functions of image numbers.
+
+        `shape` (c, h, w) is that of the batch's latents, if not of the configured resolution.
+        """
         seed, diffusion = self.config.train.seed, self.config.diffusion
         streams = [seeding.stream(seed, "diffusion", number) for number in numbers]
         u = torch.tensor([s.random() for s in streams], dtype=torch.float64)
         uniforms = torch.stack([torch.from_numpy(s.random(num_uniforms)) for s in streams])
-        noise = seeding.normal(streams, self.latent_shape)
+        noise = seeding.normal(streams, self.latent_shape if shape is None else shape)
         if diffusion.stratified_times:
             batch = self.plan.global_batch
             offset = seeding.stream(seed, "stratified times", numbers[0] // batch).random()
