@@ -51,6 +51,8 @@ def _check_inputs(config: Config, world_size: int) -> None:
     """Returns if the data and the artifact can be opened, and belong together."""
     splits = dict.fromkeys([config.data.split, config.data.validation_split or config.data.split])
     datasets = [open_manifest(config.data.manifest, split) for split in splits]
+    for dataset in datasets:
+        _check_buckets(config, dataset)
     if config.stage == "autoencoder":
         for dataset in datasets:
             require_images(dataset)
@@ -67,7 +69,6 @@ def _check_inputs(config: Config, world_size: int) -> None:
             require_images(dataset)
         if config.stage == "classifier":
             _require_enough_classes(config, len(dataset.class_names))
-        _check_buckets(config, dataset)
         if dataset.latents is not None:
             check_cache_fits(config, dataset.latents, artifact_hash)
             check_moments(dataset)
