@@ -27,6 +27,7 @@ from ldm_scale.errors import DataError
 FORMAT = "ldm-scale-shards"
 VERSION = 2
 MANIFEST_NAME = "manifest.json"
+STATE_NAME = ".prepare"  # in the folder of a data set while it is made
 ANEW = "write it anew with `ldm-scale prepare`"
 
 
@@ -63,6 +64,12 @@ def read_manifest(path: Path) -> dict[str, Any]:
 
 def _read(path: Path, **options: Any) -> Any:
     if not path.exists():
+        # Of COCO each split is made in a folder of its own.
+        if (path.parent / STATE_NAME).is_dir() or any(path.parent.glob(f"*/{STATE_NAME}")):
+            raise DataError(
+                f"{path}: no manifest here yet, the data set is not finished; run the same `ldm-scale prepare` again, "
+                "and it goes on where it was"
+            )
         tars = sorted(path.parent.glob("*.tar")) if path.parent.is_dir() else []
         hint = (
             f"{len(tars)} tars lie in its folder: `ldm-scale prepare index {path.parent}/*.tar --out {path}` writes one"

@@ -11,10 +11,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
-from ldm_scale.data.manifest import MANIFEST_NAME, read_manifest
+from ldm_scale.data.manifest import MANIFEST_NAME, STATE_NAME, read_manifest
 from ldm_scale.data.permutation import uniforms
 from ldm_scale.data.shards import open_manifest
-from ldm_scale.data.sources.unfinished import STATE_NAME, read_begun, remove_state
+from ldm_scale.data.sources.unfinished import read_begun, remove_state
 from ldm_scale.data.sources.workers import map_in_processes
 from ldm_scale.errors import DataError
 

@@ -21,7 +21,7 @@ from typing import Any
 from PIL import Image
 
 from ldm_scale.data.indexing import write_json
-from ldm_scale.data.manifest import FORMAT, VERSION, read_manifest
+from ldm_scale.data.manifest import FORMAT, STATE_NAME, VERSION, read_manifest
 from ldm_scale.data.policy import BadSample
 from ldm_scale.data.sources import (
     MANIFEST_NAME,
@@ -38,7 +38,6 @@ from ldm_scale.data.sources.coco_files import CocoImage, draw_map, read_captions
 from ldm_scale.data.sources.coco_panoptic import Segments, draw_panoptic, read_panoptic
 from ldm_scale.data.sources.image_folder import sample_name
 from ldm_scale.data.sources.squares import make_square
-from ldm_scale.data.sources.unfinished import STATE_NAME
 from ldm_scale.data.sources.writing import write_dataset
 from ldm_scale.errors import DataError
 

@@ -19,11 +19,10 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from ldm_scale.data.indexing import write_json
-from ldm_scale.data.manifest import MANIFEST_NAME
+from ldm_scale.data.manifest import MANIFEST_NAME, STATE_NAME
 from ldm_scale.data.shard_files import remove_abandoned, sync
 from ldm_scale.errors import DataError
 
-STATE_NAME = ".prepare"
 MAX_NAMED = 100
 
 _BEGUN = "request.json"

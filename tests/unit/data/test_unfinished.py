@@ -178,6 +178,8 @@ def test_a_kill_within_a_shard(tmp_path: Path, undisturbed: dict[str, bytes]) ->
     assert finished(out) == [f"train-{number:06d}" for number in range(4)]
     assert any(name.startswith(".train-000004.tar.partial-") for name in contents(out))
     assert find_prepared(out, REQUEST) is None
+    with pytest.raises(DataError, match=r"out/manifest\.json: .* not finished; run the same `ldm-scale prepare` again"):
+        open_manifest(out, "train")
     write(out)
     assert contents(out) == undisturbed
 
