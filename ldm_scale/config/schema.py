@@ -244,7 +244,8 @@ class DiffusionConfig:
 class DataConfig:
     """Where images come from and how they are prepared."""
 
-    manifest: str = ""  # path of a manifest.json written by `ldm-scale prepare`
+    # Path of a manifest.json written by `ldm-scale prepare`; or shards without one, a name or pattern that ends in .tar
+    manifest: str = ""
     split: str = "train"
     validation_split: str = "heldout"  # a split of the same manifest; "" = validate on the training split
     resolution: int = 256  # pixels along each side after cropping and resizing

@@ -7,6 +7,7 @@ from ldm_scale.data.loader import Loader, build_loader, check_moments, require_i
 from ldm_scale.data.metadata import NO_CLASS
 from ldm_scale.data.policy import BadRecord, BadSampleLog, SkippedSample
 from ldm_scale.data.shards import Dataset, open_manifest
+from ldm_scale.data.unindexed import Unindexed, open_unindexed
 
 __all__ = [
     "NO_CLASS",
@@ -19,8 +20,10 @@ __all__ = [
     "Layout",
     "Loader",
     "SceneObject",
+    "Unindexed",
     "build_loader",
     "check_moments",
     "open_manifest",
+    "open_unindexed",
     "require_images",
 ]

@@ -58,7 +58,7 @@ class Layout:
 class Vocabulary:
     """The numbers of the names that a manifest lists."""
 
-    classes: Mapping[str, int] = field(default_factory=dict)
+    classes: Mapping[str, int] | None = field(default_factory=dict)  # None: samples' classes are not read
     objects: Mapping[str, int] = field(default_factory=dict)  # classes of objects
     num_map_labels: int = 0
 

@@ -16,8 +16,8 @@ import threading
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
+from dataclasses import replace
 from itertools import accumulate, chain, islice
-from pathlib import Path
 from types import MappingProxyType, TracebackType
 from typing import Any
 
@@ -27,16 +27,17 @@ import webdataset as wds
 from ldm_scale.config.schema import DataConfig
 from ldm_scale.data.annotations import LAYOUT, MAP, TEXT
 from ldm_scale.data.batch import Batch, join
-from ldm_scale.data.cache import RangeCache
 from ldm_scale.data.decode import DecodeSettings
 from ldm_scale.data.latents import read_moments, read_record
+from ldm_scale.data.manifest import needs_manifest
 from ldm_scale.data.order import check_batches
 from ldm_scale.data.pipeline import build_pipeline
 from ldm_scale.data.policy import BadSampleLog, Quarantine
 from ldm_scale.data.shards import Dataset, open_manifest
 from ldm_scale.data.slots import StreamSettings
-from ldm_scale.data.storage import Storage
+from ldm_scale.data.storage import build_storage
 from ldm_scale.data.stream import build_stream
+from ldm_scale.data.unindexed import Unindexed, build_unindexed_pipeline, open_unindexed
 from ldm_scale.errors import ConfigError, LdmScaleError
 
 _CHECKED_SHARDS = 16
@@ -51,7 +52,7 @@ class Loader:
 
     def __init__(
         self,
-        dataset: Dataset,
+        dataset: Dataset | Unindexed,
         pipeline: wds.DataPipeline,
         num_workers: int,
         prefetch_batches: int,
@@ -252,12 +253,6 @@ def check_moments(dataset: Dataset) -> None:
                 break
 
 
-def build_storage(data: DataConfig) -> Storage:
-    """What reads the shards of a configuration."""
-    cache = RangeCache(Path(data.cache_dir), int(data.cache_gib * 2**30)) if data.cache_dir else None
-    return Storage(cache=cache)
-
-
 def build_loader(
     data: DataConfig,
     *,
@@ -284,6 +279,9 @@ def build_loader(
     all samples of a batch come from a cache that holds them. `quarantined`: shard numbers with the positions from which
     on their samples are bad.
 
+    Where data.manifest names shards without a manifest, `split` means nothing and what needs one is refused
+    (data/unindexed.py).
+
     Raises: ConfigError if the batch arithmetic does not work out, latents stand where images are needed, or annotations
     are asked for that the manifest knows nothing of; DataError if the data cannot be opened, and while iterating if
     they cannot be read.
@@ -297,10 +295,6 @@ def build_loader(
         )
     if not data.manifest:
         raise ConfigError("data.manifest is empty; set it to a manifest.json written by `ldm-scale prepare`")
-    dataset = open_manifest(data.manifest, split if split is not None else data.split, storage=build_storage(data))
-    if not accept_latents:
-        require_images(dataset)
-    require_annotations(dataset, annotations)
     settings = DecodeSettings(
         resolution=data.resolution,
         crop_scale_min=data.crop_scale_min,
@@ -309,6 +303,17 @@ def build_loader(
         seed=seed,
         annotations=annotations,
     )
+    part = StreamSettings(global_batch, micro_batch, rank, world_size, start_image)
+    unindexed = open_unindexed(data.manifest)
+    if unindexed is not None:
+        if num_epochs is not None:
+            raise needs_manifest(data.manifest, "a pass over every sample, such as validation,")
+        pipeline = build_unindexed_pipeline(unindexed, build_storage(data), settings, part, data)
+        return Loader(unindexed, pipeline, data.num_workers, data.prefetch_batches)
+    dataset = open_manifest(data.manifest, split if split is not None else data.split, storage=build_storage(data))
+    if not accept_latents:
+        require_images(dataset)
+    require_annotations(dataset, annotations)
     stream = build_stream(
         dataset,
         seed,
@@ -322,6 +327,5 @@ def build_loader(
     for shard_number, position in quarantined.items():
         quarantine.add(shard_number, position)
     end_image = None if num_epochs is None else num_epochs * dataset.num_samples
-    part = StreamSettings(global_batch, micro_batch, rank, world_size, start_image, end_image)
-    pipeline = build_pipeline(dataset, stream, settings, part, data, quarantine)
+    pipeline = build_pipeline(dataset, stream, settings, replace(part, end_image=end_image), data, quarantine)
     return Loader(dataset, pipeline, data.num_workers, data.prefetch_batches, quarantine)

@@ -22,7 +22,8 @@ from numpy.typing import NDArray
 
 from ldm_scale.data.annotations import MAX_MAP_LABELS
 from ldm_scale.data.latents import IMAGES, LATENTS, LatentCache
-from ldm_scale.errors import DataError
+from ldm_scale.data.urls import names_shards, public_name
+from ldm_scale.errors import ConfigError, DataError
 
 FORMAT = "ldm-scale-shards"
 VERSION = 2
@@ -49,9 +50,23 @@ def _parse_json(path: Path, what: str, **options: Any) -> Any:
 
 
 def manifest_path(path: str | Path) -> Path:
-    """The manifest that a path names: a file, or the one in a folder."""
+    """The manifest that a path names: a file, or the one in a folder.
+
+    Raises: ConfigError if it names shards.
+    """
+    if names_shards(str(path)):
+        raise needs_manifest(str(path), "this")
     path = Path(path)
     return path / MANIFEST_NAME if path.is_dir() else path
+
+
+def needs_manifest(shards: str, what: str) -> ConfigError:
+    """The error that something cannot work on shards without a manifest."""
+    name = public_name(shards)
+    return ConfigError(
+        f"{name} names shards without a manifest, and {what} needs one: write it with `ldm-scale prepare index "
+        f"'{name}' --out MANIFEST`, and give that (data.manifest)"
+    )
 
 
 def read_manifest(path: Path) -> dict[str, Any]:

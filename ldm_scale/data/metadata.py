@@ -158,13 +158,13 @@ def read_class(sample: RawSample, metadata: dict[str, Any]) -> int | str | None:
     raise BadSample("class is neither a number nor a name")
 
 
-def read_label(sample: RawSample, metadata: dict[str, Any], class_numbers: Mapping[str, int]) -> int:
-    """The class's number in the manifest's list, NO_CLASS if the sample has none.
+def read_label(sample: RawSample, metadata: dict[str, Any], class_numbers: Mapping[str, int] | None) -> int:
+    """The class's number in the manifest's list, NO_CLASS if the sample has none, or nothing lists them.
 
     Raises: BadSample if it is not listed.
     """
-    stored = read_class(sample, metadata)
-    if stored is None:
+    stored = read_class(sample, metadata) if class_numbers is not None else None
+    if stored is None or class_numbers is None:
         return NO_CLASS
     label = class_numbers.get(stored, NO_CLASS) if isinstance(stored, str) else stored
     if not 0 <= label < len(class_numbers):

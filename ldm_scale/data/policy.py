@@ -138,6 +138,8 @@ class LossAccount:
         """Nothing; takes in what all ranks skipped in a step of a stream with epochs of so many samples."""
         for record in records:
             self.total += 1
+            if record.shard_number < 0:
+                continue  # without a manifest nobody knows its share of the shard
             number, epoch = str(record.shard_number), record.position // epoch_samples
             if number not in self.quarantined:
                 known = self.by_shard.get(number, [epoch, 0])

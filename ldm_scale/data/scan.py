@@ -71,7 +71,7 @@ _BASE_AND_EXTENSION = re.compile(r"^((?:.*/|)[^.]+)[.]([^/]*)$", re.DOTALL)  # w
 _TEXTS = frozenset({"cls", "json"})  # members that are shown to who asks
 _MAX_TEXT = 1 << 20  # bytes
 _MAX_KEY = 200  # characters of a bad sample's name that are written down
-_SIGNATURES = (b"\x1f\x8b", b"BZh", b"\xfd7zXZ", b"\x28\xb5\x2f\xfd", b"PK\x03\x04", b"PK\x05\x06")
+SIGNATURES = (b"\x1f\x8b", b"BZh", b"\xfd7zXZ", b"\x28\xb5\x2f\xfd", b"PK\x03\x04", b"PK\x05\x06")
 
 
 @dataclass(frozen=True)
@@ -112,7 +112,7 @@ def scan_tar(window: Window, pictures: bool = True, visit: Visit | None = None) 
     """
     if window.num_bytes == 0:
         samples, bad = list[IndexedSample](), [BadRecord("", EMPTY_FILE)]
-    elif window.read(0, 8).startswith(_SIGNATURES) and parse_header(window.read(0, BLOCK)) is None:
+    elif window.read(0, 8).startswith(SIGNATURES) and parse_header(window.read(0, BLOCK)) is None:
         samples, bad = [], [BadRecord("", COMPRESSED)]
     else:
         try:

@@ -47,24 +47,13 @@ class SlotSource:
     def __call__(self) -> Iterator[Slot]:
         waiting: list[range] = []
         count = 0
-        for positions in self._positions():
+        for positions in own_positions(self._settings):
             waiting.append(positions)
             count += 1 + len(positions)  # slots are counted too: a process may have a share of no batch
             if count >= _LOCATED_AT_ONCE:
                 yield from self._located(waiting)
                 waiting, count = [], 0
         yield from self._located(waiting)
-
-    def _positions(self) -> Iterator[range]:
-        settings = self._settings
-        number, of = _process()
-        index = settings.start_image // settings.global_batch
-        while own := micro_batches(
-            index, settings.global_batch, settings.micro_batch, settings.rank, settings.world_size, settings.end_image
-        ):
-            for positions in own:
-                yield _share(positions, number, of)
-            index += 1
 
     def _located(self, waiting: list[range]) -> Iterator[Slot]:
         if not waiting:
@@ -75,9 +64,21 @@ class SlotSource:
             yield Slot(positions, *columns)
 
 
+def own_positions(settings: StreamSettings) -> Iterator[range]:
+    """This process's positions in each micro-batch of its rank."""
+    number, of = loader_process()
+    index = settings.start_image // settings.global_batch
+    while own := micro_batches(
+        index, settings.global_batch, settings.micro_batch, settings.rank, settings.world_size, settings.end_image
+    ):
+        for positions in own:
+            yield _share(positions, number, of)
+        index += 1
+
+
 def own_slots(settings: StreamSettings) -> NDArray[np.bool_]:
     """Which slots of a whole global batch this process fills."""
-    number, of = _process()
+    number, of = loader_process()
     own = np.zeros(settings.global_batch, dtype=bool)
     for positions in micro_batches(0, settings.global_batch, settings.micro_batch, settings.rank, settings.world_size):
         share = _share(positions, number, of)
@@ -85,7 +86,7 @@ def own_slots(settings: StreamSettings) -> NDArray[np.bool_]:
     return own
 
 
-def _process() -> tuple[int, int]:
+def loader_process() -> tuple[int, int]:
     """(number, how many) of this process among its rank's loader processes."""
     worker = torch.utils.data.get_worker_info()
     return (worker.id, worker.num_workers) if worker is not None else (0, 1)

@@ -10,7 +10,9 @@ from __future__ import annotations
 import os
 import stat
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 
+from ldm_scale.config.schema import DataConfig
 from ldm_scale.data.cache import RangeCache
 from ldm_scale.data.failures import describe
 from ldm_scale.data.reading import Patience, Reading, StorageError, StorageSettings
@@ -191,3 +193,9 @@ class Storage:
             difference = self._seen.setdefault(url, seen).difference(seen)
             if difference:
                 raise StorageError(f"{public_name(url)}: it has changed while it was read ({difference})", url, 1)
+
+
+def build_storage(data: DataConfig) -> Storage:
+    """What reads the shards of a configuration."""
+    cache = RangeCache(Path(data.cache_dir), int(data.cache_gib * 2**30)) if data.cache_dir else None
+    return Storage(cache=cache)

@@ -77,6 +77,16 @@ def public_name(name: str) -> str:
     return f"{scheme}://{authority.rpartition('@')[2]}{slash}{path}"
 
 
+def shard_stem(name: str) -> str:
+    """The first part of the keys of a shard's samples: its file name without ending."""
+    return public_name(name).rpartition("/")[2].removesuffix(".tar")
+
+
+def names_shards(name: str) -> bool:
+    """Whether a name is that of a tar or a pattern of tars, where a manifest or its folder is expected."""
+    return public_name(name).endswith(".tar") and not os.path.isdir(name)
+
+
 def redact(text: str) -> str:
     """The text with every URL in it made public, and without values of signatures, tokens and passwords."""
     text = _URL.sub(lambda match: public_name(match[0]), text)

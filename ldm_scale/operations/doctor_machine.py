@@ -23,6 +23,7 @@ from packaging.requirements import Requirement
 
 from ldm_scale.config.fit import batch_plan
 from ldm_scale.config.schema import Config
+from ldm_scale.data.urls import local_path
 from ldm_scale.engine import env
 from ldm_scale.engine.collectives import gather_objects
 from ldm_scale.engine.ema import average_names
@@ -192,7 +193,7 @@ def check_folders(report: Report, config: Config, size: RunSize) -> None:
     snapshots = snapshot_bytes(config.ema, config.train.total_images, size.trained.parameters)
     wanted = checkpoint * (config.train.keep_checkpoints + 1) + snapshots
     folders = {"run_dir": Path(config.run_dir)}
-    if config.data.manifest:
+    if config.data.manifest and local_path(config.data.manifest) is not None:
         folders["data.manifest"] = Path(config.data.manifest).parent
     measured: dict[int, speed.DiskSpeed] = {}
     report.facts["disks"] = {}

@@ -6,7 +6,8 @@ from pathlib import Path
 
 from ldm_scale.config.fit import batch_plan, check_artifact_fits, check_posterior
 from ldm_scale.config.schema import Config
-from ldm_scale.data import Dataset, LatentCache, check_moments, open_manifest, require_images
+from ldm_scale.data import Dataset, LatentCache, check_moments, open_manifest, open_unindexed, require_images
+from ldm_scale.data.manifest import needs_manifest
 from ldm_scale.engine import env
 from ldm_scale.errors import ConfigError
 from ldm_scale.models.fused import check_kernels
@@ -49,6 +50,9 @@ def train(config: Config, launch: env.Launch) -> bool:
 
 def _check_inputs(config: Config, world_size: int) -> None:
     """Returns if the data and the artifact can be opened, and belong together."""
+    if open_unindexed(config.data.manifest) is not None:
+        _check_unindexed(config)
+        return
     splits = dict.fromkeys([config.data.split, config.data.validation_split or config.data.split])
     datasets = [open_manifest(config.data.manifest, split) for split in splits]
     for dataset in datasets:
@@ -87,6 +91,17 @@ def _check_buckets(config: Config, dataset: Dataset) -> None:
                 f"multiples of {multiple} (the autoencoder's f, times the UNet's in stage 2); make the buckets with "
                 f"`ldm-scale prepare buckets --step {multiple}`, or a multiple of it"
             )
+
+
+def _check_unindexed(config: Config) -> None:
+    """Returns if shards without a manifest are enough for the stage, and its artifact is whole."""
+    conditioning = config.conditioning
+    if config.stage == "classifier" or (config.stage == "diffusion" and conditioning.classes is not None):
+        raise needs_manifest(config.data.manifest, "training on classes")
+    if config.stage == "diffusion" and (conditioning.layout is not None or conditioning.semantic_map is not None):
+        raise needs_manifest(config.data.manifest, "a conditioning on boxes or maps")
+    if config.stage != "autoencoder":
+        _check_artifact(config)
 
 
 def _require_enough_classes(config: Config, listed: int) -> None:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ldm_scale.config.convert import config_to_dict
-from ldm_scale.data import Batch, build_loader
+from ldm_scale.data import Batch, build_loader, open_unindexed
 from ldm_scale.engine.collectives import broadcast_object, gather_objects, sum_over_ranks
 from ldm_scale.engine.ema import RAW
 from ldm_scale.engine.weights import read_full_tensors
@@ -159,7 +159,10 @@ def _at_least_one(x: Tensor) -> Tensor:
 
 
 def _batches(task: AutoencoderTask, split: str, images: int) -> Iterator[Batch]:
-    """One pass over at most about `images` images without augmentation, divided among the ranks."""
+    """One pass over at most about `images` images without augmentation, divided among the ranks.
+
+    Of shards without a manifest, the first of their stream; where those are fewer, they come again.
+    """
     config = task.config
     data = dataclasses.replace(config.data, num_workers=0)
     loader = build_loader(
@@ -171,7 +174,7 @@ def _batches(task: AutoencoderTask, split: str, images: int) -> Iterator[Batch]:
         rank=task.environment.rank,
         world_size=task.environment.world_size,
         augment=False,
-        num_epochs=1,
+        num_epochs=1 if open_unindexed(data.manifest) is None else None,
     )
     seen = 0
     for batch in loader:

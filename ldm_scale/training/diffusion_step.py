@@ -19,7 +19,7 @@ from ldm_scale.conditioning.frozen_text import FrozenTextCondition, FrozenTextEn
 from ldm_scale.conditioning.latent_diffusion import LatentDiffusion
 from ldm_scale.conditioning.text import num_truncated
 from ldm_scale.config.schema import BatchPlan, Config
-from ldm_scale.data import Batch, open_manifest
+from ldm_scale.data import Batch, open_manifest, open_unindexed
 from ldm_scale.engine.env import Environment
 from ldm_scale.interchange.cached_text import check_text_fits
 from ldm_scale.telemetry.tensorboard import Curves
@@ -111,9 +111,11 @@ class DiffusionTask(LatentTask):
         if section is None:
             return None
         encoder = FrozenTextEncoder(section)
-        cache = open_manifest(self.config.data.manifest, self.config.data.split, check_sizes=False).latents
-        if cache is not None and cache.text is not None:
-            check_text_fits(cache.text, encoder, self.config.data.manifest)
+        data = self.config.data
+        if open_unindexed(data.manifest) is None:
+            cache = open_manifest(data.manifest, data.split, check_sizes=False).latents
+            if cache is not None and cache.text is not None:
+                check_text_fits(cache.text, encoder, data.manifest)
         encoder.to(self.environment.device, self.environment.dtype)
         condition = cast(FrozenTextCondition, self.network.conditioner["frozen_text"])
         condition.set_null(encoder([""]))

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ldm_scale.config.schema import DataConfig
-from ldm_scale.data import Batch, Dataset, Loader
+from ldm_scale.data import Batch, Dataset, Loader, Unindexed
 from ldm_scale.data.policy import BadSampleFiles, BadSampleLog, Budgets, LossAccount, SkippedSample
 from ldm_scale.engine import collectives
 from ldm_scale.telemetry.log import get_logger, say_once
@@ -24,7 +24,7 @@ class SampleLosses:
     """What a run does about samples that cannot be used."""
 
     def __init__(
-        self, account: LossAccount, run_dir: Path, dataset: Dataset, config: DataConfig, is_main: bool
+        self, account: LossAccount, run_dir: Path, dataset: Dataset | Unindexed, config: DataConfig, is_main: bool
     ) -> None:
         self.account = account
         self._epoch_samples, self._shards = dataset.num_samples, dataset.shards

@@ -22,7 +22,7 @@ from torch import Tensor
 from ldm_scale.config.convert import config_to_dict
 from ldm_scale.config.fit import batch_plan
 from ldm_scale.config.schema import BatchPlan, Config
-from ldm_scale.data import Batch, Loader, build_loader, open_manifest
+from ldm_scale.data import Batch, Loader, build_loader, open_manifest, open_unindexed
 from ldm_scale.engine import collectives, seeding
 from ldm_scale.engine.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
 from ldm_scale.engine.env import Environment
@@ -56,7 +56,9 @@ class Trainer:
         self.plan: BatchPlan = batch_plan(config, environment.world_size)
         self.run_dir = Path(config.run_dir)
         self.checkpoints = self.run_dir / "checkpoints"
-        dataset = open_manifest(config.data.manifest, config.data.split)
+        unindexed = open_unindexed(config.data.manifest)
+        dataset = open_manifest(config.data.manifest, config.data.split) if unindexed is None else unindexed
+        self._validates = unindexed is None  # what is looked at again and again takes images that stay the same
         self._dataset, self._data_digest, self._num_samples = dataset, dataset.digest, dataset.num_samples
         self.state = TrainingState(
             data_digest=self._data_digest, autoencoder_hash=task.autoencoder_hash, labels=dataset.labels
@@ -163,9 +165,9 @@ class Trainer:
 
     def _now_and_then(self, writer: ScalarWriter) -> None:
         """Validation, pictures and a checkpoint, where they fall due."""
-        if self._due(self.config.train.validate_every_images) or self._at_end():
+        if self._validates and (self._due(self.config.train.validate_every_images) or self._at_end()):
             self._validate(writer)
-        if self._due(self.config.train.sample_every_images) or self._at_end():
+        if self._validates and (self._due(self.config.train.sample_every_images) or self._at_end()):
             for name, images in self.task.pictures().items():
                 writer.add_image_grid(name, images, self.state.cur_images)
         if self._save_is_due():
@@ -193,7 +195,7 @@ class Trainer:
         batch = RankBatch(
             [number for batch in batches for number in batch.image_numbers.tolist()],
             [key for batch in batches for key in batch.keys],
-            self._num_samples,
+            max(1, self._num_samples),  # not known without a manifest: ranks may meet a sample in different passes
         )
         facts = {"configuration": digest, "data": self._data_digest, "autoencoder": self.task.autoencoder_hash}
         check_ranks(self.task.trained, batch, facts, self.state.cur_images)

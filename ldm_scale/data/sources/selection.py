@@ -26,9 +26,9 @@ from ldm_scale.data.scan import NO_IMAGE
 from ldm_scale.data.shards import IMAGE_EXTENSIONS
 from ldm_scale.data.sidecar import IndexedSample, Sidecar, open_sidecar
 from ldm_scale.data.sources import Prepared
-from ldm_scale.data.sources.tar_index import shard_stem, sidecar_name
+from ldm_scale.data.sources.tar_index import sidecar_name
 from ldm_scale.data.storage import Storage
-from ldm_scale.data.urls import local_path, public_name
+from ldm_scale.data.urls import local_path, public_name, shard_stem
 from ldm_scale.data.window import READ_SOME, Window
 from ldm_scale.errors import DataError
 

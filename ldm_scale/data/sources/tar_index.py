@@ -13,7 +13,7 @@ from ldm_scale.data.scan import Scan, scan_tar
 from ldm_scale.data.sidecar import SUFFIX, Sidecar, open_sidecar
 from ldm_scale.data.sources.class_lists import Classes
 from ldm_scale.data.storage import Storage
-from ldm_scale.data.urls import local_path, public_name
+from ldm_scale.data.urls import local_path, public_name, shard_stem
 from ldm_scale.data.window import READ_ALL, READ_SOME, Window, open_file
 from ldm_scale.errors import DataError
 
@@ -40,11 +40,6 @@ class Indexed:
     sha256: str | None
     classes: tuple[str, ...]
     reused: bool  # nothing was read, because the sidecar is of this tar
-
-
-def shard_stem(name: str) -> str:
-    """The first part of the keys of a shard's samples: its file name without ending."""
-    return public_name(name).rpartition("/")[2].removesuffix(".tar")
 
 
 def sidecar_name(name: str) -> str:
