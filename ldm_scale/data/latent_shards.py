@@ -18,7 +18,7 @@ from typing import Any
 
 from ldm_scale.data.indexing import index_shard, write_json
 from ldm_scale.data.latents import LATENTS, LatentCache
-from ldm_scale.data.manifest import MANIFEST_NAME, manifest_path, read_manifest
+from ldm_scale.data.manifest import MANIFEST_NAME, manifest_path, plain_splits, read_manifest
 from ldm_scale.data.shard_files import new_shard, remove_abandoned
 from ldm_scale.data.shards import Dataset, open_manifest
 from ldm_scale.data.sidecar import SUFFIX, open_sidecar
@@ -59,11 +59,15 @@ class CacheFolder:
     def __post_init__(self) -> None:
         """Opens the source.
 
-        Raises: DataError if it cannot be opened, holds latents itself, or `out` holds something else.
+        Raises: DataError if it cannot be opened, is a mixture, has buckets or holds latents itself, or if `out` holds
+        something else.
         """
         self.source_manifest = manifest_path(self.source_manifest)
         self._manifest = read_manifest(self.source_manifest)
-        self.datasets = {split: open_manifest(self.source_manifest, split) for split in self._manifest["splits"]}
+        splits = plain_splits(
+            self.source_manifest, self._manifest, "encode the data sets that it was made from, then mix their caches"
+        )
+        self.datasets = {split: open_manifest(self.source_manifest, split) for split in splits}
         self.sources = {split: self._list(split) for split in self.datasets}
         self._check_out()
 
@@ -112,12 +116,15 @@ class CacheFolder:
                 f"{tar}: encoded by {_describe(there)}, asked for is {_describe(self.cache)}; choose another --out, or "
                 "remove the old cache"
             )
-        if provenance.get("source") != source.identity:
-            raise DataError(
-                f"{tar}: encoded from another {source.path.name} (sha256 "
-                f"{str(provenance.get('source', {}).get('sha256'))[:12]}, now {source.entry['sha256'][:12]}); choose "
-                "another --out, or remove the old cache"
-            )
+        encoded = provenance.get("source", {})
+        # Of a filtered manifest, the same tar may stand for as many other samples.
+        others = content.keys_digest != source.entry.get("keys", content.keys_digest)
+        if encoded != source.identity or others:
+            difference = f"another {source.path.name} (sha256 {str(encoded.get('sha256'))[:12]}, now "
+            difference += f"{source.entry['sha256'][:12]})"
+            if encoded.get("sha256") == source.entry["sha256"]:
+                difference = f"other samples of the same {source.path.name} ({len(content)}, now {source.num_samples})"
+            raise DataError(f"{tar}: encoded from {difference}; choose another --out, or remove the old cache")
         size = tar.stat().st_size if tar.exists() else 0
         if size != provenance["file"]["bytes"]:
             raise DataError(

@@ -108,6 +108,19 @@ def _checked(path: Path, content: Any) -> dict[str, Any]:
     return content
 
 
+def plain_splits(path: Path, manifest: dict[str, Any], instead: str) -> dict[str, Any]:
+    """The splits of a manifest, each of which lists shards.
+
+    Raises: DataError, which says what to do `instead`, of a mixture and of aspect-ratio buckets.
+    """
+    if "splits" not in manifest:
+        raise DataError(f"{path}: a mixture; {instead}")
+    splits: dict[str, Any] = manifest["splits"]
+    if any("parts" in split for split in splits.values()):
+        raise DataError(f"{path}: has aspect-ratio buckets, and a latent cache has one size of pictures; {instead}")
+    return splits
+
+
 @dataclass(frozen=True)
 class Rows:
     """Some shards, a column per property. Shapes: n shards."""

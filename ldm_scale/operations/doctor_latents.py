@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from ldm_scale.data.latent_shards import sha256_of
 from ldm_scale.data.latents import CENTER, PREFIX, LatentCache, read_moments, read_record
-from ldm_scale.data.manifest import manifest_path, read_manifest
+from ldm_scale.data.manifest import manifest_path, plain_splits, read_manifest
 from ldm_scale.data.policy import BadSample
 from ldm_scale.data.shards import IMAGE_EXTENSIONS, open_manifest
 from ldm_scale.data.sidecar import open_sidecar
@@ -56,7 +56,8 @@ def run(arguments: argparse.Namespace) -> Report:
     """
     path = manifest_path(arguments.manifest)
     manifest = read_manifest(path)
-    cached = {split: open_manifest(path, split) for split in manifest["splits"]}
+    each = "look at the cache of each data set by itself"
+    cached = {split: open_manifest(path, split) for split in plain_splits(path, manifest, each)}
     cached = {split: dataset for split, dataset in cached.items() if dataset.latents is not None}
     if not cached:
         raise DataError(f"{path}: holds no latent shards; give the manifest that `ldm-scale encode` wrote")
@@ -73,11 +74,13 @@ def run(arguments: argparse.Namespace) -> Report:
         )
         return report
     source_path = _source_path(arguments.source, path, manifest)
+    source = read_manifest(source_path)
+    plain_splits(source_path, source, "give the images that the cache was encoded from (--source)")
     report.facts |= {"manifest": str(path), "source": str(source_path), "artifact_sha256": cache.artifact_sha256}
     shown = Shown(report)
     for split, dataset in cached.items():
         pair = Pair(dataset, open_manifest(source_path, split), cache)
-        same = _same_source(pair, manifest, read_manifest(source_path), split, report)
+        same = _same_source(pair, manifest, source, split, report)
         _check_sums(pair, manifest["splits"][split]["shards"], autoencoder if same else None, report)
         if not same:
             continue
@@ -113,7 +116,7 @@ def _same_source(pair: Pair, manifest: dict[str, Any], source: dict[str, Any], s
                 return False
     if pair.cached.digest != pair.source.digest:
         report.error(
-            f"its split {split!r} has other shards than {pair.source.manifest_path}",
+            f"its split {split!r} has other shards or samples than {pair.source.manifest_path}",
             str(pair.cached.manifest_path),
             "give the images it was encoded from, or encode anew",
         )
