@@ -33,7 +33,7 @@ from ldm_scale.data.sources.selection import (
     size_of,
     write_chosen,
 )
-from ldm_scale.data.sources.shard_jobs import map_shards
+from ldm_scale.data.sources.workers import map_shards
 from ldm_scale.errors import DataError
 
 Size = tuple[int, int]  # height, width

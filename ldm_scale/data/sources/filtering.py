@@ -28,7 +28,7 @@ from ldm_scale.data.sources.selection import (
     size_of,
     write_chosen,
 )
-from ldm_scale.data.sources.shard_jobs import map_shards
+from ldm_scale.data.sources.workers import map_shards
 from ldm_scale.errors import DataError
 
 _TEXTS = ("json", "txt")

@@ -20,8 +20,8 @@ from ldm_scale.data.manifest import FORMAT, VERSION, read_manifest
 from ldm_scale.data.sidecar import open_sidecar
 from ldm_scale.data.sources import Prepared
 from ldm_scale.data.sources.class_lists import Classes
-from ldm_scale.data.sources.shard_jobs import map_shards
 from ldm_scale.data.sources.tar_index import Indexed, Job, index_one, sidecar_name
+from ldm_scale.data.sources.workers import map_shards
 from ldm_scale.data.storage import expand
 from ldm_scale.data.urls import local_path, public_name, shard_stem
 from ldm_scale.errors import DataError

@@ -12,7 +12,8 @@ from pathlib import Path
 from PIL import Image
 
 from ldm_scale.data import open_manifest
-from ldm_scale.prepare import _parser, main
+from ldm_scale.operations.prepare_arguments import build_parser
+from ldm_scale.prepare import main
 
 TEXT = (Path(__file__).parents[3] / "docs" / "data.md").read_text("utf-8")
 
@@ -21,7 +22,7 @@ def test_every_command_is_one_that_the_program_takes() -> None:
     commands = re.findall(r"^ldm-scale prepare ((?:.*\\\n)*.*)$", TEXT, flags=re.MULTILINE)
     assert len(commands) > 8
     for command in commands:
-        _parser().parse_args(shlex.split(command.replace("\\\n", " ")))
+        build_parser().parse_args(shlex.split(command.replace("\\\n", " ")))
 
 
 def test_open_images_are_converted(tmp_path: Path) -> None:
