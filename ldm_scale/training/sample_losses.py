@@ -58,7 +58,7 @@ class SampleLosses:
             self.account.quarantined[str(number)] = begins
             loader.quarantine(number, begins)
             get_logger().warning(
-                f"{self._shards[number].path}: {self.account.by_shard[str(number)][1]} of its samples are bad, more "
+                f"{self._shards[number].shown}: {self.account.by_shard[str(number)][1]} of its samples are bad, more "
                 f"than data.max_bad_share_of_shard={self._budgets.max_share_of_shard:g}; it is in quarantine from "
                 f"image {begins} on"
             )
