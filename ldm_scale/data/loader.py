@@ -15,7 +15,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from itertools import accumulate, chain, islice
 from types import MappingProxyType, TracebackType
@@ -38,7 +38,7 @@ from ldm_scale.data.slots import StreamSettings
 from ldm_scale.data.storage import build_storage
 from ldm_scale.data.stream import build_stream
 from ldm_scale.data.unindexed import Unindexed, build_unindexed_pipeline, open_unindexed
-from ldm_scale.errors import ConfigError, LdmScaleError
+from ldm_scale.errors import ConfigError, DataError, LdmScaleError
 
 _CHECKED_SHARDS = 16
 
@@ -78,12 +78,14 @@ class Loader:
             del batches
             while True:
                 started = time.perf_counter()
-                item = ahead.get()
+                with _deaths_named():
+                    item = ahead.get()
                 self.waited_s += time.perf_counter() - started
                 if item is None:
                     return
                 if isinstance(item, BaseException):
-                    raise item
+                    with _deaths_named():
+                        raise item
                 self.bad_samples.add(item.bad)
                 yield item
 
@@ -124,6 +126,23 @@ class Loader:
             generator=torch.Generator(),  # torch would draw its workers' seeds from the global one
         )
         return iter(loader)
+
+
+@contextmanager
+def _deaths_named() -> Iterator[None]:
+    """Where a block meets the death of a loader process, which torch tells any thread, an error that says so.
+
+    Raises: DataError
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        if "DataLoader worker" not in str(error):
+            raise
+        raise DataError(
+            f"a loader process died ({str(error).partition(';')[0]}), most likely for want of memory: lower "
+            "data.num_workers, data.prefetch_batches or data.block_chunks, and run the same command again"
+        ) from None
 
 
 class _Ahead:

@@ -283,3 +283,47 @@ def test_a_loader_that_is_let_go_leaves_no_worker_behind(manifest: Path) -> None
     assert len(workers) == 2
     batches.close()  # type: ignore[attr-defined]
     assert not any(_alive(pid) for pid in workers)
+
+
+def test_a_loader_process_that_dies_is_an_error_in_words(manifest: Path) -> None:
+    before = set(_children(os.getpid()))
+    batches = iter(_load(manifest, workers=2))
+    next(batches)
+    os.kill((set(_children(os.getpid())) - before).pop(), signal.SIGKILL)
+    with pytest.raises(DataError, match=r"a loader process died .* lower data\.num_workers"):
+        list(batches)
+
+
+KILLED = """
+    import sys, torch
+    from ldm_scale.config.schema import DataConfig
+    from ldm_scale.data import build_loader
+    manifest, start, workers, micro = sys.argv[1], *map(int, sys.argv[2:])
+    data = DataConfig(manifest=manifest, resolution=8, num_workers=workers, prefetch_batches=2, lanes=4)
+    arguments = dict(seed=2, global_batch=8, micro_batch=micro, rank=0, world_size=1, start_image=start)
+    for batch in build_loader(data, **arguments):
+        print(*batch.keys, flush=True)
+"""
+
+
+def test_a_run_that_is_killed_again_and_again_sees_the_sequence_of_an_unbroken_one(manifest: Path) -> None:
+    data = DataConfig(manifest=str(manifest), resolution=8, num_workers=0, lanes=4)
+    unbroken = build_loader(data, seed=2, global_batch=8, micro_batch=8, rank=0, world_size=1)
+    wanted = [key for batch in islice(unbroken, 24) for key in batch.keys]
+    seen: list[str] = []
+    for workers, micro, num_batches in ((0, 8, 5), (2, 4, 7), (3, 8, 12)):  # in batches of eight
+        arguments = [str(manifest), str(len(seen)), str(workers), str(micro)]
+        process = subprocess.Popen(
+            [sys.executable, "-c", textwrap.dedent(KILLED), *arguments],
+            stdout=subprocess.PIPE,
+            text=True,
+            cwd=Path(__file__).parents[3],
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+        )
+        assert process.stdout is not None
+        for _ in range(num_batches * 8 // micro):
+            seen += process.stdout.readline().split()
+        process.kill()
+        process.wait()
+        process.stdout.close()
+    assert seen == wanted
