@@ -80,7 +80,7 @@ class SlotReader:
         self._quarantine.check(dataset.locate(sample)[0], position)
         try:
             unwanted = self._unwanted
-            if latents is not None:
+            if latents is not None and len(latents.variants) > 1:
                 unwanted |= latents.others(latents.variant(settings, epoch, dataset.key(sample)))
             raw = dataset.read_views(sample, unwanted, self._held)
         except UnreadableSample as error:

@@ -6,6 +6,7 @@ import os
 from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import overload
 
@@ -16,6 +17,8 @@ from ldm_scale.data.sidecar import Sidecar, open_sidecar
 from ldm_scale.data.storage import Storage
 from ldm_scale.data.urls import local_path, public_name
 from ldm_scale.errors import DataError
+
+_MAX_KEPT = 1024  # shards that a process reads side by side: making one takes as long as reading a cached sample
 
 
 @dataclass(frozen=True)
@@ -29,7 +32,7 @@ class Shard:
     source_bytes: int | None = None  # size of the image shard that a latent shard stands for; None = an image shard
     keys: str = ""  # digest of its samples' names
 
-    @property
+    @cached_property
     def is_remote(self) -> bool:
         """Whether it is no local file."""
         return "://" in self.location
@@ -63,7 +66,7 @@ class Shard:
             return "remove it and its index and run the same `ldm-scale encode` again"
         return "index it anew with `ldm-scale prepare index`"
 
-    @property
+    @cached_property
     def stem(self) -> str:
         """File name without folder and ending: the first part of its samples' keys."""
         return self.shown.rpartition("/")[2].removesuffix(".tar")
@@ -100,6 +103,7 @@ class Shards(Sequence[Shard]):
     def __init__(self, parts: Sequence[Part]) -> None:
         self._parts = parts
         self._ends = np.cumsum([len(part.rows) for part in parts]).tolist()
+        self._made = lru_cache(maxsize=_MAX_KEPT)(self._make)
 
     def __len__(self) -> int:
         return int(self._ends[-1])
@@ -115,7 +119,9 @@ class Shards(Sequence[Shard]):
             return [self[number] for number in range(*index.indices(len(self)))]
         if not -len(self) <= index < len(self):
             raise IndexError(index)
-        number = index % len(self)
+        return self._made(index % len(self))
+
+    def _make(self, number: int) -> Shard:
         part = bisect_right(self._ends, number)
         rows, row = self._parts[part].rows, number - (self._ends[part - 1] if part else 0)
         source = int(rows.source_bytes[row])

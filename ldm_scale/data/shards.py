@@ -124,7 +124,7 @@ class Dataset:
     def locate(self, number: int) -> tuple[int, int]:
         """(shard number, row in it) of a sample."""
         assert 0 <= number < self.num_samples, f"sample {number} of {self.num_samples}"
-        shard_number = int(np.searchsorted(self._ends, number, side="right"))
+        shard_number = int(self._ends.searchsorted(number, side="right"))
         return shard_number, number - (int(self._ends[shard_number - 1]) if shard_number else 0)
 
     @property
