@@ -47,9 +47,7 @@ def make_pictures(folder: Path, num_samples: int, num_shards: int, side: int, br
 
 def make_latents(folder: Path, num_samples: int, num_shards: int) -> Path:
     """The manifest of a latent cache with a caption a sample; its pictures have one pixel."""
-    buffer = io.BytesIO()
-    Image.new("RGB", (1, 1)).save(buffer, "PNG")
-    content = buffer.getvalue()
+    content = one_pixel()
     pictures = (
         {"__key__": f"{number:07d}", "png": content, "txt": f"caption number {number}".encode()}
         for number in range(num_samples)
@@ -62,6 +60,13 @@ def make_latents(folder: Path, num_samples: int, num_shards: int) -> Path:
         cache.write(shard, (_latent_sample(cache, shard.first + row, rng) for row in range(shard.num_samples)))
     cache.publish()
     return folder / "latents" / "manifest.json"
+
+
+def one_pixel() -> bytes:
+    """A PNG of one pixel."""
+    buffer = io.BytesIO()
+    Image.new("RGB", (1, 1)).save(buffer, "PNG")
+    return buffer.getvalue()
 
 
 def _latent_sample(cache: CacheFolder, number: int, rng: np.random.Generator) -> Members:
