@@ -11,8 +11,10 @@ fixed shares.
 
 from __future__ import annotations
 
+import gc
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -47,6 +49,21 @@ def _parse_json(path: Path, what: str, **options: Any) -> Any:
         raise DataError(f"{path}: no {what} here; write one with `ldm-scale prepare`") from None
     except (OSError, ValueError, RecursionError) as error:
         raise DataError(f"{path}: this {what} cannot be read ({error}); {ANEW}") from None
+
+
+@contextmanager
+def _without_collection() -> Iterator[None]:
+    """Nothing; the cyclic garbage collector waits, which otherwise looks at all rows again whenever there are more.
+
+    It takes most of the time of reading a million.
+    """
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
 
 
 def manifest_path(path: str | Path) -> Path:
@@ -198,6 +215,7 @@ def _rows(items: list[Any], base: Path) -> Rows:
     return Rows(base, files, indices, keys, *columns)
 
 
+@_without_collection()
 def read_split(path: Path, name: str, _depth: int = 0) -> Split:
     """A split of the manifest at `path`.
 
