@@ -19,11 +19,14 @@ B and L, which is why each sample comes once, whatever does not divide.
 are permuted, and the shorter last one, another one in each epoch by the rotation, stays last. Samples of a chunk lie
 side by side in a shard, so that a chunk is one read.
 
-**Blocks.** A lane walks its range in blocks of K places (`block`, some chunks), permuted within. Its first block is
-shorter by floor(lK/L), so that lanes do not begin blocks at the same time. Whoever reads a lane holds one block.
+**Blocks.** A lane walks its range in blocks of K places (`block`, some chunks). Its first block is shorter by
+floor(lK/L), so that lanes do not begin blocks at the same time. Whoever reads a lane holds one block. Within it chunks
+are dealt: in each round every chunk gives one sample, chunks in an order drawn for the round, samples in one drawn for
+the chunk.
 
-So neighbours in the order come from one chunk with probability G/K and otherwise from anywhere; both permutations
-differ in every epoch. For data sets too small for chunks to matter G is 1: a plain random order.
+So two neighbours of a lane come from one chunk with probability (G/K)^2, at the seam of two rounds, where a plain
+permutation of the block would have G/K. All permutations differ in every epoch. For data sets too small for chunks to
+matter G is 1: a plain random order.
 """
 
 from __future__ import annotations
@@ -36,7 +39,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from ldm_scale.data.permutation import below, derive, digest, key_of, permute
+from ldm_scale.data.permutation import Words, below, derive, digest, key_of, permute
 from ldm_scale.errors import ConfigError
 
 Numbers = NDArray[np.int64]
@@ -155,7 +158,24 @@ class Order:
         first = np.maximum(0, numbers * self.block_samples - shortening)
         end = np.minimum(length, (numbers + 1) * self.block_samples - shortening)
         keys = derive(derive(derive(key_of("block", self.seed), epochs), lanes), numbers)
-        return self.arrange(epochs, start + first + permute(index - first, end - first, keys))
+        return self.arrange(epochs, start + first + self._dealt(index - first, end - first, start + first, keys))
+
+    def _dealt(self, index: Numbers, length: Numbers, begin: Numbers, keys: Words) -> Numbers:
+        """The places in their blocks of `length` from place `begin` on, of which one chunk after the other has a turn.
+
+        Counted from the first chunk that lies whole in the block; what comes before it follows the block's last place.
+        """
+        chunk = self.chunk_samples
+        num_chunks = -(-length // chunk)
+        shorter = length - (num_chunks - 1) * chunk  # places of the last chunk, which it has in the first rounds
+        beyond = index - shorter * num_chunks
+        in_turn = np.where(beyond < 0, num_chunks, np.maximum(1, num_chunks - 1))
+        rounds, turns = np.divmod(np.where(beyond < 0, index, beyond), in_turn)
+        rounds += np.where(beyond < 0, 0, shorter)
+        chunks = permute(turns, in_turn, derive(keys, 2 * rounds))
+        sizes = np.where(chunks == num_chunks - 1, shorter, chunk)
+        offsets = permute(rounds, sizes, derive(keys, 2 * chunks + 1))
+        return np.asarray((chunks * chunk + offsets - begin % -chunk) % length, dtype=np.int64)
 
     def arrange(self, epochs: Numbers, places: Numbers) -> Numbers:
         """The samples at these places of their epochs' arrangements: permuted chunks of the rotated data set."""

