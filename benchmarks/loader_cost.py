@@ -15,7 +15,7 @@ from ldm_scale.data.shards import open_manifest
 from ldm_scale.data.stream import build_stream
 
 BATCH = 64
-LOCATED = 1024  # positions at a time, as data/pipeline.py does
+LOCATED = 4096  # positions at a time, as data/pipeline.py does
 REPEATS = 20
 CHECKS = ("order", "index", "checksum")  # what plain webdataset does not do
 
