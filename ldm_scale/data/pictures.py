@@ -155,7 +155,8 @@ def resize(pixels: NDArray[np.uint8], shape: tuple[int, int]) -> NDArray[np.uint
     """The pixels resized to `shape` (H, W), bicubic with antialiasing. Shapes: pixels (h, w, 3); returns (H, W, 3)."""
     if pixels.shape[:2] == shape:
         return pixels
-    image = torch.from_numpy(pixels).permute(2, 0, 1)[None]
+    # With the batch's axis put first torch sees a channels_last tensor, and makes one; else the result lies in planes.
+    image = torch.from_numpy(pixels)[None].permute(0, 3, 1, 2)
     resized: NDArray[np.uint8] = (
         F.interpolate(image, size=shape, mode="bicubic", antialias=True)[0].permute(1, 2, 0).numpy()
     )
