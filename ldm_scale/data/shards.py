@@ -290,13 +290,13 @@ def _damaged(
     for extension, offset, size in group:
         at = offset - start
         member, checksum = content[at : at + size], indexed.members[extension].crc32
-        name = f"{indexed.name}.{extension}"
         if checksum is None:
+            name = f"{indexed.name}.{extension}"
             intact = len(member) == size and is_header_of(bytes(content[at - BLOCK : at]), name, size)
         else:
             intact = len(member) == size and zlib.crc32(member) == checksum
         if not intact:
-            return name, offset, size
+            return f"{indexed.name}.{extension}", offset, size
     return None
 
 
