@@ -25,7 +25,7 @@ PIP_INSTALL := $(BIN)/python -m pip --disable-pip-version-check install --progre
 # pip's own report reduced to what takes time: large downloads, source builds and the copying at the end.
 PIP_PROGRESS := sed -un 's/^ *\(Downloading\|Using cached\) \([^ ]*\) \(([0-9.]* MB)\)/      \2 \3/p; s/^ *Building [^ ]* for \([^ ]*\) .*started/      building \1/p; s/^Installing collected packages.*/      copying files/p'
 
-.PHONY: help env lint types test aot demo bench gpu-proof gpu-demo clean
+.PHONY: help env lint types test aot demo bench data-soak gpu-proof gpu-demo clean
 
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 18
@@ -69,6 +69,10 @@ demo: $(STAMP) ## both stages on real images, from shards to samples and an expo
 
 bench: $(STAMP) ## the training step's speed against diffusers' UNet, on this machine
 	$(BIN)/python -m benchmarks.unet_step
+
+data-soak: MINUTES ?= 30
+data-soak: $(STAMP) ## memory and open files of loading, local and over HTTP with resets, for half an hour (MINUTES=)
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.data_soak --minutes $(MINUTES)
 
 # PYTHON=python3 takes that Python as it is, without .venv: for a GPU machine that has torch and no network.
 ifeq ($(origin PYTHON),command line)

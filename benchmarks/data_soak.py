@@ -63,8 +63,9 @@ def main(argv: Sequence[str]) -> int:
     flat = all(result["is_flat"] for result in results.values())
     print(table(results))
     if arguments.minutes >= 10:
-        write_results(arguments.out, "data_soak", torch.device("cpu"), {"settings": settings(), "sources": results})
-        picture = arguments.out / f"data_soak-cpu-{datetime.now(UTC).date().isoformat()}.png"
+        name = "-".join(["data_soak", *(arguments.source or ())])
+        write_results(arguments.out, name, torch.device("cpu"), {"settings": settings(), "sources": results})
+        picture = arguments.out / f"{name}-cpu-{datetime.now(UTC).date().isoformat()}.png"
         draw(samples, picture)
         print(f"drawn to {picture}")
     return 0 if flat else 1
@@ -149,6 +150,7 @@ def _watch(
             server.plan(path, fault("reset", after=chance.randrange(20_000)))
         if now >= next_sample:
             next_sample += EVERY_S
+            server.counts.clear()
             for source, process in processes.items():
                 if process.exitcode:
                     raise RuntimeError(f"loading from {source} has ended with exit status {process.exitcode}")
