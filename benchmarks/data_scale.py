@@ -31,7 +31,6 @@ from ldm_scale.config.schema import DataConfig
 from ldm_scale.data import build_loader, open_manifest
 from ldm_scale.data.order import Order
 from ldm_scale.data.sources.tars import index_tars
-from ldm_scale.data.stream import build_stream
 
 SAMPLES = 10_000  # of a shard
 BATCH, RANKS = 2048, 64

@@ -12,7 +12,6 @@ import numpy as np
 import webdataset as wds
 from PIL import Image
 
-from ldm_scale.data.indexing import write_json
 from ldm_scale.data.latent_shards import CacheFolder
 from ldm_scale.data.latents import LatentCache, LatentTransform, pack_moments
 from ldm_scale.data.sources.tars import index_tars

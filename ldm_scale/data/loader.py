@@ -70,7 +70,8 @@ class Loader:
     def __iter__(self) -> Iterator[Batch]:
         parts = self._parts()
         started = time.perf_counter()
-        first = list(islice(parts, 1))  # forks the processes, which the caller's thread has to do
+        with _deaths_by_polling():
+            first = list(islice(parts, 1))  # forks the processes, which the caller's thread has to do
         self.waited_s += time.perf_counter() - started
         batches = self._batches(chain(first, parts))
         del parts, first
@@ -78,8 +79,7 @@ class Loader:
             del batches
             while True:
                 started = time.perf_counter()
-                with _deaths_named():
-                    item = ahead.get()
+                item = ahead.get()
                 self.waited_s += time.perf_counter() - started
                 if item is None:
                     return
@@ -129,8 +129,20 @@ class Loader:
 
 
 @contextmanager
+def _deaths_by_polling() -> Iterator[None]:
+    """Leaves a dead loader process to the thread that waits for its batches, which looks every few seconds.
+
+    torch's signal handler, which the block installs, raises in the main thread wherever that happens to be.
+    """
+    before = signal.getsignal(signal.SIGCHLD)
+    yield
+    if threading.current_thread() is threading.main_thread() and before is not None:
+        signal.signal(signal.SIGCHLD, before)
+
+
+@contextmanager
 def _deaths_named() -> Iterator[None]:
-    """Where a block meets the death of a loader process, which torch tells any thread, an error that says so.
+    """Where a block meets the death of a loader process, an error that says so.
 
     Raises: DataError
     """
