@@ -148,11 +148,14 @@ def _deaths_named() -> Iterator[None]:
     """
     try:
         yield
-    except RuntimeError as error:
-        if "DataLoader worker" not in str(error):
+    except (RuntimeError, EOFError, ConnectionError) as error:
+        # The last two: a batch was announced, and whom its memory is asked of is gone. Errors within a loader process
+        # come as "Caught ... in DataLoader worker process".
+        message = str(error)
+        if message.startswith("Caught") or (isinstance(error, RuntimeError) and "DataLoader worker" not in message):
             raise
         raise DataError(
-            f"a loader process died ({str(error).partition(';')[0]}), most likely for want of memory: lower "
+            f"a loader process died ({message.partition(';')[0] or type(error).__name__}), most likely for want of memory: lower "
             "data.num_workers, data.prefetch_batches or data.block_chunks, and run the same command again"
         ) from None
 
