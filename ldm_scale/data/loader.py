@@ -155,8 +155,8 @@ def _deaths_named() -> Iterator[None]:
         if message.startswith("Caught") or (isinstance(error, RuntimeError) and "DataLoader worker" not in message):
             raise
         raise DataError(
-            f"a loader process died ({message.partition(';')[0] or type(error).__name__}), most likely for want of memory: lower "
-            "data.num_workers, data.prefetch_batches or data.block_chunks, and run the same command again"
+            f"a loader process died ({message.partition(';')[0] or type(error).__name__}), most likely for want of "
+            "memory: lower data.num_workers, data.prefetch_batches or data.block_chunks, and run the same command again"
         ) from None
 
 
