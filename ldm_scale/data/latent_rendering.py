@@ -27,7 +27,7 @@ from ldm_scale.data.latents import (
     pack_contexts,
     pack_moments,
 )
-from ldm_scale.data.loader import start_worker
+from ldm_scale.data.loader_processes import start_worker
 from ldm_scale.data.metadata import member_bytes, read_captions, read_label, read_metadata
 from ldm_scale.data.pictures import Picture
 from ldm_scale.data.policy import BadSample

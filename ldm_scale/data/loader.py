@@ -1,24 +1,15 @@
-"""Batches for one rank, made in its own process or in forked workers.
-
-Workers are forked: they share the shard index and start in milliseconds. They use one thread (OpenMP does not survive
-a fork) and leave signals to the training process, which alone decides when to stop; a shutdown that reached them first
-would otherwise look like a crash. An error of the data is handed over as an object and raised again as it was, where
-torch would turn its message into a traceback.
-"""
+"""Batches for one rank, made in its own process or in forked ones (data/loader_processes.py), joined by a thread."""
 
 from __future__ import annotations
 
-import os
 import queue
-import signal
-import sys
 import threading
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import replace
 from itertools import accumulate, chain, islice
-from types import MappingProxyType, TracebackType
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -29,6 +20,7 @@ from ldm_scale.data.annotations import LAYOUT, MAP, TEXT
 from ldm_scale.data.batch import Batch, join
 from ldm_scale.data.decode import DecodeSettings
 from ldm_scale.data.latents import read_moments, read_record
+from ldm_scale.data.loader_processes import ErrorsAsItems, deaths_by_polling, deaths_named, start_worker
 from ldm_scale.data.manifest import needs_manifest
 from ldm_scale.data.order import check_batches
 from ldm_scale.data.pipeline import build_pipeline
@@ -38,7 +30,7 @@ from ldm_scale.data.slots import StreamSettings
 from ldm_scale.data.storage import build_storage
 from ldm_scale.data.stream import build_stream
 from ldm_scale.data.unindexed import Unindexed, build_unindexed_pipeline, open_unindexed
-from ldm_scale.errors import ConfigError, DataError, LdmScaleError
+from ldm_scale.errors import ConfigError
 
 _CHECKED_SHARDS = 16
 
@@ -70,7 +62,7 @@ class Loader:
     def __iter__(self) -> Iterator[Batch]:
         parts = self._parts()
         started = time.perf_counter()
-        with _deaths_by_polling():
+        with deaths_by_polling():
             first = list(islice(parts, 1))  # forks the processes, which the caller's thread has to do
         self.waited_s += time.perf_counter() - started
         batches = self._batches(chain(first, parts))
@@ -84,7 +76,7 @@ class Loader:
                 if item is None:
                     return
                 if isinstance(item, BaseException):
-                    with _deaths_named():
+                    with deaths_named():
                         raise item
                 self.bad_samples.add(item.bad)
                 yield item
@@ -115,9 +107,9 @@ class Loader:
     def _parts(self) -> Iterator[Any]:
         """What the loader processes make, in turn."""
         if self._num_workers == 0:
-            return iter(_ErrorsAsItems(self._pipeline))
+            return iter(ErrorsAsItems(self._pipeline))
         loader = wds.WebLoader(
-            _ErrorsAsItems(self._pipeline),
+            ErrorsAsItems(self._pipeline),
             batch_size=None,
             num_workers=self._num_workers,
             prefetch_factor=self._prefetch_batches,
@@ -126,38 +118,6 @@ class Loader:
             generator=torch.Generator(),  # torch would draw its workers' seeds from the global one
         )
         return iter(loader)
-
-
-@contextmanager
-def _deaths_by_polling() -> Iterator[None]:
-    """Leaves a dead loader process to the thread that waits for its batches, which looks every few seconds.
-
-    torch's signal handler, which the block installs, raises in the main thread wherever that happens to be.
-    """
-    before = signal.getsignal(signal.SIGCHLD)
-    yield
-    if threading.current_thread() is threading.main_thread() and before is not None:
-        signal.signal(signal.SIGCHLD, before)
-
-
-@contextmanager
-def _deaths_named() -> Iterator[None]:
-    """Where a block meets the death of a loader process, an error that says so.
-
-    Raises: DataError
-    """
-    try:
-        yield
-    except (RuntimeError, EOFError, ConnectionError) as error:
-        # The last two: a batch was announced, and whom its memory is asked of is gone. Errors within a loader process
-        # come as "Caught ... in DataLoader worker process".
-        message = str(error)
-        if message.startswith("Caught") or (isinstance(error, RuntimeError) and "DataLoader worker" not in message):
-            raise
-        raise DataError(
-            f"a loader process died ({message.partition(';')[0] or type(error).__name__}), most likely for want of "
-            "memory: lower data.num_workers, data.prefetch_batches or data.block_chunks, and run the same command again"
-        ) from None
 
 
 class _Ahead:
@@ -195,47 +155,6 @@ class _Ahead:
         finally:
             # Ends the loader's processes before the caller goes on, as leaving the loop in one thread would.
             del items
-
-
-class _ErrorsAsItems(torch.utils.data.IterableDataset[Any]):
-    """A pipeline whose own errors come out as its last item."""
-
-    def __init__(self, pipeline: wds.DataPipeline) -> None:
-        self._pipeline = pipeline
-
-    def __iter__(self) -> Iterator[Any]:
-        try:
-            yield from self._pipeline
-        except LdmScaleError as error:
-            yield error
-
-
-def start_worker(worker_id: int) -> None:
-    """Nothing; makes a forked loader worker quiet: one thread, no reaction to signals that are not its parent's."""
-    torch.set_num_threads(1)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    sys.excepthook = _quiet_about_hang_ups
-    # Slurm and process groups send SIGTERM to workers too. Only the parent's may end one, and only sigwaitinfo tells
-    # the sender, so a thread waits for it while it is blocked everywhere else.
-    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
-    threading.Thread(target=_obey_parent, args=(os.getppid(),), name="loader-signals", daemon=True).start()
-
-
-def _quiet_about_hang_ups(kind: type[BaseException], error: BaseException, traceback: TracebackType | None) -> None:
-    """Nothing; reports an exception of a helper thread unless it is the parent's going away.
-
-    Tensors are handed over by a thread of the standard library, which would print a traceback when an interrupted
-    parent closes the connection in the middle of that.
-    """
-    if not issubclass(kind, EOFError | ConnectionError):
-        sys.__excepthook__(kind, error, traceback)
-
-
-def _obey_parent(parent: int) -> None:
-    """Nothing; ends the process when its parent asks for it."""
-    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != parent:
-        pass
-    os._exit(0)
 
 
 def require_images(dataset: Dataset) -> None:
