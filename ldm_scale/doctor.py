@@ -1,4 +1,5 @@
-"""`ldm-scale doctor data|machine|latents`: looks before money is spent; exit status 1 if something must be mended.
+"""`ldm-scale doctor data|machine|latents|order`: looks before money is spent; exit status 1 if something must be
+mended.
 
 `torchrun --nproc-per-node 2 -m ldm_scale doctor machine` or `deepspeed ldm_scale/doctor.py machine` also measures what
 lies between ranks; rank 0 reports.
@@ -24,6 +25,7 @@ SUBJECTS = {
     "data": "shards, pictures, captions, classes and leakage of a prepared data set",
     "machine": "versions, devices, disks, limits and the clock of a small training step",
     "latents": "a latent cache against the images that it was encoded from",
+    "order": "which samples stand in which batch of a training, before it runs",
 }
 DEFAULT_EXPERIMENT = "experiment=demo_autoencoder"
 
@@ -40,7 +42,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     subject = parser.parse_args(arguments[:1]).subject
     module = import_module(f"ldm_scale.operations.doctor_{subject}")
-    own = argparse.ArgumentParser(prog=f"ldm-scale doctor {subject}", description=f"Examines {SUBJECTS[subject]}.")
+    about = getattr(module, "ABOUT", f"Examines {SUBJECTS[subject]}.")
+    own = argparse.ArgumentParser(prog=f"ldm-scale doctor {subject}", description=about)
     module.add_arguments(own)
     own.add_argument("--json", action="store_true", help="print one JSON object instead of the findings")
     parsed = own.parse_intermixed_args(arguments[1:])

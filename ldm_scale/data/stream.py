@@ -50,6 +50,11 @@ class Stream:
 
     def __init__(self, pools: tuple[Pool, ...], global_batch: int, seed: int) -> None:
         self.pools, self.global_batch, self._seed = pools, global_batch, seed
+        self.num_samples = sum(pool.order.num_samples for pool in pools)
+
+    def first_batch(self, epoch: int) -> int:
+        """The global batch that holds the first position of an epoch; the epoch before may end in it."""
+        return epoch * self.num_samples // self.global_batch
 
     def locate(self, positions: Numbers) -> Located:
         """The samples at these positions."""
@@ -104,6 +109,10 @@ class Buckets(Stream):
         self._counts = np.array([pool.order.num_samples for pool in pools])
         self._schedule = lru_cache(maxsize=2)(self._make_schedule)
 
+    def first_batch(self, epoch: int) -> int:
+        """The first global batch of an epoch, which is one of whole batches."""
+        return int(self._before(epoch).sum())
+
     def _pools_at(self, positions: Numbers) -> tuple[Numbers, Numbers]:
         batches, slots = np.divmod(positions, self.global_batch)
         turns = {batch: self._turn(batch) for batch in np.unique(batches).tolist()}
@@ -112,21 +121,18 @@ class Buckets(Stream):
 
     def _turn(self, batch: int) -> tuple[int, int]:
         """Which bucket global batch `batch` is from, and which of that bucket's batches it is."""
-        epoch = batch * self.global_batch // int(self._counts.sum())
-        while self._batches_before(epoch) > batch:
+        epoch = batch * self.global_batch // self.num_samples
+        while self.first_batch(epoch) > batch:
             epoch -= 1
-        while self._batches_before(epoch + 1) <= batch:
+        while self.first_batch(epoch + 1) <= batch:
             epoch += 1
         pools, numbers = self._schedule(epoch)
-        turn = batch - self._batches_before(epoch)
+        turn = batch - self.first_batch(epoch)
         return int(pools[turn]), int(numbers[turn])
 
     def _before(self, epoch: int) -> Numbers:
         """Batches that each bucket has supplied before an epoch."""
         return np.asarray(epoch * self._counts // self.global_batch, dtype=np.int64)
-
-    def _batches_before(self, epoch: int) -> int:
-        return int(self._before(epoch).sum())
 
     def _make_schedule(self, epoch: int) -> tuple[NDArray[np.int32], Numbers]:
         """Buckets of an epoch's batches in their order, and the number of each batch in its bucket."""
