@@ -70,6 +70,7 @@ class AnnotationTally:
     """Counts over the samples of a split, and what they say."""
 
     dataset: Dataset
+    label: str  # what is looked at, in findings
     faults: Counter[str] = field(default_factory=Counter)
     faulty: dict[str, str] = field(default_factory=dict)  # key -> its first fault
     per_image: list[int] = field(default_factory=list)  # objects
@@ -93,7 +94,7 @@ class AnnotationTally:
 
     def judge(self, report: Report, max_named: int) -> None:
         """Nothing; the report says what was found, with at most `max_named` samples by name."""
-        split = self.dataset.split
+        split = self.label
         for key, reason in list(self.faulty.items())[:max_named]:
             report.warning(reason, f"{split} {key}", "repair or remove it")
         if self.faulty:

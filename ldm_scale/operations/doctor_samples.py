@@ -1,19 +1,19 @@
-"""What a sample of a split looks like: pictures that do not decode, sizes, captions, classes, repeated pictures.
+"""What a sample of a split looks like: pictures that do not decode, captions, classes, repeated pictures.
 
-Boxes and label maps have a file of their own beside this one.
+Boxes and label maps, and what is told in distributions, have files of their own beside this one.
 """
 
 from __future__ import annotations
 
-from array import array
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from hashlib import blake2b
+from time import perf_counter
 from typing import Any
 
-import numpy as np
+from PIL import Image
 
 from ldm_scale.config.schema import TextConditioningConfig
 from ldm_scale.data import NO_CLASS, Dataset
@@ -24,12 +24,13 @@ from ldm_scale.data.policy import BadSample
 from ldm_scale.data.shards import IMAGE_EXTENSIONS, RawSample
 from ldm_scale.errors import DataError
 from ldm_scale.operations.doctor_annotations import AnnotationTally, SeenAnnotations, inspect_annotations
+from ldm_scale.operations.doctor_duplicates import NO_FINGERPRINT, Fingerprint, fingerprint
+from ldm_scale.operations.doctor_figures import Figures
 from ldm_scale.operations.doctor_report import Report
 
 BAD_SHARE_ERROR = 0.01  # of samples that cannot be used; below, training replaces and counts them
 DUPLICATE_CAPTION_SHARE = 0.5  # of samples whose caption another has: above, the captions say little
 IMBALANCE = 20.0  # samples of the most frequent class per sample of the rarest
-QUANTILES = (0, 1, 5, 25, 50, 75, 95, 99, 100)  # percent
 MAX_TOKENS = TextConditioningConfig().max_tokens
 
 
@@ -37,14 +38,18 @@ MAX_TOKENS = TextConditioningConfig().max_tokens
 class Seen:
     """One sample as a worker saw it. `reason` says why it cannot be used; the rest is then empty."""
 
+    number: int
     key: str
     reason: str = ""
     broken: bool = False  # the shard is not what its index says, rather than the sample
     size: tuple[int, int] = (0, 0)  # (width, height), upright
     pixels: bytes = b""  # digest of the decoded picture
+    fingerprint: Fingerprint = NO_FINGERPRINT
     caption: str | None = None  # None: there is none; "" is an empty one
     label: int = NO_CLASS
     annotations: SeenAnnotations = field(default_factory=SeenAnnotations)
+    num_bytes: int = 0  # that were read for it
+    read_s: float = 0.0
 
 
 _looked_at: list[Dataset] = []  # what forked workers look into: samples are named to them by number
@@ -63,10 +68,17 @@ def inspecting(dataset: Dataset) -> Iterator[None]:
 def inspect_sample(number: int) -> Seen:
     """What sample `number` of the data set under inspection is."""
     dataset = _looked_at[-1]
+    started = perf_counter()
     try:
         raw = dataset.read(number)
     except DataError as error:
-        return Seen(dataset.key(number), str(error), broken=True)
+        return Seen(number, dataset.key(number), str(error), broken=True)
+    read_s = perf_counter() - started
+    num_bytes = sum(len(member) for name, member in raw.items() if name != "__key__")
+    return replace(_inspect(number, raw, dataset), num_bytes=num_bytes, read_s=read_s)
+
+
+def _inspect(number: int, raw: RawSample, dataset: Dataset) -> Seen:
     key = str(raw["__key__"])
     try:
         metadata = read_metadata(raw)
@@ -74,18 +86,25 @@ def inspect_sample(number: int) -> Seen:
         label = read_label(raw, metadata, {name: row for row, name in enumerate(dataset.class_names)})
         image = open_rgb(_picture(raw))
     except BadSample as error:
-        return Seen(key, str(error))
+        return Seen(number, key, str(error))
     has_caption = "txt" in raw or metadata.get("caption") is not None or bool(metadata.get("captions"))
     pixels = blake2b(repr(image.size).encode() + image.tobytes(), digest_size=16).digest()
     annotations = inspect_annotations(raw, metadata, image.size, dataset)
     return Seen(
+        number,
         key,
         size=image.size,
         pixels=pixels,
+        fingerprint=fingerprint(image),
         caption=caption if has_caption else None,
         label=label,
         annotations=annotations,
     )
+
+
+def picture_of(raw: RawSample) -> tuple[Image.Image, str]:
+    """A sample's picture and caption. Raises: BadSample if it has none or they cannot be read."""
+    return open_rgb(_picture(raw)), read_caption(raw, read_metadata(raw))
 
 
 def _picture(raw: RawSample) -> bytes:
@@ -102,10 +121,15 @@ class SampleTally:
 
     dataset: Dataset
     resolution: int
+    label: str  # what is looked at, in findings
+    left_out: Counter[str] = field(default_factory=Counter)  # by the index: reason -> samples or members
     seen: int = 0
+    num_read: int = 0
+    num_bytes: int = 0
+    read_s: float = 0.0
     broken: dict[str, str] = field(default_factory=dict)  # key -> what is wrong with the shard there
     bad: dict[str, str] = field(default_factory=dict)  # key -> reason
-    shorter: array[int] = field(default_factory=lambda: array("q"))
+    figures: Figures = field(init=False)
     missing: list[str] = field(default_factory=list)  # keys without a caption
     empty: list[str] = field(default_factory=list)
     long: list[tuple[str, int]] = field(default_factory=list)  # key, tokens
@@ -117,20 +141,24 @@ class SampleTally:
     _texts: dict[str, str] = field(default_factory=dict)  # key -> caption that waits for the tokenizer
 
     def __post_init__(self) -> None:
-        self.annotations = AnnotationTally(self.dataset)
+        self.figures = Figures(self.dataset, self.resolution)
+        self.annotations = AnnotationTally(self.dataset, self.label)
 
     @property
     def usable(self) -> int:
         """Samples that training could show."""
-        return len(self.shorter)
+        return len(self.figures)
 
     def add(self, sample: Seen) -> None:
         """Nothing; takes a sample in."""
         self.seen += 1
+        self.num_read += not sample.broken
+        self.num_bytes += sample.num_bytes
+        self.read_s += sample.read_s
         if sample.reason:
             (self.broken if sample.broken else self.bad)[sample.key] = sample.reason
             return
-        self.shorter.append(min(sample.size))
+        self.figures.add(sample)
         self.labels[sample.label] += 1
         self.annotations.add(sample.key, sample.annotations)
         if self.pixels.setdefault(sample.pixels, sample.key) != sample.key:
@@ -164,16 +192,22 @@ class SampleTally:
         self._judge_decoding(report, max_named)
         if not self.usable:
             return
-        self._judge_sizes(report)
+        self.figures.judge(report, self.label)
         self._judge_captions(report, max_named)
         self._judge_classes(report)
         self.annotations.judge(report, max_named)
         for key, twin in self.twins[:max_named]:
             report.warning(f"the same pixels as {twin}", self._place(key), "remove one, or let it count twice")
         if len(self.twins) > max_named:
-            report.warning(f"{len(self.twins)} repeated pictures in all", self.dataset.split)
+            report.warning(f"{len(self.twins)} repeated pictures in all", self.label)
 
     def _judge_decoding(self, report: Report, max_named: int) -> None:
+        if self.left_out:
+            total = self.left_out.total()
+            share = total / (total + self.dataset.num_samples)
+            kinds = ", ".join(f"{count} x {reason}" for reason, count in self.left_out.most_common())
+            where = "bad_samples.jsonl beside the manifest names them" if share > BAD_SHARE_ERROR else ""
+            report.warning(f"the index left out {total:,} samples or members ({share:.2%}): {kinds}", self.label, where)
         for key, reason in list(self.broken.items())[:max_named]:
             report.error(reason, self._place(key))
         share = len(self.bad) / max(1, self.seen)
@@ -185,27 +219,13 @@ class SampleTally:
             note(
                 f"{len(self.bad)} of {self.seen} samples cannot be used ({share:.2%}{': ' * bool(kinds)}{kinds}); "
                 f"{len(self.broken)} lie in damaged shards",
-                self.dataset.split,
+                self.label,
             )
         else:
-            report.ok(f"{self.seen} of {self.dataset.num_samples:,} samples decoded, all usable", self.dataset.split)
-
-    def _judge_sizes(self, report: Report) -> None:
-        sides = np.frombuffer(self.shorter, dtype=np.int64)
-        small = int((sides < self.resolution).sum())
-        spread = f"shorter sides {sides.min()} to {sides.max()} px, median {np.median(sides):.0f}"
-        if small:
-            report.warning(
-                f"{small} of {self.usable} pictures ({small / self.usable:.1%}) are smaller than {self.resolution} px "
-                f"and would be enlarged; {spread}",
-                self.dataset.split,
-                "leave them out or train at a lower data.resolution",
-            )
-        else:
-            report.ok(f"no picture is smaller than {self.resolution} px; {spread}", self.dataset.split)
+            report.ok(f"{self.seen} of {self.dataset.num_samples:,} samples decoded, all usable", self.label)
 
     def _judge_captions(self, report: Report, max_named: int) -> None:
-        split, some = self.dataset.split, self.usable
+        split, some = self.label, self.usable
         if len(self.missing) == some:
             report.warning(f"none of {some} samples has a caption", split, "enough for stage 1 and for classes")
             return
@@ -230,7 +250,7 @@ class SampleTally:
             report.ok(f"captions: all there, {len(self.captions)} distinct, none over {MAX_TOKENS} tokens", split)
 
     def _judge_classes(self, report: Report) -> None:
-        names, split = self.dataset.class_names, self.dataset.split
+        names, split = self.dataset.class_names, self.label
         if not names:
             report.ok("the manifest lists no classes", split)
             return
@@ -256,15 +276,13 @@ class SampleTally:
 
     def facts(self) -> dict[str, Any]:
         """The counts as JSON values."""
-        sides = np.frombuffer(self.shorter, dtype=np.int64)
-        quantiles = np.percentile(sides, QUANTILES).round(1).tolist() if self.usable else []
         return {
             "sampled": self.seen,
             "usable": self.usable,
+            "left_out_by_index": dict(self.left_out.most_common()),
             "bad": dict(Counter(self.bad.values())),
             "in_damaged_shards": len(self.broken),
-            "shorter_side_percentiles_px": dict(zip(map(str, QUANTILES), quantiles, strict=False)),
-            "smaller_than_resolution": int((sides < self.resolution).sum()),
+            **self.figures.facts(),
             "captions_missing": len(self.missing),
             "captions_empty": len(self.empty),
             "captions_too_long": len(self.long),
@@ -272,9 +290,10 @@ class SampleTally:
             "classes": {self.dataset.class_names[n]: c for n, c in sorted(self.labels.items()) if n != NO_CLASS},
             "without_class": self.labels[NO_CLASS],
             "repeated_pictures": len(self.twins),
+            "read_mib_per_s_per_process": round(self.num_bytes / 2**20 / self.read_s, 1) if self.read_s else None,
             **self.annotations.facts(),
         }
 
     def _place(self, key: str) -> str:
         """Where a sample is: its split and its key, whose first part is the shard."""
-        return f"{self.dataset.split} {key}"
+        return f"{self.label} {key}"
