@@ -157,6 +157,11 @@ def _check_shards(report: Report, path: Path, split: str, listed: list[Listed], 
         "num_samples": whole.num_samples,
         "bytes": total,
     }
+    if lost := sum(len(entry.get("quarantined", ())) for entry in entries):
+        report.facts["splits"][split]["shards_left_out_by_index"] = lost
+        report.warning(
+            f"{lost} shards were left out whole by the index", split, "bad_samples.jsonl beside the manifest"
+        )
     if healthy == len(whole.shards):
         how = "sizes, sidecars and checksums" if checksums else "sizes and sidecars"
         report.ok(f"{healthy} shards, {whole.num_samples:,} samples: {how} agree", split)

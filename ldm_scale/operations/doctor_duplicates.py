@@ -1,6 +1,6 @@
 """Pictures that look alike: what is left of a picture when it is scaled, recompressed or barely changed, and groups.
 
-**Fingerprint.** The picture is averaged to 32 x 32 pixels. Of their luminance, less mid-grey, the 8 x 8 lowest
+**Fingerprint.** The picture is reduced to 32 x 32 pixels. Of their luminance, less mid-grey, the 8 x 8 lowest
 frequencies of the two-dimensional DCT-II give a bit each: whether the coefficient is greater than 2% of their root mean
 square (the constant one left out). That is the DCT hash of Zauner, "Implementation and Benchmarking of Perceptual
 Image Hash Functions" (2010), with a dead zone in the place of the median, since coefficients of symmetric drawings are
@@ -52,7 +52,7 @@ class Groups(NamedTuple):
 
 def fingerprint(image: Image.Image) -> Fingerprint:
     """The fingerprint of an RGB picture."""
-    small = np.asarray(image.resize((_SIDE, _SIDE), Image.Resampling.BOX), dtype=np.float64)
+    small = np.asarray(image.resize((_SIDE, _SIDE), Image.Resampling.BILINEAR), dtype=np.float64)
     waves = _DCT @ (small @ _LUMINANCE - 127.5) @ _DCT.T
     others = waves.ravel()[1:]
     bits = np.packbits(waves.ravel() > max(_LEAST, _DEAD_ZONE * float(np.sqrt((others**2).mean()))))

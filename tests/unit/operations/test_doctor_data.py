@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import io
 import json
 import shutil
@@ -14,45 +13,14 @@ import pytest
 from PIL import Image
 
 from ldm_scale.data.sidecar import open_sidecar
-from ldm_scale.data.sources.tars import index_tars
 from ldm_scale.operations import doctor_data, doctor_leakage
-from ldm_scale.operations.doctor_report import Report
-from tests.helpers.shards import broken_png, make_dataset, make_sample, png, write_tar
-
-Members = dict[str, bytes]
-
-
-def _run(manifest: Path, *options: str) -> Report:
-    parser = argparse.ArgumentParser()
-    doctor_data.add_arguments(parser)
-    return doctor_data.run(parser.parse_args([str(manifest), *options]))
-
-
-def _lines(report: Report, level: str) -> list[str]:
-    return [f"{f.where}: {f.what}" for f in report.findings if f.level == level]
-
-
-def _samples(count: int, seed: int = 0, prefix: str = "s") -> list[tuple[str, Members]]:
-    """Samples of which no two have the same picture or caption."""
-    rng = np.random.default_rng(seed)
-    samples = []
-    for number in range(count):
-        noise = Image.fromarray(rng.integers(0, 256, (32, 32, 3), dtype=np.uint8))
-        members = {"txt": f"{prefix} number {number}".encode(), "json": json.dumps({"class": number % 3}).encode()}
-        samples.append((f"{prefix}{number:03d}", {"png": png(noise), **members}))
-    return samples
-
-
-def _write(folder: Path, **splits: list[tuple[str, Members]]) -> Path:
-    folder.mkdir(parents=True, exist_ok=True)
-    for split, samples in splits.items():
-        index_tars([write_tar(folder / f"{split}-000000.tar", samples)], folder / "manifest.json", split)
-    return folder / "manifest.json"
+from tests.helpers.doctored import examine, lines_of, noise_samples, write_splits
+from tests.helpers.shards import broken_png, make_dataset, make_sample, png
 
 
 def test_a_sound_data_set_has_nothing_but_ok(tmp_path: Path) -> None:
-    manifest = _write(tmp_path, train=_samples(30), heldout=_samples(12, seed=1, prefix="h"))
-    report = _run(manifest, "--resolution", "32", "--checksums")
+    manifest = write_splits(tmp_path, train=noise_samples(30), heldout=noise_samples(12, seed=1, prefix="h"))
+    report = examine(manifest, "--resolution", "32", "--checksums")
     assert {finding.level for finding in report.findings} == {"ok"}
     assert report.exit_code == 0
     train = report.facts["splits"]["train"]
@@ -65,8 +33,8 @@ def test_a_sound_data_set_has_nothing_but_ok(tmp_path: Path) -> None:
 
 
 def test_the_sample_is_deterministic_and_as_large_as_asked(tmp_path: Path) -> None:
-    manifest = _write(tmp_path, train=_samples(30))
-    first, second = (_run(manifest, "--samples", "7").facts["splits"]["train"] for _ in range(2))
+    manifest = write_splits(tmp_path, train=noise_samples(30))
+    first, second = (examine(manifest, "--samples", "7").facts["splits"]["train"] for _ in range(2))
     speeds = [name for name in first if "_per_s" in name]
     assert len(speeds) == 3
     assert {name: first[name] for name in first if name not in speeds} == {
@@ -87,17 +55,17 @@ def test_the_sample_is_deterministic_and_as_large_as_asked(tmp_path: Path) -> No
 def test_an_unreadable_manifest_is_an_error(tmp_path: Path, content: str | None, said: str) -> None:
     if content is not None:
         (tmp_path / "manifest.json").write_text(content)
-    report = _run(tmp_path)
+    report = examine(tmp_path)
     assert report.exit_code == 1
-    (line,) = _lines(report, "error")
+    (line,) = lines_of(report, "error")
     assert said in line
     assert "manifest.json" in line
 
 
 def test_an_unknown_split_is_an_error_and_the_others_are_looked_at(tmp_path: Path) -> None:
-    manifest = _write(tmp_path, train=_samples(6))
-    report = _run(manifest, "--split", "trian", "--split", "train")
-    assert "no split 'trian'" in _lines(report, "error")[0]
+    manifest = write_splits(tmp_path, train=noise_samples(6))
+    report = examine(manifest, "--split", "trian", "--split", "train")
+    assert "no split 'trian'" in lines_of(report, "error")[0]
     assert report.facts["splits"]["train"]["usable"] == 6
 
 
@@ -134,9 +102,9 @@ def test_a_damaged_shard_is_named_and_the_others_are_looked_at(
 ) -> None:
     manifest = make_dataset(tmp_path, num_samples=24, samples_per_shard=8)
     damage(tmp_path / "train-000001.tar")
-    report = _run(manifest)
+    report = examine(manifest)
     assert report.exit_code == 1
-    (line,) = _lines(report, "error")
+    (line,) = lines_of(report, "error")
     assert "train-000001" in line
     assert said in line
     facts = report.facts["splits"]["train"]
@@ -150,30 +118,30 @@ def test_changed_bytes_are_found_by_checksums_alone(tmp_path: Path) -> None:
     at = data.index(b"IDAT") + 9
     data[at] ^= 0xFF
     shard.write_bytes(data)
-    assert not [line for line in _lines(_run(manifest, "--samples", "1"), "error") if "SHA-256" in line]
-    report = _run(manifest, "--samples", "1", "--checksums")
-    assert "train-000002.tar: SHA-256" in _lines(report, "error")[0]
+    assert not [line for line in lines_of(examine(manifest, "--samples", "1"), "error") if "SHA-256" in line]
+    report = examine(manifest, "--samples", "1", "--checksums")
+    assert "train-000002.tar: SHA-256" in lines_of(report, "error")[0]
 
 
 def test_a_sidecar_that_names_other_samples_is_found_by_checksums(tmp_path: Path) -> None:
     manifest = make_dataset(tmp_path, num_samples=8)
     sidecar = tmp_path / "train-000000.index.safetensors"
     sidecar.write_bytes(sidecar.read_bytes().replace(b"train00003", b"train00009"))
-    report = _run(manifest, "--checksums")
-    assert "train-000000.index.safetensors: train00009 does not lie in" in _lines(report, "error")[0]
+    report = examine(manifest, "--checksums")
+    assert "train-000000.index.safetensors: train00009 does not lie in" in lines_of(report, "error")[0]
 
 
 def test_samples_that_cannot_be_used_are_named_with_their_reasons(tmp_path: Path) -> None:
-    samples = _samples(20)
+    samples = noise_samples(20)
     samples[3][1]["png"] = samples[3][1]["png"][:300]
     samples[5][1]["txt"] = b"\x81"
     samples[7][1]["json"] = b'{"class": 9}'
-    manifest = _write(tmp_path, train=samples)
+    manifest = write_splits(tmp_path, train=samples)
     content = json.loads(manifest.read_text())
     content["classes"] = ["a", "b", "c"]
     manifest.write_text(json.dumps(content))
-    report = _run(manifest)
-    errors = _lines(report, "error")
+    report = examine(manifest)
+    errors = lines_of(report, "error")
     for key, reason in (
         ("s003", "image is cut short"),
         ("s005", "caption is not text in UTF-8, UTF-16 or cp1252"),
@@ -185,36 +153,36 @@ def test_samples_that_cannot_be_used_are_named_with_their_reasons(tmp_path: Path
 
 
 def test_a_small_share_of_bad_samples_is_a_warning(tmp_path: Path) -> None:
-    samples = _samples(150)
+    samples = noise_samples(150)
     samples[3][1]["png"] = broken_png()
-    report = _run(_write(tmp_path, train=samples))
+    report = examine(write_splits(tmp_path, train=samples))
     assert report.exit_code == 0
-    assert "train train-000000/s003: image does not decode" in _lines(report, "warning")
+    assert "train train-000000/s003: image does not decode" in lines_of(report, "warning")
 
 
 def test_pictures_smaller_than_the_training_are_counted(tmp_path: Path) -> None:
-    samples = _samples(10)
+    samples = noise_samples(10)
     for _, members in samples[:4]:
         members["png"] = png(
             Image.fromarray(np.random.default_rng(len(members["txt"])).integers(0, 256, (16, 40, 3), dtype=np.uint8))
         )
     samples[1][1]["png"], samples[2][1]["png"] = (png(Image.new("RGB", (20, 90), c)) for c in ("red", "blue"))
-    report = _run(_write(tmp_path, train=samples), "--resolution", "24")
-    assert any("4 of 10 pictures (40.0%) are smaller than 24 px" in line for line in _lines(report, "warning"))
+    report = examine(write_splits(tmp_path, train=samples), "--resolution", "24")
+    assert any("4 of 10 pictures (40.0%) are smaller than 24 px" in line for line in lines_of(report, "warning"))
     facts = report.facts["splits"]["train"]
     assert facts["smaller_than_resolution"] == 4
     assert (facts["shorter_side_percentiles_px"]["0"], facts["shorter_side_percentiles_px"]["100"]) == (16, 32)
-    assert not any("smaller" in line for line in _lines(_run(tmp_path, "--resolution", "16"), "warning"))
+    assert not any("smaller" in line for line in lines_of(examine(tmp_path, "--resolution", "16"), "warning"))
 
 
 def test_captions_that_are_missing_empty_or_too_long_are_named(tmp_path: Path) -> None:
-    samples = _samples(12)
+    samples = noise_samples(12)
     del samples[2][1]["txt"]
     samples[4][1]["txt"] = b" \n"
     samples[6][1]["txt"] = b"cat " * 76  # with start and end 78 tokens
     samples[8][1]["txt"] = b"cat " * 75
-    report = _run(_write(tmp_path, train=samples))
-    warnings = _lines(report, "warning")
+    report = examine(write_splits(tmp_path, train=samples))
+    warnings = lines_of(report, "warning")
     assert "train train-000000/s002: no caption" in warnings
     assert "train train-000000/s004: empty caption" in warnings
     assert "train train-000000/s006: caption of 78 tokens, of which the text encoder reads 77" in warnings
@@ -224,19 +192,19 @@ def test_captions_that_are_missing_empty_or_too_long_are_named(tmp_path: Path) -
 
 
 def test_no_captions_at_all_are_one_line(tmp_path: Path) -> None:
-    samples = [(name, {"png": members["png"]}) for name, members in _samples(8)]
-    warnings = _lines(_run(_write(tmp_path, train=samples), "--resolution", "32"), "warning")
+    samples = [(name, {"png": members["png"]}) for name, members in noise_samples(8)]
+    warnings = lines_of(examine(write_splits(tmp_path, train=samples), "--resolution", "32"), "warning")
     assert warnings == ["train: none of 8 samples has a caption"]
 
 
 def test_repeated_captions_and_pictures_and_rare_classes_are_told(tmp_path: Path) -> None:
-    samples = _samples(44)
+    samples = noise_samples(44)
     for number, (_, members) in enumerate(samples):
         members["txt"] = b"the same"
         members["json"] = json.dumps({"class": int(number == 0)}).encode()
     samples[9][1]["png"] = samples[1][1]["png"]
-    report = _run(_write(tmp_path, train=samples))
-    warnings = _lines(report, "warning")
+    report = examine(write_splits(tmp_path, train=samples))
+    warnings = lines_of(report, "warning")
     assert any("44 of 44 samples share their caption with another; 1 are distinct" in line for line in warnings)
     assert "train train-000000/s009: the same pixels as train-000000/s001" in warnings
     assert any("1 (1) to 43 (0) samples each: 43 times as many" in line for line in warnings)
@@ -244,7 +212,7 @@ def test_repeated_captions_and_pictures_and_rare_classes_are_told(tmp_path: Path
 
 @pytest.mark.parametrize("form", ["bytes", "pixels"])
 def test_a_picture_in_both_splits_is_leakage(tmp_path: Path, form: str) -> None:
-    train, heldout = _samples(300), _samples(10, seed=1, prefix="h")
+    train, heldout = noise_samples(300), noise_samples(10, seed=1, prefix="h")
     data = train[17][1]["png"]
     if form == "pixels":
         buffer = io.BytesIO()
@@ -252,44 +220,44 @@ def test_a_picture_in_both_splits_is_leakage(tmp_path: Path, form: str) -> None:
         assert len(buffer.getvalue()) != len(data)
         data = buffer.getvalue()
     heldout[4][1]["png"] = data
-    manifest = _write(tmp_path, train=train, heldout=heldout)
+    manifest = write_splits(tmp_path, train=train, heldout=heldout)
     # Equal files are found whatever is sampled, equal pixels in what is decoded.
-    report = _run(manifest, "--samples", "5" if form == "bytes" else "0")
+    report = examine(manifest, "--samples", "5" if form == "bytes" else "0")
     assert report.exit_code == 1
     assert report.facts["leakage"] == {"heldout": 1}
     assert any(
         line.startswith("heldout heldout-000000/h004: the same picture as train-000000/s017 of train")
-        for line in _lines(report, "error")
+        for line in lines_of(report, "error")
     )
 
 
 def test_equal_colours_in_another_shape_are_another_picture(tmp_path: Path) -> None:
-    samples = _samples(2)
+    samples = noise_samples(2)
     for (_, members), size in zip(samples, ((16, 64), (64, 16)), strict=True):
         members["png"] = png(Image.new("RGB", size, "white"))
-    assert _run(_write(tmp_path, train=samples)).facts["splits"]["train"]["repeated_pictures"] == 0
+    assert examine(write_splits(tmp_path, train=samples)).facts["splits"]["train"]["repeated_pictures"] == 0
 
 
 def test_what_was_not_compared_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     rng = np.random.default_rng(0)
     same_size = [make_sample(0, 8, rng) | {"png": broken_png() + bytes([n])} for n in range(20)]
-    manifest = _write(
+    manifest = write_splits(
         tmp_path,
         train=[(f"a{n}", members) for n, members in enumerate(same_size[:10])],
         heldout=[(f"b{n}", members) for n, members in enumerate(same_size[10:])],
     )
     monkeypatch.setattr(doctor_leakage, "MAX_BYTE_COMPARISONS", 6)
-    assert any("14 files whose sizes occur on both sides" in line for line in _lines(_run(manifest), "warning"))
-    assert not any("whose sizes" in line for line in _lines(_run(manifest, "--samples", "0"), "warning"))
+    assert any("14 files whose sizes occur on both sides" in line for line in lines_of(examine(manifest), "warning"))
+    assert not any("whose sizes" in line for line in lines_of(examine(manifest, "--samples", "0"), "warning"))
 
 
 def test_wrong_options_are_told(tmp_path: Path) -> None:
-    assert _run(_write(tmp_path, train=_samples(3)), "--resolution", "0").exit_code == 1
-    assert _run(tmp_path, "--samples", "-1").exit_code == 1
+    assert examine(write_splits(tmp_path, train=noise_samples(3)), "--resolution", "0").exit_code == 1
+    assert examine(tmp_path, "--samples", "-1").exit_code == 1
 
 
 def test_the_folder_stands_for_its_manifest_and_nothing_is_written(tmp_path: Path) -> None:
-    _write(tmp_path / "d", train=_samples(5))
+    write_splits(tmp_path / "d", train=noise_samples(5))
     shutil.copytree(tmp_path / "d", tmp_path / "copy")
-    _run(tmp_path / "d", "--checksums")
+    examine(tmp_path / "d", "--checksums")
     assert sorted(p.name for p in (tmp_path / "d").iterdir()) == sorted(p.name for p in (tmp_path / "copy").iterdir())
