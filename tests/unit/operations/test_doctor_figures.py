@@ -85,13 +85,17 @@ def test_shards_that_the_index_left_out_whole_are_counted(tmp_path: Path) -> Non
 
 
 def test_a_mixture_is_looked_at_part_by_part(tmp_path: Path) -> None:
-    write_splits(tmp_path / "a", train=noise_samples(12, prefix="a"), heldout=noise_samples(6, seed=3, prefix="h"))
+    first = noise_samples(12, prefix="a")
+    buffer = io.BytesIO()  # a held-out picture in another file: equal pixels
+    Image.open(io.BytesIO(noise_samples(6, seed=3)[5][1]["png"])).save(buffer, "BMP")
+    first[5][1]["png"] = buffer.getvalue()
+    write_splits(tmp_path / "a", train=first, heldout=noise_samples(6, seed=3, prefix="h"))
     second = noise_samples(30, seed=1, prefix="b")
     second[7][1]["png"] = second[3][1]["png"]
     second[9][1]["png"] = broken_png()
     leaked = noise_samples(6, seed=3)[2][1]["png"]  # a held-out picture of the other data set
     second[20][1]["png"] = leaked
-    write_splits(tmp_path / "b", train=second)
+    write_splits(tmp_path / "b", train=[*second, ("without", {"txt": b"x"})])
     out = tmp_path / "mixture.json"
     assert main(["prepare", "mix", f"{tmp_path / 'a'}=3", f"{tmp_path / 'b'}=1", "--out", str(out)]) == 0
     report = examine(out, "--checksums")
@@ -103,7 +107,8 @@ def test_a_mixture_is_looked_at_part_by_part(tmp_path: Path) -> None:
     assert (other["weight"], other["sampled"], other["usable"], other["look_alike"]["groups"]) == (0.25, 30, 29, 1)
     assert Path(other["manifest"]).samefile(tmp_path / "b" / "manifest.json")
     assert [part["sampled"] for part in report.facts["splits"]["heldout"]["parts"]] == [6]
-    assert report.facts["leakage"] == {"heldout": 1}
+    assert report.facts["leakage"] == {"heldout": 2}
+    assert (one["left_out_by_index"], sum(other["left_out_by_index"].values())) == ({}, 1)
     (line,) = [line for line in lines_of(report, "error") if "image does not decode" in line and "s009" not in line][:1]
     assert line.startswith("train of ")
     assert "b/manifest.json train-000000/b009" in line

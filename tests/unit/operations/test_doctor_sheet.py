@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from matplotlib.figure import Figure
 from PIL import Image
 
 from ldm_scale.data.sources.tars import index_tars
@@ -75,7 +76,7 @@ def test_bad_samples_are_drawn(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "caption",
     [
-        "costs $5 or $\\frac{1",
+        "costs 5, $\\frac{1$ or",
         "a\nb\x1b[0m\u202e",
         "\u30ab\u30e1\u30e9" * 40,
         "x" * 5000,
@@ -111,6 +112,13 @@ def test_another_kind_of_file_is_refused_before_anything_is_read(tmp_path: Path,
     (tmp_path / "folder.png").mkdir()
     report = _run(tmp_path / "nothing", tmp_path / name)
     assert [finding.what for finding in report.findings] == [f"--sheet {tmp_path / name}: the sheet is a PNG"]
+
+
+def test_a_histogram_counts_every_value() -> None:
+    for values in (np.array([1, 2] * 100 + [900]), np.array([0.3, 1.0, 1.0, 7.5])):
+        axes = Figure().subplots()
+        doctor_sheet._draw_histogram(axes, [("", values)], values)
+        assert sum(bar.get_height() for bar in axes.patches) == len(values)
 
 
 def test_bins_cover_all_values() -> None:
