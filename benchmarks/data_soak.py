@@ -197,9 +197,8 @@ def evaluate(rows: list[list[float]]) -> dict[str, Any]:
 
 def table(results: dict[str, Any]) -> str:
     """A line per source."""
-    lines = [
-        f"{'':<8}{'minutes':>9}{'images':>10}{'images/s':>10}{'MiB':>8}{'MiB/min':>9}{'files':>7}{'files/min':>11}",
-    ]
+    heads = ("minutes", "images", "images/s", "MiB", "MiB/min", "files", "files/min")
+    lines = [" " * 8 + "".join(f"{head:>{width}}" for head, width in zip(heads, (9, 10, 10, 8, 9, 7, 11), strict=True))]
     for source, result in results.items():
         lines.append(
             f"{source:<8}{result['minutes']:>9.1f}{result['images']:>10}{result['images_per_s']:>10.0f}"
