@@ -135,3 +135,8 @@ def test_a_jpeg_that_is_cut_is_bad_at_any_reduction() -> None:
         for shape in ((48, 48), (96, 96), (300, 300)):
             with pytest.raises(BadSample, match=r"^image is cut short$"):
                 Picture(data[: int(share * len(data))]).render((0, 0, 400, 400), False, shape)
+
+
+def test_resized_pictures_lie_as_rows_of_pixels() -> None:
+    # In planes they would be turned once by torch and once more on their way into the batch.
+    assert resize(np.zeros((40, 30, 3), np.uint8), (20, 15)).flags.c_contiguous
