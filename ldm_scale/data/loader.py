@@ -263,7 +263,7 @@ def build_loader(
             raise needs_manifest(data.manifest, "a pass over every sample, such as validation,")
         pipeline = build_unindexed_pipeline(unindexed, build_storage(data), settings, part, data)
         return Loader(unindexed, pipeline, data.num_workers, data.prefetch_batches)
-    dataset = open_manifest(data.manifest, split if split is not None else data.split, storage=build_storage(data))
+    dataset = open_manifest(data.manifest, split if split is not None else data.split, False, build_storage(data))
     if not accept_latents:
         require_images(dataset)
     require_annotations(dataset, annotations)

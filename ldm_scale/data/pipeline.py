@@ -17,7 +17,7 @@ from ldm_scale.data.annotations import MAP, MAP_EXTENSION, TEXT
 from ldm_scale.data.batch import Batch, collate
 from ldm_scale.data.decode import DecodedSample, DecodeSettings, decode_sample
 from ldm_scale.data.latents import CONTEXTS
-from ldm_scale.data.policy import BadSample, ConsecutiveLimit, Quarantine, SkippedSample
+from ldm_scale.data.policy import InQuarantine, BadSample, ConsecutiveLimit, Quarantine, SkippedSample
 from ldm_scale.data.read_ahead import ReadAhead
 from ldm_scale.data.shards import Dataset, HeldBytes, UnreadableSample
 from ldm_scale.data.slots import Slot, SlotSource, StreamSettings, own_slots
@@ -62,13 +62,16 @@ class SlotReader:
             try:
                 decoded = self._decoded(position, sample, epoch, settings)
             except BadSample as error:
-                record = self._dataset.bad_record(sample, str(error), position)
+                # What was tried in its place is bad too, but left no place of its own.
+                record = self._dataset.bad_record(sample, str(error), -1 if skipped else position)
                 skipped.append(record)
-                self._limit.bad(record)
+                if not isinstance(error, InQuarantine):
+                    self._limit.bad(record)
                 sample = self._stream.replacement_at(position, pool, len(skipped))
             else:
                 self._limit.good()
-                bad += [record._replace(substitute=decoded.key) for record in skipped]
+                if skipped:
+                    bad += [skipped[0]._replace(substitute=decoded.key), *skipped[1:]]
                 return decoded
 
     def _decoded(self, position: int, sample: int, epoch: int, settings: DecodeSettings) -> DecodedSample:
@@ -110,6 +113,7 @@ def build_pipeline(
             stream,
             partial(own_slots, part),
             unwanted_members(decoding),
+            quarantine,
             data.read_ahead_batches,
             data.fetch_threads,
         )

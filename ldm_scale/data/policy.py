@@ -32,6 +32,10 @@ class BadSample(Exception):
     """A sample that cannot be used; the message is the reason, worded the same for every sample with that fault."""
 
 
+class InQuarantine(BadSample):
+    """A sample of a shard that is in quarantine."""
+
+
 class BadRecord(NamedTuple):
     """A sample that cannot be used. The key is the shard's stem, a slash and the sample's name."""
 
@@ -46,7 +50,7 @@ class SkippedSample(NamedTuple):
     reason: str
     shard: str = ""  # public name of its shard
     shard_number: int = -1  # in its split
-    position: int = -1  # in the training stream
+    position: int = -1  # in the training stream; -1 of one that was tried in the place of another
     substitute: str = ""  # key of the sample that took its place
 
 
@@ -87,13 +91,17 @@ class Quarantine:
         """Nothing; samples of the shard are bad at this position and after it."""
         self._first_bad[shard_number] = position + 1  # 0: not in quarantine
 
+    def holds(self, shard_number: int, position: int) -> bool:
+        """Whether the shard is in quarantine at this position."""
+        return bool(0 < self._first_bad[shard_number] <= position + 1)
+
     def check(self, shard_number: int, position: int) -> None:
         """Nothing.
 
-        Raises: BadSample if the shard is in quarantine at this position.
+        Raises: InQuarantine if the shard is in quarantine at this position.
         """
-        if 0 < self._first_bad[shard_number] <= position + 1:
-            raise BadSample("its shard is in quarantine")
+        if self.holds(shard_number, position):
+            raise InQuarantine("its shard is in quarantine")
 
 
 @dataclass
@@ -130,13 +138,15 @@ class Budgets:
 class LossAccount:
     """What a run has lost so far: a few numbers per shard with losses, the same on all ranks; part of its state."""
 
-    total: int = 0  # skipped samples, each time they are met
+    total: int = 0  # places of the stream that another sample took
     by_shard: dict[str, list[int]] = field(default_factory=dict)  # shard number -> epoch, its bad samples in it
     quarantined: dict[str, int] = field(default_factory=dict)  # shard number -> first position of its quarantine
 
     def add(self, records: Iterable[SkippedSample], epoch_samples: int) -> None:
         """Nothing; takes in what all ranks skipped in a step of a stream with epochs of so many samples."""
         for record in records:
+            if record.position < 0:
+                continue
             self.total += 1
             if record.shard_number < 0:
                 continue  # without a manifest nobody knows its share of the shard
@@ -182,7 +192,7 @@ class BadSampleFiles:
             if (record.shard, record.key) not in self._known_keys:
                 self._known_keys.add((record.shard, record.key))
                 samples.append({"shard": record.shard, "key": record.key, "reason": record.reason})
-            if (record.position, record.key) not in self._known_places:
+            if record.position >= 0 and (record.position, record.key) not in self._known_places:
                 self._known_places.add((record.position, record.key))
                 places.append({"position": record.position, "key": record.key, "substitute": record.substitute})
         for path, rows in ((self._samples, samples), (self._places, places)):

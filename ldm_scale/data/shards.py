@@ -13,6 +13,7 @@ of the image shards that they were encoded from, and stand for them: keys, numbe
 from __future__ import annotations
 
 import os
+import resource
 import time
 import zlib
 from collections import OrderedDict
@@ -42,11 +43,12 @@ IMAGE_EXTENSIONS = ("png", "jpg", "jpeg", "webp")
 # extension -> bytes, or a view of a mapped file; "__key__" -> shard stem / sample name
 RawSample = dict[str, bytes | memoryview | str]
 
-_MAX_OPEN = 1024  # files and mapped sidecars that a process keeps, each
+_MAX_OPEN = 1024  # files and mapped sidecars (a descriptor each) that a process keeps, where it may have so many
 # Shards whose sizes are looked at: to find a wrong mount or folder, not every loss. Remote ones take a request each.
 _CHECKED_AT_OPENING, _REMOTE_CHECKED_AT_OPENING = 64, 4
 _RETRY_AFTER_S = 60.0
 NOT_AS_INDEXED = "bytes are not those that were indexed"
+BAD_INDEX = "its shard's index cannot be used"
 
 
 class UnreadableSample(DataError):
@@ -73,6 +75,8 @@ class Dataset:
     def __init__(self, split: Split, storage: Storage | None = None) -> None:
         self._split = split
         self.storage = storage or Storage()
+        # A quarter of what the system allows, for each of the two; torch's shared memory takes descriptors as well.
+        self._max_open = min(_MAX_OPEN, max(8, resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 4))
         self._failed_at: dict[int, float] = {}  # shard number -> when it could not be read
         self.manifest_path, self.split = split.path, split.name
         self.parts = split.parts
@@ -136,6 +140,15 @@ class Dataset:
         """The shard that holds a sample."""
         return self.shards[self.locate(number)[0]]
 
+    def _indexed(self, shard_number: int, row: int) -> IndexedSample:
+        """What the index says of a sample. Raises: UnreadableSample if that makes no sense."""
+        sidecar = self.sidecar(shard_number)
+        try:
+            return sidecar.sample(row)
+        except (ValueError, IndexError) as error:
+            path = self.shards[shard_number].index_path
+            raise UnreadableSample(f"{path}: damaged ({error}); index the shard anew", BAD_INDEX) from None
+
     @property
     def has_remote_shards(self) -> bool:
         """Whether any shard is no local file."""
@@ -155,19 +168,19 @@ class Dataset:
         Raises: UnreadableSample if it cannot be used.
         """
         if shard_number not in self._sidecars:
-            if len(self._sidecars) >= _MAX_OPEN:
+            if len(self._sidecars) >= self._max_open:
                 self._sidecars.popitem(last=False)
             try:
                 self._sidecars[shard_number] = self.shards[shard_number].load_index()
             except DataError as error:
-                raise UnreadableSample(str(error), "its shard's index cannot be used") from None
+                raise UnreadableSample(str(error), BAD_INDEX) from None
         self._sidecars.move_to_end(shard_number)
         return self._sidecars[shard_number]
 
     def key(self, number: int) -> str:
         """The sample's key: the shard's name without ending, a slash, its name in the shard."""
         shard_number, row = self.locate(number)
-        return f"{self.shards[shard_number].stem}/{self.sidecar(shard_number).name(row)}"
+        return f"{self.shards[shard_number].stem}/{self._indexed(shard_number, row).name}"
 
     def of_shards(self, numbers: Collection[int]) -> Dataset:
         """The samples of some of the shards alone."""
@@ -212,7 +225,7 @@ class Dataset:
         Raises: UnreadableSample
         """
         shard_number, row = self.locate(number)
-        indexed = self.sidecar(shard_number).sample(row)
+        indexed = self._indexed(shard_number, row)
         sample: RawSample = {"__key__": f"{self.shards[shard_number].stem}/{indexed.name}"}
         places = [
             (extension, member.offset, member.size)
@@ -270,7 +283,7 @@ class Dataset:
         """Bytes of a shard, through a bounded set of open files."""
         try:
             if shard_number not in self._files:
-                if len(self._files) >= _MAX_OPEN:
+                if len(self._files) >= self._max_open:
                     os.close(self._files.popitem(last=False)[1])
                 path = self.shards[shard_number].path
                 self._files[shard_number] = os.open(path, os.O_RDONLY | os.O_CLOEXEC)

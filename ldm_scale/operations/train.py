@@ -9,6 +9,7 @@ from ldm_scale.config.schema import Config
 from ldm_scale.data import Dataset, LatentCache, check_moments, open_manifest, open_unindexed, require_images
 from ldm_scale.data.manifest import needs_manifest
 from ldm_scale.engine import env
+from ldm_scale.engine.checkpoint import latest_checkpoint
 from ldm_scale.errors import ConfigError
 from ldm_scale.models.fused import check_kernels
 from ldm_scale.telemetry.log import get_logger
@@ -54,7 +55,9 @@ def _check_inputs(config: Config, world_size: int) -> None:
         _check_unindexed(config)
         return
     splits = dict.fromkeys([config.data.split, config.data.validation_split or config.data.split])
-    datasets = [open_manifest(config.data.manifest, split) for split in splits]
+    # A run that lost a shard goes on without it, also after an interruption; one that begins needs all that it names.
+    begins = latest_checkpoint(Path(config.run_dir) / "checkpoints") is None
+    datasets = [open_manifest(config.data.manifest, split, check_sizes=begins) for split in splits]
     for dataset in datasets:
         _check_buckets(config, dataset)
     if config.stage == "autoencoder":

@@ -16,8 +16,8 @@ from ldm_scale.engine import collectives
 from ldm_scale.telemetry.log import get_logger, say_once
 
 # Batches between the finding that a shard is bad and its quarantine: more than any loader has begun by then, so that
-# where it begins does not depend on how far loaders are ahead.
-QUARANTINE_DELAY_BATCHES = 64
+# where it begins does not depend on how far loaders are ahead (config/ranges.py bounds what that is made of).
+QUARANTINE_DELAY_BATCHES = 256
 
 
 class SampleLosses:
@@ -52,9 +52,9 @@ class SampleLosses:
             self._files.add(everywhere)
         self._log.add(everywhere)
         self.account.add(everywhere, self._epoch_samples)
-        delay = max(QUARANTINE_DELAY_BATCHES, loader.horizon)
+        assert loader.horizon <= QUARANTINE_DELAY_BATCHES
         for number in self.account.beyond(loader.dataset.shard_sizes, self._budgets):
-            begins = first_image + delay * global_batch
+            begins = first_image + QUARANTINE_DELAY_BATCHES * global_batch
             self.account.quarantined[str(number)] = begins
             loader.quarantine(number, begins)
             get_logger().warning(

@@ -57,7 +57,7 @@ class Trainer:
         self.run_dir = Path(config.run_dir)
         self.checkpoints = self.run_dir / "checkpoints"
         unindexed = open_unindexed(config.data.manifest)
-        dataset = open_manifest(config.data.manifest, config.data.split) if unindexed is None else unindexed
+        dataset = open_manifest(config.data.manifest, config.data.split, False) if unindexed is None else unindexed
         self._validates = unindexed is None  # what is looked at again and again takes images that stay the same
         self._dataset, self._data_digest, self._num_samples = dataset, dataset.digest, dataset.num_samples
         self.state = TrainingState(

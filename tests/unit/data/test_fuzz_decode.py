@@ -13,7 +13,7 @@ from PIL import Image
 from ldm_scale.data.annotations import LAYOUT, MAP, Vocabulary
 from ldm_scale.data.decode import DecodeSettings, decode_image, decode_sample
 from ldm_scale.data.latents import LatentCache, LatentTransform
-from ldm_scale.data.pipeline import collate
+from ldm_scale.data.batch import collate
 from ldm_scale.data.policy import BadSample
 from ldm_scale.errors import DataError
 from tests.helpers.annotated import NUMBERS, scene
@@ -130,7 +130,7 @@ def test_damaged_latents_are_used_or_an_error_of_the_data() -> None:
         members = whole | {member: mutate(whole[member], whole["json"], rng)}
         try:
             sample = decode_sample({"__key__": "s/k", **members}, SETTINGS[0], Vocabulary({"a": 0}), number, 0, cache)
-            batch = collate(([sample], []), SETTINGS[0])
+            batch = collate([sample], [], SETTINGS[0])
         except BadSample:
             outcomes["bad"] += 1
         except DataError as error:
