@@ -25,6 +25,8 @@ from ldm_scale.data.permutation import uniforms
 from ldm_scale.data.shards import Dataset
 from ldm_scale.errors import ConfigError
 
+Floats = NDArray[np.float64]
+
 
 class Located(NamedTuple):
     """Samples at positions. Shapes: (n,) each; `places` are positions in the pools' own streams."""
@@ -107,7 +109,8 @@ class Buckets(Stream):
     def __init__(self, pools: tuple[Pool, ...], global_batch: int, seed: int) -> None:
         super().__init__(pools, global_batch, seed)
         self._counts = np.array([pool.order.num_samples for pool in pools])
-        self._schedule = lru_cache(maxsize=2)(self._make_schedule)
+        self._phases = lru_cache(maxsize=4)(self._make_phases)
+        self._turn = lru_cache(maxsize=1024)(self._find_turn)
 
     def first_batch(self, epoch: int) -> int:
         """The first global batch of an epoch, which is one of whole batches."""
@@ -119,32 +122,42 @@ class Buckets(Stream):
         pools, numbers = np.array([turns[batch] for batch in batches.tolist()], dtype=np.int64).reshape(-1, 2).T
         return pools, numbers * self.global_batch + slots
 
-    def _turn(self, batch: int) -> tuple[int, int]:
+    def _find_turn(self, batch: int) -> tuple[int, int]:
         """Which bucket global batch `batch` is from, and which of that bucket's batches it is."""
         epoch = batch * self.global_batch // self.num_samples
         while self.first_batch(epoch) > batch:
             epoch -= 1
         while self.first_batch(epoch + 1) <= batch:
             epoch += 1
-        pools, numbers = self._schedule(epoch)
-        turn = batch - self.first_batch(epoch)
-        return int(pools[turn]), int(numbers[turn])
+        before = self._before(epoch)
+        pool, number = _at_turn(batch - int(before.sum()), self._before(epoch + 1) - before, self._phases(epoch))
+        return pool, int(before[pool]) + number
 
     def _before(self, epoch: int) -> Numbers:
         """Batches that each bucket has supplied before an epoch."""
         return np.asarray(epoch * self._counts // self.global_batch, dtype=np.int64)
 
-    def _make_schedule(self, epoch: int) -> tuple[NDArray[np.int32], Numbers]:
-        """Buckets of an epoch's batches in their order, and the number of each batch in its bucket."""
-        before, after = self._before(epoch), self._before(epoch + 1)
-        times, pools, numbers = [], [], []
-        for bucket, (start, stop) in enumerate(zip(before.tolist(), after.tolist(), strict=True)):
-            (phase,) = uniforms(1, "bucket", self._seed, epoch, bucket)
-            times.append((np.arange(stop - start) + phase) / max(1, stop - start))
-            pools.append(np.full(stop - start, bucket, dtype=np.int32))
-            numbers.append(np.arange(start, stop))
-        turns = np.argsort(np.concatenate(times), kind="stable")
-        return np.concatenate(pools)[turns], np.concatenate(numbers)[turns]
+    def _make_phases(self, epoch: int) -> Floats:
+        """For each bucket, the moment of its first batch in an epoch, as a share of the time between two of them."""
+        return np.array([uniforms(1, "bucket", self._seed, epoch, bucket)[0] for bucket in range(len(self.pools))])
+
+
+def _at_turn(turn: int, counts: Numbers, phases: Floats) -> tuple[int, int]:
+    """The bucket of an epoch's batch number `turn`, and which of that bucket's batches in the epoch it is.
+
+    Batch i of the n of a bucket has its turn at the time (i + phase) / n. Up to a time t, a bucket gives less than one
+    batch more or less than t n, so that only the few batches near turn / sum(counts) need to be sorted.
+    """
+    margin, total = 3 * len(counts) + 2, int(counts.sum())
+    low, high = max(0.0, (turn - margin) / total), (turn + 1 + margin) / total
+    starts = np.clip(np.ceil(low * counts - phases), 0, counts).astype(np.int64)
+    stops = np.clip(np.ceil(high * counts - phases) + 1, starts, counts).astype(np.int64)
+    lengths = stops - starts
+    pools = np.repeat(np.arange(len(counts)), lengths)
+    numbers = np.arange(len(pools)) + np.repeat(starts - (np.cumsum(lengths) - lengths), lengths)
+    times = (numbers + phases[pools]) / counts[pools]
+    found = np.argsort(times, kind="stable")[turn - int(starts.sum())]
+    return int(pools[found]), int(numbers[found])
 
 
 def build_stream(

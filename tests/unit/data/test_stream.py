@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from itertools import pairwise
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import pytest
 
 from ldm_scale.data.manifest import Part, Rows, Split
 from ldm_scale.data.order import Order
+from ldm_scale.data.permutation import uniforms
 from ldm_scale.data.shards import Dataset
 from ldm_scale.data.stream import Stream, build_stream
 from ldm_scale.errors import ConfigError
@@ -117,3 +119,39 @@ def test_replacements_stay_in_their_part() -> None:
 def test_a_stream_that_ends_takes_all_parts_as_one() -> None:
     stream = build_stream(_dataset([30, 20], [0.9, 0.1]), 5, 8, ends=True)
     assert sorted(stream.locate(np.arange(50)).samples.tolist()) == list(range(50))
+
+
+def _sorted_turns(counts: list[int], batch: int, seed: int, epoch: int) -> list[tuple[int, int]]:
+    """Bucket and number of each batch of an epoch: all their times, sorted."""
+    times, turns = [], []
+    for bucket, count in enumerate(counts):
+        start, stop = epoch * count // batch, (epoch + 1) * count // batch
+        (phase,) = uniforms(1, "bucket", seed, epoch, bucket)
+        times.append((np.arange(stop - start) + phase) / max(1, stop - start))
+        turns += [(bucket, number) for number in range(start, stop)]
+    return [turns[at] for at in np.argsort(np.concatenate(times), kind="stable").tolist()]
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_turns_of_buckets_are_those_of_a_full_sort(seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    scale = 10 ** rng.uniform(0, 3.5, size=rng.integers(2, 24))
+    counts, batch = np.maximum(1, scale.astype(int)).tolist(), int(rng.integers(1, 40))
+    if seed % 4 == 0:
+        counts = [counts[0]] * len(counts)
+    stream = build_stream(_dataset(counts, sizes=[(8, 8 + n) for n in range(len(counts))]), seed, batch)
+    for epoch in (0, 1, int(rng.integers(2, 1000))):
+        wanted = _sorted_turns(counts, batch, seed, epoch)
+        first = stream.first_batch(epoch)
+        own = np.arange(len(wanted)) if len(wanted) < 300 else np.unique(rng.integers(0, len(wanted), 300))
+        found = stream.locate((first + own) * batch)
+        assert [*zip(found.pools.tolist(), (found.places // batch).tolist(), strict=True)] == [
+            wanted[turn] for turn in own.tolist()
+        ]
+
+
+def test_a_turn_of_ten_billion_samples_needs_no_table() -> None:
+    stream = build_stream(_dataset([10**9] * 10, sizes=[(8, 8 + n) for n in range(10)]), 0, 256)
+    began = time.process_time()
+    assert len(set(stream.locate(np.arange(10**8, 10**8 + 20 * 256, 256)).pools.tolist())) == 10
+    assert time.process_time() - began < 0.5
