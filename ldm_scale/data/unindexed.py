@@ -40,6 +40,7 @@ from ldm_scale.data.urls import names_shards, public_name, shard_stem
 from ldm_scale.telemetry.log import say_once
 
 _WANTED = frozenset({*IMAGE_EXTENSIONS, "txt", "json"})  # all that is read of a sample without a manifest
+_MAX_REPORTED = 100_000  # losses that a reader remembers; what it loses beyond them is told in every pass
 _OFF = (
     "the same batches at any number of ranks; every sample once an epoch; exact resumption (a run that goes on starts "
     "its streams anew); an exact account of lost samples; checksums; class names; validation and its pictures, which "
@@ -115,6 +116,7 @@ class StreamReader:
         self._max_consecutive_bad = max_consecutive_bad
         self._vocabulary = Vocabulary(classes=None)
         self._lost: list[SkippedSample] = []  # since the last sample that was handed out
+        self._reported: set[tuple[str, str]] = set()  # shard and key of what was lost
 
     def read(self) -> Iterator[_Read]:
         """The samples that this process reads, without end.
@@ -122,6 +124,7 @@ class StreamReader:
         Raises: DataError if too many in a row cannot be read; ConfigError if they are latents.
         """
         self._lost.clear()
+        self._reported.clear()
         limit = ConsecutiveLimit(self._max_consecutive_bad)
         reader, num_readers = self._reader()
         num_shards = len(self._dataset.urls)
@@ -138,7 +141,7 @@ class StreamReader:
                     is_own = (place + number) % num_sharing == turn
                     if isinstance(sample, SkippedSample):
                         limit.bad(sample)
-                        self._lost.append(sample)
+                        self._report(sample)
                         continue
                     limit.good()
                     if RECORD in sample:
@@ -146,6 +149,15 @@ class StreamReader:
                     if is_own:
                         raw = {name: member for name, member in sample.items() if name in _WANTED or name == "__key__"}
                         yield _Read(raw, public_name(url), epoch)
+
+    def _report(self, record: SkippedSample) -> None:
+        """Nothing; what a tar loses counts once, since filling the buffer passes small tars many times for a batch."""
+        name = (record.shard, record.key)
+        if name in self._reported:
+            return
+        if len(self._reported) < _MAX_REPORTED:
+            self._reported.add(name)
+        self._lost.append(record)
 
     def decode(self, samples: Iterator[_Read]) -> Iterator[Batch]:
         """This process's part of each micro-batch.

@@ -213,6 +213,15 @@ def test_bad_samples_and_a_broken_tar_are_counted_named_and_skipped(tmp_path: Pa
         assert record.position >= 0
 
 
+def test_a_loss_that_the_buffer_meets_many_times_is_told_once(tmp_path: Path) -> None:
+    tar = write_tar(tmp_path / "s0.tar", _samples(0, 3))
+    tar.write_bytes(_cut(tar.read_bytes(), 2 * NUM_MEMBERS))
+    (batches,) = _load(str(tar), 4, buffer=200)
+    assert [(record.key, record.reason) for record in _bad([batches])] == [
+        ("s0/0-001", "tar ends without end-of-archive")
+    ]
+
+
 def test_too_many_bad_ones_in_a_row_stop_with_their_names(tmp_path: Path) -> None:
     write_tar(tmp_path / "s0.tar", [(f"{n:02d}", {"png": broken_png()}) for n in range(30)])
     with pytest.raises(DataError, match=r"21 samples in a row in .*s0\.tar cannot be used .*s0/0"):
