@@ -1,14 +1,15 @@
 """Bytes of shards, wherever they lie: local files, web servers, S3 and Google Cloud, through one interface.
 
 A read gives exactly the bytes that it was asked for, or raises a StorageError within its budget (data/reading.py). What
-an object was when it was first read holds for as long as the process lives: a later answer with another ETag (else
-Last-Modified) or size is an error, never bytes of both.
+an object was when it was first read holds for as long as the process lives and reads fewer than 65,536 others: a later
+answer with another ETag (else Last-Modified) or size is an error. No read has bytes of both.
 """
 
 from __future__ import annotations
 
 import os
 import stat
+from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
@@ -22,6 +23,7 @@ from ldm_scale.data.urls import expand_names, local_path, public_name
 __all__ = ["Storage", "StorageError", "StorageSettings", "expand"]
 
 _CHUNK = 1 << 20  # bytes of a local file at a time
+_MAX_SEEN = 1 << 16  # objects whose version a process remembers
 
 
 def expand(patterns: Sequence[str], settings: StorageSettings | None = None) -> list[str]:
@@ -95,7 +97,8 @@ class Storage:
     def __init__(self, settings: StorageSettings | None = None, cache: RangeCache | None = None) -> None:
         self._settings = settings or StorageSettings()
         self._cache = cache
-        self._seen: dict[str, Version] = {}  # no lock guards it: a fork could inherit that locked
+        # No lock guards it: a fork could inherit that locked. Each call of an OrderedDict is atomic with such keys.
+        self._seen: OrderedDict[str, Version] = OrderedDict()
 
     def size(self, url: str) -> int:
         """Size of a file or an object in bytes.
@@ -112,14 +115,18 @@ class Storage:
         return size
 
     def version(self, url: str) -> Version:
-        """What a remote object was when this process first read it; it is asked for where that was not yet.
+        """What a remote object was when this process first read it; it is asked for where that is not known.
 
         Raises: StorageError
         """
-        if url not in self._seen:
-            for _ in self._fetch(url, 0, 1, at_most=True):
+        seen = self._seen.get(url)
+        if seen is None:
+            reading = Reading(url, 0, 1, None, self._settings, at_most=True)
+            for _ in reading:
                 pass
-        return self._seen[url]
+            assert reading.seen is not None, "an answer without a version"
+            seen = self._learn(url, reading.seen)
+        return seen
 
     def read(self, url: str, start: int, stop: int, accept: Callable[[bytes], bool] | None = None) -> bytes:
         """The bytes from `start` to before `stop`. Those that `accept` refuses are fetched anew, past the cache.
@@ -132,8 +139,9 @@ class Storage:
             data = self._read(url, start, stop)
             if accept is None or accept(data):
                 return data
-            if self._cache is not None and url in self._seen:
-                self._cache.drop(url, self._seen[url], start, stop)
+            seen = self._seen.get(url)
+            if self._cache is not None and seen is not None:
+                self._cache.drop(url, seen, start, stop)
         raise StorageError(
             f"{public_name(url)}: bytes {start} to {stop} are not what they should be, {tries} times in a row; the "
             "object is damaged or another one: copy it again or index it anew",
@@ -181,18 +189,29 @@ class Storage:
         if version.size is None or not self._cache.holds(url, version) or (stop or start) > version.size:
             return self._fetch(url, start, stop)
         end = version.size if stop is None else stop
-        return self._cache.stream(url, version, start, end, lambda begin, until: self._fetch(url, begin, until))
+        return self._cache.stream(
+            url, version, start, end, lambda begin, until: self._fetch(url, begin, until, version)
+        )
 
-    def _fetch(self, url: str, start: int, stop: int | None, at_most: bool = False) -> Iterator[bytes]:
-        """Bytes from the server. `at_most`: an object that ends before `stop` is no error."""
-        reading = Reading(url, start, stop, self._seen.get(url), self._settings, at_most)
+    def _fetch(self, url: str, start: int, stop: int | None, version: Version | None = None) -> Iterator[bytes]:
+        """Bytes from the server, of `version` if that is given."""
+        reading = Reading(url, start, stop, version or self._seen.get(url), self._settings, at_most=False)
         yield from reading
-        # Kept only now: an answer that led nowhere says nothing about later ones.
-        seen = reading.seen
-        if seen is not None:
-            difference = self._seen.setdefault(url, seen).difference(seen)
-            if difference:
-                raise StorageError(f"{public_name(url)}: it has changed while it was read ({difference})", url, 1)
+        if reading.seen is not None:
+            self._learn(url, reading.seen)
+
+    def _learn(self, url: str, seen: Version) -> Version:
+        """What is known of the object after a read: an answer that led nowhere says nothing about later ones.
+
+        Raises: StorageError if it was another one before.
+        """
+        known = self._seen.setdefault(url, seen)
+        if len(self._seen) > _MAX_SEEN:
+            self._seen.popitem(last=False)
+        difference = known.difference(seen)
+        if difference:
+            raise StorageError(f"{public_name(url)}: it has changed while it was read ({difference})", url, 1)
+        return known
 
 
 def build_storage(data: DataConfig) -> Storage:

@@ -297,6 +297,23 @@ def test_a_failed_first_answer_does_not_decide_what_the_object_is(server: FaultS
     assert storage.read(server.url(PATH), 0, 290_000) == CONTENT[:290_000]
 
 
+def test_few_versions_are_remembered_and_the_others_learnt_anew(
+    server: FaultServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("ldm_scale.data.storage._MAX_SEEN", 8)
+    storage = Storage(QUICK)
+    urls = [f"{server.url(PATH)}?{number}" for number in range(100)]
+    with ThreadPoolExecutor(8) as pool:
+        assert [*pool.map(lambda url: storage.read(url, 5, 9), urls)] == [CONTENT[5:9]] * 100
+    assert len(storage._seen) == 8
+    server.files[PATH] = OTHER
+    assert storage.read(urls[0], 5, 9) == OTHER[5:9]
+    assert storage.version(urls[1]).size == len(OTHER)
+    known = next(iter(storage._seen))
+    with pytest.raises(StorageError, match="it has changed"):
+        storage.read(known, 5, 9)
+
+
 def test_bytes_that_the_reader_refuses_are_fetched_anew(server: FaultServer, url: str) -> None:
     server.plan(PATH, _fault("corrupt"), _fault("corrupt"))
     right = CONTENT[5_000:290_000]
