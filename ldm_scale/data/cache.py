@@ -8,7 +8,8 @@ is a bad disk or a torn write, not an adversary: the folder is its owner's alone
 Readers take no lock. Writers take `flock` on one file for the moments in which they count bytes and evict, never wait
 for it longer than a moment, and leave a piece out instead; the kernel drops the lock of a process that dies. A process
 reserves a piece's bytes before it writes it, so that the folder is never larger than `max_bytes`; where a killed one
-has reserved too much, the next count of the files puts it right. What cannot be written is read from the server.
+has reserved too much, the next count of the files puts it right. While nothing can be kept, what is not here comes
+from the server as it was asked for, without the rest of its pieces.
 """
 
 from __future__ import annotations
@@ -66,7 +67,7 @@ class RangeCache:
     Raises: ConfigError if it could not hold even sixteen pieces.
     """
 
-    def __init__(self, folder: Path, max_bytes: int, piece_bytes: int = 1 << 20) -> None:
+    def __init__(self, folder: Path, max_bytes: int, piece_bytes: int = 1 << 18) -> None:
         if piece_bytes < 1 or max_bytes < 16 * (piece_bytes + _TRAILER.size):
             raise ConfigError(
                 f"{folder}: a cache of {max_bytes} bytes in pieces of {piece_bytes} is too small; give it room for 16 "
@@ -90,6 +91,12 @@ class RangeCache:
         number = start // self._piece_bytes
         while start < stop:
             piece = self._get(self._path(url, version, number), self._length(version.size, number))
+            if piece is None and self._is_paused():
+                number = self._next_kept(url, version, number + 1, stop)
+                until = min(stop, number * self._piece_bytes)
+                yield from fetch(start, until)
+                start = until
+                continue
             pieces = self._missing(url, version, number, stop, fetch) if piece is None else iter([piece])
             for piece in pieces:
                 begin = number * self._piece_bytes
@@ -100,9 +107,7 @@ class RangeCache:
     def _missing(self, url: str, version: Version, number: int, stop: int, fetch: Fetch) -> Iterator[bytes]:
         """The piece `number` and those after it up to `stop` that are not here either, from one request."""
         assert version.size is not None
-        last = number + 1
-        while last * self._piece_bytes < stop and not self._path(url, version, last).exists():
-            last += 1
+        last = self._next_kept(url, version, number + 1, stop)
         buffer = bytearray()
         for chunk in fetch(number * self._piece_bytes, min(last * self._piece_bytes, version.size)):
             buffer += chunk
@@ -112,6 +117,12 @@ class RangeCache:
                 self._put(self._path(url, version, number), piece)
                 number += 1
                 yield piece
+
+    def _next_kept(self, url: str, version: Version, number: int, stop: int) -> int:
+        """The first piece from `number` on that is here or begins at `stop` or beyond."""
+        while number * self._piece_bytes < stop and not self._path(url, version, number).exists():
+            number += 1
+        return number
 
     def drop(self, url: str, version: Version, start: int, stop: int) -> None:
         """Nothing; the pieces with these bytes are gone."""
@@ -145,7 +156,7 @@ class RangeCache:
 
     def _put(self, path: Path, piece: bytes) -> None:
         """Nothing; the piece is here from now on, if the folder takes it."""
-        if time.monotonic() < self._paused_until:
+        if self._is_paused():
             return
         partial = path.with_name(f"{_PARTIAL}{uuid.uuid4().hex}")
         try:
@@ -160,8 +171,15 @@ class RangeCache:
         except OSError as error:
             with suppress(OSError):
                 partial.unlink()
-            self._paused_until = time.monotonic() + _PAUSE_S
-            _warn_once(f"{self._folder.parent}: cannot be written ({error.strerror}); what is read is not kept there")
+            self._pause(f"cannot be written ({error.strerror})")
+
+    def _is_paused(self) -> bool:
+        return time.monotonic() < self._paused_until
+
+    def _pause(self, reason: str) -> None:
+        """Nothing; no piece is written for a while."""
+        self._paused_until = time.monotonic() + _PAUSE_S
+        _warn_once(f"{self._folder.parent}: {reason}; what is read is not kept there")
 
     def _reserve(self, partial: Path, num_bytes: int) -> bool:
         """Whether there is room for so many bytes, made by eviction if need be.
@@ -178,6 +196,8 @@ class RangeCache:
             if is_room:
                 with partial.open("xb") as stream:
                     stream.truncate(num_bytes)
+            else:
+                self._pause(f"no room for {num_bytes} bytes within its {self._max_bytes}")
             os.pwrite(descriptor, b"%020d" % (used + num_bytes if is_room else used), 0)
             return is_room
 

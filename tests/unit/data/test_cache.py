@@ -327,3 +327,33 @@ def test_versions_without_a_tag_differ_by_date(tmp_path: Path) -> None:
     assert cache.holds("s3://b/x", Version(5, None, "today"))
     names = {cache._path("s3://b/x", Version(5, None, day), 0) for day in ("today", "yesterday")}
     assert len(names) == 2
+
+
+@pytest.mark.parametrize("trouble", ["not a folder", "no room"])
+def test_what_cannot_be_kept_is_fetched_without_the_rest_of_its_pieces(
+    server: FaultServer, tmp_path: Path, trouble: str
+) -> None:
+    if trouble == "not a folder":
+        (tmp_path / "cache").touch()
+    else:
+        partial = tmp_path / "cache" / "pieces-v1" / "ab" / ".partial-other"
+        partial.parent.mkdir(parents=True)
+        partial.write_bytes(bytes(16 * PIECE))
+    storage = _storage(tmp_path / "cache", 16 * (PIECE + 20))
+    assert storage.read(server.url(PATH), 10, 20) == CONTENT[10:20]
+    assert storage.read(server.url(PATH), 5_010, 5_020) == CONTENT[5_010:5_020]
+    if trouble == "no room":
+        assert storage.read(server.url(PATH), 7_990, 9_010) == CONTENT[7_990:9_010]
+    wanted = ["bytes=0-0", "bytes=0-999", "bytes=5010-5019", "bytes=7990-9009"]
+    assert server.count(PATH).ranges == (wanted if trouble == "no room" else wanted[:3])
+
+
+def test_a_folder_that_refuses_still_gives_what_it_has(
+    server: FaultServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    storage = _storage(tmp_path)
+    storage.read(server.url(PATH), 3_000, 5_000)
+    storage.read(server.url(PATH), 8_000, 9_000)
+    monkeypatch.setattr(RangeCache, "_is_paused", lambda _: True)
+    assert storage.read(server.url(PATH), 2_900, 9_500) == CONTENT[2_900:9_500]
+    assert server.count(PATH).ranges[3:] == ["bytes=2900-2999", "bytes=5000-7999", "bytes=9000-9499"]
