@@ -99,7 +99,7 @@ def expand_names(patterns: Sequence[str], list_remote: _Lister | None = None) ->
     The order is that of the patterns, braces as bash expands them, globs sorted. `file://` names become paths. A local
     path that exists is itself, whatever characters it has. `list_remote` gives the names that a remote glob matches.
 
-    Raises: DataError if a name is not allowed, a pattern matches nothing, or two names are the same.
+    Raises: DataError if a name is not allowed or not printable, a pattern matches nothing, or two names are the same.
     """
     names: list[str] = []
     for pattern in patterns:
@@ -164,7 +164,7 @@ def _expand_globs(name: str, list_remote: _Lister | None, must_exist: bool) -> l
                 return []
             # Two spellings of a path are one file.
             return [os.path.normpath(path) if "./" in path or "//" in path else path]
-        return sorted(os.path.normpath(found) for found in glob.glob(path, recursive=True))
+        return _printable(sorted(os.path.normpath(found) for found in glob.glob(path, recursive=True)))
     if scheme_of(name) in ("http", "https"):
         # A question mark begins the query there, and brackets hold an IPv6 address.
         if "*" in re.split(r"[?#]", name, maxsplit=1)[0]:
@@ -176,4 +176,18 @@ def _expand_globs(name: str, list_remote: _Lister | None, must_exist: bool) -> l
         return [name]
     if list_remote is None:
         raise DataError(f"{public_name(name)}: patterns of remote names are not expanded here; name the shards")
-    return sorted(list_remote(name))
+    return _printable(sorted(list_remote(name)))
+
+
+def _printable(found: list[str]) -> list[str]:
+    """The names.
+
+    Raises: DataError if one could not be written to a manifest or a log as it is.
+    """
+    if not all(map(str.isprintable, found)):
+        name = next(name for name in found if not name.isprintable())
+        raise DataError(
+            f"{redact(repr(name))}: not a shard's name, which is printable text in UTF-8; rename it, or make the "
+            "pattern leave it out"
+        )
+    return found

@@ -25,7 +25,7 @@ from ldm_scale.data import remote
 from ldm_scale.data.cache import RangeCache
 from ldm_scale.data.failures import describe, of_status
 from ldm_scale.data.storage import Storage, StorageError, StorageSettings, expand
-from ldm_scale.data.urls import public_name, redact
+from ldm_scale.data.urls import expand_names, public_name, redact
 from ldm_scale.errors import DataError
 from tests.helpers.fault_server import FAULTS, OK, Fault, FaultServer, fault
 
@@ -154,6 +154,17 @@ def test_what_is_no_shard_is_refused(patterns: list[str], rule: str, monkeypatch
     monkeypatch.setattr("ldm_scale.data.urls.MAX_NAMES", 1000)
     with pytest.raises(DataError, match=rule):
         expand(patterns)
+
+
+@pytest.mark.parametrize("name", [b"a\n.tar", b"a\x1b[31m.tar", b"a\xff.tar"])
+def test_found_names_that_cannot_be_printed_are_refused(tmp_path: Path, name: bytes) -> None:
+    (tmp_path / "b.tar").touch()
+    Path(os.fsdecode(bytes(tmp_path) + b"/" + name)).touch()
+    with pytest.raises(DataError, match=r"a\\.*\.tar': not a shard's name.*printable.*rename") as caught:
+        expand([f"{tmp_path}/*.tar"])
+    assert str(caught.value).isprintable()
+    with pytest.raises(DataError, match="printable"):
+        expand_names(["s3://b/*.tar"], lambda _: ["s3://b/x.tar", f"s3://b/{os.fsdecode(name)}"])
 
 
 def test_a_million_names_take_a_second_or_two() -> None:
