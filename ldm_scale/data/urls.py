@@ -24,6 +24,11 @@ MAX_NAMES = 10_000_000  # of one pattern: a slip of the finger in a brace range 
 _SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*):")
 _RANGE = re.compile(r"\{(-?\d+)\.\.(-?\d+)(?:\.\.-?(\d+))?\}")
 _GLOB = re.compile(r"[*?\[]")
+_DELIMITER = re.compile(r"[/?#;]")
+# Of a URL without user and password, up to its parameters, query or fragment: host and port, and what follows them.
+_HOST = r"(?:\[[^\]/@]*\]|[^/?#;@:\[]+)(?::\d+(?=/|$))?"
+_PLACE = re.compile(_HOST + r"(?:/[^@?#;]*)?(?=[?#;]|$)")
+_AFTER_USER = re.compile(rf"@({_HOST}/[^@?#;]*)(?=[?#;]|$)")
 _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://[^\s'\"<>\\^`|]*")
 # Credentials that stand in a text without their URL; the value goes, the name stays.
 _SECRET = re.compile(
@@ -66,15 +71,28 @@ def local_path(name: str) -> str | None:
 
 
 def public_name(name: str) -> str:
-    """The name without user, password, query and fragment: what may stand in a log, an error or a file name."""
+    """The name without user, password, parameters, query and fragment: what may stand in a log or a file name.
+
+    Passwords that should have been quoted (`p#ss`, `p/ss`) are taken out too. Where it cannot be told whether an at
+    sign ends one or belongs to the query, neither host nor path is shown.
+    """
     if "://" not in name:
         return name
     scheme, _, rest = name.partition("://")
     if scheme.lower() == "file":
         return name
-    # The query first: a signature may hold slashes and an at sign.
-    authority, slash, path = re.split(r"[?#]", rest, maxsplit=1)[0].partition("/")
-    return f"{scheme}://{authority.rpartition('@')[2]}{slash}{path}"
+    if ":" not in rest.rpartition("@")[0]:
+        rest = rest[_DELIMITER.split(rest, maxsplit=1)[0].rfind("@") + 1 :]
+    elif _PLACE.match(rest) is None:
+        # A signature may hold an at sign too, so that the last one need not be that before the host.
+        after_user = _AFTER_USER.search(rest)
+        if after_user is not None:
+            rest = after_user[1]
+        elif re.search(r"[?#;]", rest):
+            rest = "..."
+        else:
+            rest = rest.rpartition("@")[2]
+    return f"{scheme}://{re.split('[?#;]', rest, maxsplit=1)[0]}"
 
 
 def shard_stem(name: str) -> str:
