@@ -33,6 +33,7 @@ from ldm_scale.data.unindexed import Unindexed, build_unindexed_pipeline, open_u
 from ldm_scale.errors import ConfigError
 
 _CHECKED_SHARDS = 16
+_END_S = 5.0  # that the thread which makes batches ahead has for its end
 
 
 class Loader:
@@ -134,10 +135,10 @@ class _Ahead:
 
     def __exit__(self, *_: object) -> None:
         self._done.set()
-        while self._thread.is_alive():  # it may stand before a full queue
+        given_up = time.monotonic() + _END_S  # a daemon thread: a read that stalls keeps nobody
+        while self._thread.is_alive() and time.monotonic() < given_up:  # it may stand before a full queue
             with suppress(queue.Empty):
                 self._items.get(timeout=0.01)
-        self._thread.join()
 
     def get(self) -> Any:
         """The next item; None at the end."""

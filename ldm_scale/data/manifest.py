@@ -290,7 +290,10 @@ def read_mixture(path: Path, name: str, entries: list[Any], depth: int = 0) -> S
                     "things: prepare both with the same lists"
                 )
         if len(split.parts) > 1 or len(first.parts) > 1:
-            raise DataError(f"{path}: {split.path} or {first.path} has aspect-ratio buckets; mix first, then bucket")
+            raise DataError(
+                f"{path}: {split.path} or {first.path} has aspect-ratio buckets, which cannot be mixed; mix the "
+                "manifests that they were made from"
+            )
     total = sum(weights)
     parts = tuple(Part(split.parts[0].rows, None, weight / total) for split, weight in zip(found, weights, strict=True))
     return Split(path, name, parts, first.class_names, first.object_classes, first.map_labels, first.latents)

@@ -17,7 +17,7 @@ from ldm_scale.data.annotations import MAP, MAP_EXTENSION, TEXT
 from ldm_scale.data.batch import Batch, collate
 from ldm_scale.data.decode import DecodedSample, DecodeSettings, decode_sample
 from ldm_scale.data.latents import CONTEXTS
-from ldm_scale.data.policy import InQuarantine, BadSample, ConsecutiveLimit, Quarantine, SkippedSample
+from ldm_scale.data.policy import BadSample, ConsecutiveLimit, InQuarantine, Quarantine, SkippedSample
 from ldm_scale.data.read_ahead import ReadAhead
 from ldm_scale.data.shards import Dataset, HeldBytes, UnreadableSample
 from ldm_scale.data.slots import Slot, SlotSource, StreamSettings, own_slots

@@ -1,7 +1,7 @@
 """What lies beside a tar: where each member of each sample is, its checksum and the pictures' sizes, in columns.
 
-A safetensors file, because a training touches a few samples of very many shards: it is mapped, and only the rows that
-are asked for are read. Members that the index found unusable are not rows; the file lists them with their reasons.
+A safetensors file, because a training touches a few samples of very many shards: it is mapped, and nothing
+is parsed. Members that the index found unusable are not rows; the file lists them with their reasons.
 
     names      (bytes,)  uint8   names of all samples, UTF-8, one after the other
     name_ends  (n,)      int64   where each ends

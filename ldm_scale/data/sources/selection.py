@@ -89,7 +89,10 @@ class Source:
         path = manifest_path(path)
         content = read_manifest(path)
         if "splits" not in content:
-            raise DataError(f"{path}: a mixture; choose from the manifests of its data sets, then mix what is left")
+            raise DataError(
+                f"{path}: a mixture, from which nothing is chosen; filter its data sets themselves, then mix them "
+                "(buckets cannot be mixed)"
+            )
         rows = (row for entry in content["splits"].values() for part in _parts(entry) for row in part["shards"])
         if any(row.get("kind") == LATENTS for row in rows):
             raise DataError(f"{path}: holds latents; choose from the manifest of the images, then encode what is left")

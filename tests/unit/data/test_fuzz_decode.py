@@ -11,9 +11,9 @@ import pytest
 from PIL import Image
 
 from ldm_scale.data.annotations import LAYOUT, MAP, Vocabulary
+from ldm_scale.data.batch import collate
 from ldm_scale.data.decode import DecodeSettings, decode_image, decode_sample
 from ldm_scale.data.latents import LatentCache, LatentTransform
-from ldm_scale.data.batch import collate
 from ldm_scale.data.policy import BadSample
 from ldm_scale.errors import DataError
 from tests.helpers.annotated import NUMBERS, scene

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import os
 import re
+import resource
 import signal
 import subprocess
 import sys
@@ -327,3 +328,23 @@ def test_a_run_that_is_killed_again_and_again_sees_the_sequence_of_an_unbroken_o
         process.wait()
         process.stdout.close()
     assert seen == wanted
+
+
+def test_a_small_limit_of_open_files_costs_no_sample(tmp_path: Path) -> None:
+    manifest = make_dataset(tmp_path, num_samples=200, samples_per_shard=1, resolution=8)
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (len(os.listdir("/proc/self/fd")) + 100, hard))
+    try:
+        batches = list(islice(_load(manifest, workers=0), 50))
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    assert not [record for batch in batches for record in batch.bad]
+
+
+def test_a_sidecar_with_damaged_names_costs_its_samples(tmp_path: Path) -> None:
+    manifest = make_dataset(tmp_path, num_samples=40, samples_per_shard=8, resolution=8)
+    sidecar = tmp_path / "train-000001.index.safetensors"
+    sidecar.write_bytes(sidecar.read_bytes().replace(b"train00010", b"train\xff0010"))
+    records = [record for batch in islice(_load(manifest), 10) for record in batch.bad]
+    assert {record.reason for record in records} == {"its shard's index cannot be used"}
+    assert {record.key for record in records if record.position >= 0} == {"train-000001/(sample 2)"}
