@@ -2,9 +2,13 @@
 
 Two trainings at once, each a process with two loader processes: one reads local shards, one the same shards from a web
 server on loopback that resets connections in the middle of an answer. Some pictures are cut short, so that samples are
-replaced all the time, and every few minutes each loader is closed and another goes on where it was. Resident memory and
-open descriptors of each process and its children are sampled; over the second half of the time a straight line is
-fitted. Flat: it rises by less than MAX_MIB_PER_MINUTE and MAX_FILES_PER_MINUTE.
+replaced all the time, and every few minutes each loader is closed and another goes on where it was. Memory and open
+descriptors of each process and its children are sampled; a straight line is fitted over the second half of the time,
+without the first SETTLED_S of each loader, in which it opens its shards. Flat: the line rises by less than
+MAX_MIB_PER_MINUTE and MAX_FILES_PER_MINUTE.
+
+Memory is what belongs to the processes and nothing else could hold: anonymous pages and shared ones. Pages of files
+(libraries, sidecars) come and go with what else the machine does, and are written down beside.
 
     make data-soak [MINUTES=30]
 """
@@ -44,10 +48,12 @@ MAX_FILES_PER_MINUTE = 0.5
 SOURCES = ("local", "http")
 NUM_SAMPLES, NUM_SHARDS, SIDE, BROKEN_SHARE = 3200, 64, 256, 0.005
 RESOLUTION, BATCH, WORKERS = 64, 32, 2
-REOPEN_S = 180.0  # a loader's life
-EVERY_S = 5.0  # between two samples
+REOPEN_S = 300.0  # a loader's life
+SETTLED_S = 90.0
+EVERY_S = 10.0  # between two samples
 RESETS_PER_S = 1.0
-MIB = 2.0**20
+COLUMNS = ("seconds", "memory_mib", "file_mib", "open_files", "processes", "images", "loader_age_s")
+SECONDS, MEMORY, FILE, FILES, PROCESSES, IMAGES, AGE = range(len(COLUMNS))
 
 
 def main(argv: Sequence[str]) -> int:
@@ -82,6 +88,7 @@ def settings() -> dict[str, Any]:
         "batch": BATCH,
         "workers": WORKERS,
         "reopen_s": REOPEN_S,
+        "settled_s": SETTLED_S,
         "resets_per_s": RESETS_PER_S,
         "max_mib_per_minute": MAX_MIB_PER_MINUTE,
         "max_files_per_minute": MAX_FILES_PER_MINUTE,
@@ -89,19 +96,19 @@ def settings() -> dict[str, Any]:
 
 
 def soak(folder: Path, sources: Sequence[str], seconds: float) -> dict[str, list[list[float]]]:
-    """For each source its samples: [seconds, resident bytes, open descriptors, processes, images so far]."""
+    """For each source its samples, a row of COLUMNS each."""
     tars = make_pictures(folder / "tars", NUM_SAMPLES, NUM_SHARDS, SIDE, BROKEN_SHARE)
     served = {f"/{tar.name}": tar.read_bytes() for tar in tars} if "http" in sources else {}
     with FaultServer(served) as server:
         names = {"local": [str(tar) for tar in tars], "http": [server.url(path) for path in served]}
         processes: dict[str, SpawnProcess] = {}
-        counts: dict[str, Any] = {}
+        counts: dict[str, tuple[Any, Any]] = {}  # images, and when the loader was opened
         context = multiprocessing.get_context("spawn")
         for source in sources:
             manifest = folder / source / "manifest.json"
             index_tars(names[source], manifest, "train")
-            counts[source] = context.Value("q", 0)
-            processes[source] = context.Process(target=load, args=(manifest, seconds, counts[source]), name=source)
+            counts[source] = context.Value("q", 0), context.Value("d", time.monotonic())
+            processes[source] = context.Process(target=load, args=(manifest, seconds, *counts[source]), name=source)
             processes[source].start()
         try:
             return _watch(processes, counts, seconds, server)
@@ -111,8 +118,8 @@ def soak(folder: Path, sources: Sequence[str], seconds: float) -> dict[str, list
                 process.join()
 
 
-def load(manifest: Path, seconds: float, images: Any) -> None:
-    """Nothing; loads for so long and counts images in shared memory."""
+def load(manifest: Path, seconds: float, images: Any, opened: Any) -> None:
+    """Nothing; loads for so long, with the number of images and the loader's beginning in shared memory."""
     torch.set_num_threads(1)
     data = DataConfig(
         manifest=str(manifest),
@@ -124,7 +131,8 @@ def load(manifest: Path, seconds: float, images: Any) -> None:
     )
     end, position = time.monotonic() + seconds, 0
     while time.monotonic() < end:
-        reopen = time.monotonic() + REOPEN_S
+        opened.value = time.monotonic()
+        reopen = opened.value + REOPEN_S
         loader = build_loader(
             data, seed=0, global_batch=BATCH, micro_batch=BATCH, rank=0, world_size=1, start_image=position
         )
@@ -138,7 +146,7 @@ def load(manifest: Path, seconds: float, images: Any) -> None:
 
 
 def _watch(
-    processes: dict[str, SpawnProcess], counts: dict[str, Any], seconds: float, server: FaultServer
+    processes: dict[str, SpawnProcess], counts: dict[str, tuple[Any, Any]], seconds: float, server: FaultServer
 ) -> dict[str, list[list[float]]]:
     """The samples, taken while connections are reset."""
     samples: dict[str, list[list[float]]] = {source: [] for source in processes}
@@ -155,43 +163,55 @@ def _watch(
                 if process.exitcode:
                     raise RuntimeError(f"loading from {source} has ended with exit status {process.exitcode}")
                 with suppress(psutil.NoSuchProcess):  # a loader was just closed
-                    samples[source].append([now, *_measured(process), float(counts[source].value)])
+                    images, opened = (shared.value for shared in counts[source])
+                    age = time.monotonic() - opened
+                    samples[source].append([round(now, 1), *_measured(process), images, round(age, 1)])
         time.sleep(1.0 / RESETS_PER_S)
     return samples
 
 
-def _measured(process: SpawnProcess) -> tuple[float, float, float]:
-    """Resident bytes, open descriptors and number of a process and its children."""
+def _measured(process: SpawnProcess) -> tuple[float, float, int, int]:
+    """MiB of memory and of mapped files, open descriptors and number of a process and its children."""
     parent = psutil.Process(process.pid)
     family = [parent, *parent.children(recursive=True)]
-    return (
-        float(sum(member.memory_info().rss for member in family)),
-        float(sum(member.num_fds() for member in family)),
-        float(len(family)),
-    )
+    memory = file = 0
+    for member in family:
+        try:
+            lines = Path(f"/proc/{member.pid}/status").read_text().splitlines()
+        except OSError:
+            raise psutil.NoSuchProcess(member.pid) from None
+        kib = {name: int(rest.split()[0]) for name, _, rest in (line.partition(":") for line in lines) if "Rss" in name}
+        memory += kib.get("RssAnon", 0) + kib.get("RssShmem", 0)
+        file += kib.get("RssFile", 0)
+    return round(memory / 1024, 2), round(file / 1024, 2), sum(member.num_fds() for member in family), len(family)
 
 
 def evaluate(rows: list[list[float]]) -> dict[str, Any]:
-    """Slopes over the second half, of the samples in which all processes were there, and whether they are flat."""
-    usual = float(np.median([row[3] for row in rows]))
-    whole = np.array([row for row in rows if row[3] == usual])
-    half = whole[whole[:, 0] >= whole[-1, 0] / 2]
-    minutes = half[:, 0] / 60
-    mib, files = (float(np.polyfit(minutes, half[:, column], 1)[0]) for column in (1, 2))
-    mib /= MIB
+    """Slopes over the second half, of the samples with a settled loader, and whether they are flat; and the samples."""
+    whole = np.array(rows)
+    usual = float(np.median(whole[:, PROCESSES]))
+    settled = whole[(whole[:, PROCESSES] == usual) & (whole[:, AGE] >= SETTLED_S)]
+    half = settled[settled[:, SECONDS] >= whole[-1, SECONDS] / 2]
+    minutes = half[:, SECONDS] / 60
+    slopes = {column: float(np.polyfit(minutes, half[:, column], 1)[0]) for column in (MEMORY, FILE, FILES)}
     first, last = whole[0], whole[-1]
+    images_per_s = float((last[IMAGES] - first[IMAGES]) / (last[SECONDS] - first[SECONDS]))
     return {
-        "minutes": float(last[0] / 60),
-        "samples": len(whole),
+        "minutes": float(last[SECONDS] / 60),
+        "fitted_samples": len(half),
         "processes": int(usual),
-        "images": int(last[4]),
-        "images_per_s": float((last[4] - first[4]) / (last[0] - first[0])),
-        "resident_mib": {"median": float(np.median(half[:, 1]) / MIB), "max": float(whole[:, 1].max() / MIB)},
-        "open_files": {"median": float(np.median(half[:, 2])), "max": float(whole[:, 2].max())},
-        "mib_per_minute": mib,
-        "files_per_minute": files,
-        "bytes_per_image": mib * MIB / max(1.0, (half[-1, 4] - half[0, 4]) / float(minutes[-1] - minutes[0])),
-        "is_flat": mib < MAX_MIB_PER_MINUTE and files < MAX_FILES_PER_MINUTE,
+        "images": int(last[IMAGES]),
+        "images_per_s": images_per_s,
+        "memory_mib": float(np.median(half[:, MEMORY])),
+        "file_mib": float(np.median(half[:, FILE])),
+        "open_files": float(np.median(half[:, FILES])),
+        "mib_per_minute": slopes[MEMORY],
+        "file_mib_per_minute": slopes[FILE],
+        "files_per_minute": slopes[FILES],
+        "bytes_per_image": slopes[MEMORY] * 2**20 / (60 * images_per_s),
+        "is_flat": slopes[MEMORY] < MAX_MIB_PER_MINUTE and slopes[FILES] < MAX_FILES_PER_MINUTE,
+        "columns": COLUMNS,
+        "samples": rows,
     }
 
 
@@ -202,21 +222,21 @@ def table(results: dict[str, Any]) -> str:
     for source, result in results.items():
         lines.append(
             f"{source:<8}{result['minutes']:>9.1f}{result['images']:>10}{result['images_per_s']:>10.0f}"
-            f"{result['resident_mib']['median']:>8.0f}{result['mib_per_minute']:>9.2f}"
-            f"{result['open_files']['median']:>7.0f}{result['files_per_minute']:>11.2f}"
+            f"{result['memory_mib']:>8.0f}{result['mib_per_minute']:>9.2f}"
+            f"{result['open_files']:>7.0f}{result['files_per_minute']:>11.2f}"
             f"  {'flat' if result['is_flat'] else 'NOT FLAT'}"
         )
     return "\n".join(lines)
 
 
 def draw(samples: dict[str, list[list[float]]], path: Path) -> None:
-    """Nothing; resident memory and open descriptors over time as a picture."""
+    """Nothing; memory and open descriptors over time as a picture."""
     figure, panels = plt.subplots(1, 2, figsize=(12, 4.5))
     for source, rows in samples.items():
         values = np.array(rows)
-        panels[0].plot(values[:, 0] / 60, values[:, 1] / MIB, label=source, linewidth=1.0)
-        panels[1].plot(values[:, 0] / 60, values[:, 2], label=source, linewidth=1.0)
-    for panel, title in zip(panels, ("resident memory, MiB", "open descriptors"), strict=True):
+        for panel, column in zip(panels, (MEMORY, FILES), strict=True):
+            panel.plot(values[:, SECONDS] / 60, values[:, column], label=source, linewidth=1.0)
+    for panel, title in zip(panels, ("memory, MiB", "open descriptors"), strict=True):
         panel.set_title(f"{title}, of a process and its {WORKERS} loader processes")
         panel.set_xlabel("minutes")
         panel.set_ylim(bottom=0)

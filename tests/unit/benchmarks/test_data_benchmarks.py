@@ -68,18 +68,23 @@ def test_an_epoch_of_webdataset_has_every_sample_once() -> None:
 def test_memory_that_grows_is_told_from_memory_that_does_not() -> None:
     rng = np.random.default_rng(0)
     times = np.arange(5.0, 1800.0, 5.0)
-    for growth, is_flat in ((0.0, True), (5 * data_soak.MIB / 60, False)):
-        resident = 1e9 + growth * times + rng.normal(0, 5e6, len(times))
-        rows = [[second, memory, 300.0, 3.0, second * 100] for second, memory in zip(times, resident, strict=True)]
-        result = data_soak.evaluate([*rows, [1801.0, 1e9, 300.0, 1.0, 180_100.0]])
+    for growth, is_flat in ((0.0, True), (2.0, False)):  # MiB a minute
+        rows = []
+        for second, noise in zip(times, rng.normal(0, 5, len(times)), strict=True):
+            age = second % data_soak.REOPEN_S
+            memory = 400 + growth * second / 60 + noise - (200 if age < 60 else 0)
+            rows.append([second, memory, 900.0, 300.0 - max(0, 60 - age), 3 if age > 10 else 1, second * 100, age])
+        result = data_soak.evaluate(rows)
         assert result["is_flat"] == is_flat
-        assert result["mib_per_minute"] == pytest.approx(growth * 60 / data_soak.MIB, abs=0.5)
+        assert result["mib_per_minute"] == pytest.approx(growth, abs=0.5)
+        assert result["files_per_minute"] == pytest.approx(0, abs=0.01)
         assert result["images_per_s"] == pytest.approx(100)
     data_soak.table({"local": result})
 
 
 def test_the_soak_is_drawn(tmp_path: Path) -> None:
-    data_soak.draw({"local": [[5.0, 1e9, 300.0, 3.0, 1.0], [10.0, 1e9, 300.0, 3.0, 2.0]]}, tmp_path / "soak.png")
+    rows = [[second, 400.0, 900.0, 300.0, 3.0, second, second] for second in (5.0, 10.0)]
+    data_soak.draw({"local": rows}, tmp_path / "soak.png")
     assert Image.open(tmp_path / "soak.png").width > 500
 
 
