@@ -78,7 +78,7 @@ class Body:
 
     async def _next(self) -> bytes:
         """The stream's next bytes; b"" at its end."""
-        raise NotImplementedError
+        raise NotImplementedError  # each kind of server has its own, below
 
     async def read(self) -> bytes | None:
         """The next wanted bytes, which may be none of those that came; None after the last."""

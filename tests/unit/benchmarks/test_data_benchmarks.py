@@ -14,6 +14,7 @@ from benchmarks import data_scale, data_soak, loader_cost, loader_ways, shuffle
 @pytest.mark.parametrize("name", ["ours", "webdataset", "torchdata over webdataset", "mosaicml-streaming"])
 def test_ways_make_batches_of_the_same_kind(tmp_path: Path, name: str) -> None:
     if name not in loader_ways.ways("pictures"):
+        # The rivals are installed for the benchmark alone, never into the project's environment.
         pytest.skip(f"not installed: {loader_ways.INSTALL}")
     loader_ways.prepare(tmp_path, "pictures", 72)
     pixels, captions = next(iter(loader_ways.ways("pictures")[name](tmp_path, 0)))
