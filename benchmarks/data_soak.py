@@ -2,10 +2,9 @@
 
 Two trainings at once, each a process with two loader processes: one reads local shards, one the same shards from a web
 server on loopback that resets connections in the middle of an answer. Some pictures are cut short, so that samples are
-replaced all the time, and every few minutes each loader is closed and another goes on where it was. Memory and open
-descriptors of each process and its children are sampled; a straight line is fitted over the second half of the time,
-without the first SETTLED_S of each loader, in which it opens its shards. Flat: the line rises by less than
-MAX_MIB_PER_MINUTE and MAX_FILES_PER_MINUTE.
+replaced all the time. Every minute each training opens a second loader beside the first, as validation does, and leaves
+it midway. Memory and open descriptors of each process and its children are sampled between validations; a straight line
+is fitted over the second half of the time. Flat: it rises by less than MAX_MIB_PER_MINUTE and MAX_FILES_PER_MINUTE.
 
 Memory is what belongs to the processes and nothing else could hold: anonymous pages and shared ones. Pages of files
 (libraries, sidecars) come and go with what else the machine does, and are written down beside.
@@ -24,6 +23,7 @@ import time
 from collections.abc import Sequence
 from contextlib import suppress
 from datetime import UTC, datetime
+from itertools import islice
 from multiprocessing.context import SpawnProcess
 from pathlib import Path
 from typing import Any
@@ -48,12 +48,12 @@ MAX_FILES_PER_MINUTE = 0.5
 SOURCES = ("local", "http")
 NUM_SAMPLES, NUM_SHARDS, SIDE, BROKEN_SHARE = 3200, 64, 256, 0.005
 RESOLUTION, BATCH, WORKERS = 64, 32, 2
-REOPEN_S = 300.0  # a loader's life
-SETTLED_S = 90.0
+VALIDATE_S, VALIDATION_BATCHES = 60.0, 20
+SETTLED_S = 5.0  # after a validation
 EVERY_S = 10.0  # between two samples
 RESETS_PER_S = 1.0
-COLUMNS = ("seconds", "memory_mib", "file_mib", "open_files", "processes", "images", "loader_age_s")
-SECONDS, MEMORY, FILE, FILES, PROCESSES, IMAGES, AGE = range(len(COLUMNS))
+COLUMNS = ("seconds", "memory_mib", "file_mib", "open_files", "processes", "images", "since_validation_s")
+SECONDS, MEMORY, FILE, FILES, PROCESSES, IMAGES, SINCE = range(len(COLUMNS))
 
 
 def main(argv: Sequence[str]) -> int:
@@ -87,7 +87,8 @@ def settings() -> dict[str, Any]:
         "resolution": RESOLUTION,
         "batch": BATCH,
         "workers": WORKERS,
-        "reopen_s": REOPEN_S,
+        "validate_s": VALIDATE_S,
+        "validation_batches": VALIDATION_BATCHES,
         "settled_s": SETTLED_S,
         "resets_per_s": RESETS_PER_S,
         "max_mib_per_minute": MAX_MIB_PER_MINUTE,
@@ -102,7 +103,7 @@ def soak(folder: Path, sources: Sequence[str], seconds: float) -> dict[str, list
     with FaultServer(served) as server:
         names = {"local": [str(tar) for tar in tars], "http": [server.url(path) for path in served]}
         processes: dict[str, SpawnProcess] = {}
-        counts: dict[str, tuple[Any, Any]] = {}  # images, and when the loader was opened
+        counts: dict[str, tuple[Any, Any]] = {}  # images, and when a validation ended
         context = multiprocessing.get_context("spawn")
         for source in sources:
             manifest = folder / source / "manifest.json"
@@ -118,8 +119,8 @@ def soak(folder: Path, sources: Sequence[str], seconds: float) -> dict[str, list
                 process.join()
 
 
-def load(manifest: Path, seconds: float, images: Any, opened: Any) -> None:
-    """Nothing; loads for so long, with the number of images and the loader's beginning in shared memory."""
+def load(manifest: Path, seconds: float, images: Any, validated: Any) -> None:
+    """Nothing; loads for so long, with the number of images and the end of the last validation in shared memory."""
     torch.set_num_threads(1)
     data = DataConfig(
         manifest=str(manifest),
@@ -129,20 +130,19 @@ def load(manifest: Path, seconds: float, images: Any, opened: Any) -> None:
         num_workers=WORKERS,
         max_bad_share=1.0,
     )
-    end, position = time.monotonic() + seconds, 0
-    while time.monotonic() < end:
-        opened.value = time.monotonic()
-        reopen = opened.value + REOPEN_S
-        loader = build_loader(
-            data, seed=0, global_batch=BATCH, micro_batch=BATCH, rank=0, world_size=1, start_image=position
-        )
-        for batch in loader:
-            assert len(batch.images) == BATCH
-            assert int(batch.image_numbers[0]) == position
-            position += BATCH
-            images.value = position
-            if time.monotonic() >= min(end, reopen):
-                break
+    part = {"seed": 0, "global_batch": BATCH, "micro_batch": BATCH, "rank": 0, "world_size": 1}
+    end = time.monotonic() + seconds
+    for number, batch in enumerate(build_loader(data, **part)):
+        assert len(batch.images) == BATCH
+        assert int(batch.image_numbers[0]) == number * BATCH
+        images.value = (number + 1) * BATCH
+        if time.monotonic() >= end:
+            return
+        if time.monotonic() >= validated.value + VALIDATE_S:
+            validated.value = np.inf
+            for _ in islice(build_loader(data, **part, augment=False, num_epochs=1), VALIDATION_BATCHES):
+                pass
+            validated.value = time.monotonic()
 
 
 def _watch(
@@ -162,10 +162,11 @@ def _watch(
             for source, process in processes.items():
                 if process.exitcode:
                     raise RuntimeError(f"loading from {source} has ended with exit status {process.exitcode}")
-                with suppress(psutil.NoSuchProcess):  # a loader was just closed
-                    images, opened = (shared.value for shared in counts[source])
-                    age = time.monotonic() - opened
-                    samples[source].append([round(now, 1), *_measured(process), images, round(age, 1)])
+                with suppress(psutil.NoSuchProcess):  # a validation has just ended
+                    images, since = counts[source][0].value, time.monotonic() - counts[source][1].value
+                    measured = _measured(process)
+                    if since >= SETTLED_S and counts[source][1].value < np.inf:
+                        samples[source].append([round(now, 1), *measured, images, round(since, 1)])
         time.sleep(1.0 / RESETS_PER_S)
     return samples
 
@@ -187,11 +188,9 @@ def _measured(process: SpawnProcess) -> tuple[float, float, int, int]:
 
 
 def evaluate(rows: list[list[float]]) -> dict[str, Any]:
-    """Slopes over the second half, of the samples with a settled loader, and whether they are flat; and the samples."""
+    """Slopes over the second half, and whether they are flat; and the samples."""
     whole = np.array(rows)
-    usual = float(np.median(whole[:, PROCESSES]))
-    settled = whole[(whole[:, PROCESSES] == usual) & (whole[:, AGE] >= SETTLED_S)]
-    half = settled[settled[:, SECONDS] >= whole[-1, SECONDS] / 2]
+    half = whole[whole[:, SECONDS] >= whole[-1, SECONDS] / 2]
     minutes = half[:, SECONDS] / 60
     slopes = {column: float(np.polyfit(minutes, half[:, column], 1)[0]) for column in (MEMORY, FILE, FILES)}
     first, last = whole[0], whole[-1]
@@ -199,7 +198,7 @@ def evaluate(rows: list[list[float]]) -> dict[str, Any]:
     return {
         "minutes": float(last[SECONDS] / 60),
         "fitted_samples": len(half),
-        "processes": int(usual),
+        "processes": int(half[:, PROCESSES].max()),
         "images": int(last[IMAGES]),
         "images_per_s": images_per_s,
         "memory_mib": float(np.median(half[:, MEMORY])),

@@ -5,10 +5,12 @@ from __future__ import annotations
 import queue
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import replace
 from itertools import accumulate, chain, islice
+from multiprocessing import active_children
+from multiprocessing.process import BaseProcess
 from types import MappingProxyType
 from typing import Any
 
@@ -33,7 +35,8 @@ from ldm_scale.data.unindexed import Unindexed, build_unindexed_pipeline, open_u
 from ldm_scale.errors import ConfigError
 
 _CHECKED_SHARDS = 16
-_END_S = 5.0  # that the thread which makes batches ahead has for its end
+_END_S = 5.0  # that the thread which makes batches ahead has for its end; then its processes are killed
+_KILLED_S = 15.0  # until it has noticed that: torch looks after its processes every five seconds
 
 
 class Loader:
@@ -62,13 +65,14 @@ class Loader:
 
     def __iter__(self) -> Iterator[Batch]:
         parts = self._parts()
-        started = time.perf_counter()
+        started, others = time.perf_counter(), active_children()
         with deaths_by_polling():
             first = list(islice(parts, 1))  # forks the processes, which the caller's thread has to do
+        processes = [process for process in active_children() if process not in others]
         self.waited_s += time.perf_counter() - started
         batches = self._batches(chain(first, parts))
         del parts, first
-        with _Ahead(batches, self._prefetch_batches if self._num_workers == 0 else 1) as ahead:
+        with _Ahead(batches, self._prefetch_batches if self._num_workers == 0 else 1, processes) as ahead:
             del batches
             while True:
                 started = time.perf_counter()
@@ -124,9 +128,10 @@ class Loader:
 class _Ahead:
     """An iterator's items made by a thread, at most `depth` ahead of those taken; its errors are items too."""
 
-    def __init__(self, items: Iterator[Any], depth: int) -> None:
+    def __init__(self, items: Iterator[Any], depth: int, processes: Collection[BaseProcess]) -> None:
         self._items: queue.Queue[Any] = queue.Queue(depth)
         self._done = threading.Event()
+        self._processes = processes  # whose parts the items are joined from
         self._thread = threading.Thread(target=self._run, args=(items,), name="batches", daemon=True)
 
     def __enter__(self) -> _Ahead:
@@ -135,10 +140,20 @@ class _Ahead:
 
     def __exit__(self, *_: object) -> None:
         self._done.set()
-        given_up = time.monotonic() + _END_S  # a daemon thread: a read that stalls keeps nobody
+        # Without processes of its own a thread whose read stalls stays behind until that has spent its budget: it is a
+        # daemon and keeps nobody. Processes go: what the caller forks next would inherit all that theirs hold open.
+        if not self._has_ended(_END_S) and self._processes:
+            for process in self._processes:
+                process.kill()
+            self._has_ended(_KILLED_S)
+
+    def _has_ended(self, within_s: float) -> bool:
+        """Whether the thread ends within that time; what it has made still is thrown away."""
+        given_up = time.monotonic() + within_s
         while self._thread.is_alive() and time.monotonic() < given_up:  # it may stand before a full queue
             with suppress(queue.Empty):
                 self._items.get(timeout=0.01)
+        return not self._thread.is_alive()
 
     def get(self) -> Any:
         """The next item; None at the end."""

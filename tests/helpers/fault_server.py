@@ -232,8 +232,8 @@ class _Handler(BaseHTTPRequestHandler):
         self._write(body, counts)
 
     def _write(self, body: bytes, counts: Counts) -> None:
+        counts.num_bytes += len(body)  # before its reader can look
         self.wfile.write(body)
-        counts.num_bytes += len(body)
 
     def _body(self, status: int, body: bytes, what: Fault, counts: Counts, tags: dict[str, str]) -> None:
         if what.kind == "corrupt":

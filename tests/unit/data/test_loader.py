@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import textwrap
+import threading
 import time
 from collections import Counter
 from dataclasses import replace
@@ -284,6 +285,25 @@ def test_a_loader_that_is_let_go_leaves_no_worker_behind(manifest: Path) -> None
     assert len(workers) == 2
     batches.close()  # type: ignore[attr-defined]
     assert not any(_alive(pid) for pid in workers)
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="reads the children of a process from /proc")
+def test_a_loader_whose_processes_hang_leaves_nothing_behind(manifest: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    list(_load(manifest, workers=2, num_epochs=1))  # what a process keeps for all its loaders
+    monkeypatch.setattr("ldm_scale.data.loader._END_S", 0.2)
+    others, files = set(_children(os.getpid())), len(os.listdir("/proc/self/fd"))
+    batches = iter(_load(manifest, workers=2))
+    next(batches)
+    workers = set(_children(os.getpid())) - others
+    for pid in workers:
+        os.kill(pid, signal.SIGSTOP)
+    batches.close()  # type: ignore[attr-defined]
+    assert not any(_alive(pid) for pid in workers)
+    assert "batches" not in {thread.name for thread in threading.enumerate()}
+    given_up = time.monotonic() + 10
+    while len(os.listdir("/proc/self/fd")) > files and time.monotonic() < given_up:
+        time.sleep(0.01)  # threads of the standard library close the queues
+    assert len(os.listdir("/proc/self/fd")) <= files
 
 
 def test_a_loader_process_that_dies_is_an_error_in_words(manifest: Path) -> None:
