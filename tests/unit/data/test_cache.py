@@ -33,9 +33,7 @@ def one_server() -> Iterator[FaultServer]:
 
 
 @pytest.fixture
-def server(one_server: FaultServer, monkeypatch: pytest.MonkeyPatch) -> FaultServer:
-    for name in ("http_proxy", "HTTP_PROXY", "all_proxy", "ALL_PROXY"):
-        monkeypatch.delenv(name, raising=False)
+def server(one_server: FaultServer) -> FaultServer:
     one_server.reset({PATH: CONTENT, "/y.tar": CONTENT[::-1]})
     return one_server
 
