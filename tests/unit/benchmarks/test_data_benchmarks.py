@@ -72,9 +72,8 @@ def test_memory_that_grows_is_told_from_memory_that_does_not() -> None:
     for growth, is_flat in ((0.0, True), (2.0, False)):  # MiB a minute
         rows = []
         for second, noise in zip(times, rng.normal(0, 5, len(times)), strict=True):
-            age = second % data_soak.REOPEN_S
-            memory = 400 + growth * second / 60 + noise - (200 if age < 60 else 0)
-            rows.append([second, memory, 900.0, 300.0 - max(0, 60 - age), 3 if age > 10 else 1, second * 100, age])
+            memory = 400 + growth * second / 60 + noise - max(0, 300 - second)  # at first it opens shards
+            rows.append([second, memory, 900.0, 300.0 - max(0, 300 - second), 3, second * 100, second % 60])
         result = data_soak.evaluate(rows)
         assert result["is_flat"] == is_flat
         assert result["mib_per_minute"] == pytest.approx(growth, abs=0.5)
