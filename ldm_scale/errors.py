@@ -35,3 +35,12 @@ class NumericsError(LdmScaleError):
     """Non-finite losses or diverged replicas: names the step and the ranks."""
 
     exit_code = 5
+
+
+class Restart(LdmScaleError):
+    """A run that stopped in good order and is to be started again: a time limit, a preemption, a hang that was ended.
+
+    Its status is EX_TEMPFAIL of sysexits.h, on which slurm/train_ldm.sh requeues the job.
+    """
+
+    exit_code = 75

@@ -14,8 +14,10 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
+from ldm_scale import faults
 from ldm_scale.config.schema import TrainConfig
 from ldm_scale.errors import ConfigError
+from ldm_scale.telemetry.log import get_logger
 
 PROCESS_GROUP_TIMEOUT_S = 1800.0
 
@@ -107,6 +109,7 @@ def start(launch: Launch, train: TrainConfig) -> Environment:
     Raises: ConfigError if train.device asks for CUDA and there is none, or MASTER_ADDR is missing.
     Collective: all ranks.
     """
+    faults.configure(launch.rank, get_logger(launch.rank).warning)
     device = _choose_device(launch, train)
     precision = train.precision if train.precision != "auto" else ("bf16" if device.type == "cuda" else "fp32")
     if device.type == "cuda":
