@@ -5,8 +5,8 @@ LDM_FAULTS holds rules, separated by ";", each an action with its conditions:
     LDM_FAULTS="kill:at=save.write,rank=1,nth=3; sleep:at=step.forward,seconds=5"
 
 `at` is a point (POINTS), `rank` the rank that it happens on (all without it), `nth` the passage of that point from
-which on it happens (1), `times` how often (1). Without the variable a point costs a look at an empty tuple. Nothing else
-reads it, and a run that has it says so once per rule.
+which on it happens (1), `times` how often (1). Without the variable a point costs a look at an empty tuple. A run that
+has it says so once per rule.
 """
 
 from __future__ import annotations
