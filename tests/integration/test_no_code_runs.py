@@ -67,10 +67,11 @@ def _audited(folder: Path, *arguments: str) -> _Outcome:
     done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=folder, env=environment)
     assert done.returncode == 0, done.stderr
     told = json.loads(done.stdout.splitlines()[-1])
-    strange = [(event, f"{what} by {files[-3:]}") for event, what, files in told["seen"] if not _is_known(event, what, files)]
-    return _Outcome(
-        told["status"], done.stderr, strange, sum(event == "pickle.find_class" for event, *_ in told["seen"])
-    )
+    strange = [
+        (event, f"{what} by {files[-3:]}") for event, what, files in told["seen"] if not _is_known(event, what, files)
+    ]
+    num_lookups = sum(event == "pickle.find_class" for event, *_ in told["seen"])
+    return _Outcome(told["status"], done.stderr, strange, num_lookups)
 
 
 def _is_known(event: str, what: str, files: list[str]) -> bool:
