@@ -342,6 +342,7 @@ class TrainConfig:
     checkpoint_every_images: int = 50_000  # 0 = only by the clock and at the end
     checkpoint_every_s: float = 1_800.0  # and at least this often; 0 = off
     keep_checkpoints: int = 2
+    async_checkpoints: bool = True  # written while training goes on, from a copy of the rank's state in host memory
     # Images between comparisons of the ranks' weights, averages, buffers and batches; 0 = only before the first step.
     check_ranks_every_images: int = 50_000
 

@@ -7,7 +7,8 @@ rank takes from the files the elements that its fragments cover: any ranks and a
 
 from __future__ import annotations
 
-import shutil
+import json
+import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,13 +17,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ldm_scale import faults
+from ldm_scale.engine.background_save import BackgroundSave
 from ldm_scale.engine.ema import EMA, ShardedEma
-from ldm_scale.engine.rank_files import Piece, Reader, complete_folders, read_manifest, write_folder
+from ldm_scale.engine.folder_write import remove_folder, write_folder
+from ldm_scale.engine.rank_files import Piece, Reader, complete_folders, read_manifest
+from ldm_scale.engine.tensor_file import sync_folder
 from ldm_scale.engine.zero import Fragment, ShardedModel
 from ldm_scale.errors import CheckpointError
 from ldm_scale.telemetry.log import get_logger
 
 WEIGHT, BUFFER = "weight", "buffer"
+PROGRESS = "progress.json"  # of a run: that it had checkpoints, so that losing them all does not pass for a beginning
 
 
 @dataclass
@@ -88,16 +94,32 @@ def save_checkpoint(
     Raises: CheckpointError on all ranks if any rank could not write; nothing half-written stays.
     Collective: all ranks.
     """
-    rank = next(iter(trained.values())).model.environment.rank
-    models = {
-        name: {"optimizer_steps": item.model.optimizer_steps, "zero_stage": item.model.stage}
-        for name, item in trained.items()
-    }
-    content = {"models": models, "state": state, "config": config}
-    final = write_folder(root, images, rank, _pieces(trained, rank), content)
-    if rank == 0:
-        for old in complete_folders(root)[: -max(keep, 1)]:
-            shutil.rmtree(old, ignore_errors=True)
+    rank = _rank(trained)
+    final = write_folder(root, images, rank, _pieces(trained, rank), _content(trained, state, config))
+    _retire_older(final, images, rank, keep)
+    return final
+
+
+def start_save(
+    root: Path, images: int, trained: Mapping[str, Trained], state: dict[str, Any], config: dict[str, Any]
+) -> BackgroundSave:
+    """A save of what the tensors hold now, which a thread writes; `finish_save` completes it.
+
+    Raises: CheckpointError on all ranks if the folder cannot be made.
+    Collective: all ranks.
+    """
+    rank = _rank(trained)
+    return BackgroundSave(root, images, rank, _pieces(trained, rank), _content(trained, state, config))
+
+
+def finish_save(save: BackgroundSave, rank: int, keep: int) -> Path:
+    """Folder of the checkpoint, as `save_checkpoint` would have left it; waits until it is written.
+
+    Raises: CheckpointError on all ranks if any rank could not write; nothing half-written stays.
+    Collective: all ranks.
+    """
+    final = save.publish()
+    _retire_older(final, save.images, rank, keep)
     return final
 
 
@@ -107,15 +129,17 @@ def latest_checkpoint(root: Path) -> Path | None:
     return complete[-1] if complete else None
 
 
-def load_checkpoint(checkpoint: Path, trained: Mapping[str, Trained]) -> dict[str, Any]:
+def load_checkpoint(checkpoint: Path, trained: Mapping[str, Trained], verified: bool = False) -> dict[str, Any]:
     """The saved training state; weights, moments and averages are copied into this rank's fragments.
+
+    `verified` says that all files were looked at just now (`verification`): they are not once more.
 
     An exponential average that the checkpoint lacks starts from its weights: it forgets them again.
     Raises: CheckpointError if a tensor or a profile is missing, has another shape, or a file's checksum is wrong.
     Collective: all ranks.
     """
     manifest = read_manifest(checkpoint)
-    reader = Reader(checkpoint, manifest)
+    reader = Reader(checkpoint, manifest, verified)
     with torch.no_grad():
         for name, item in trained.items():
             _require_same_parameters(checkpoint, manifest, name, item.model)
@@ -133,6 +157,45 @@ def load_checkpoint(checkpoint: Path, trained: Mapping[str, Trained]) -> dict[st
             item.model.set_optimizer_steps(manifest["models"][name]["optimizer_steps"])
             item.model.publish_masters()
     return manifest["state"]  # type: ignore[no-any-return]
+
+
+def _rank(trained: Mapping[str, Trained]) -> int:
+    return next(iter(trained.values())).model.environment.rank
+
+
+def _content(trained: Mapping[str, Trained], state: dict[str, Any], config: dict[str, Any]) -> dict[str, Any]:
+    models = {
+        name: {"optimizer_steps": item.model.optimizer_steps, "zero_stage": item.model.stage}
+        for name, item in trained.items()
+    }
+    return {"models": models, "state": state, "config": config}
+
+
+def _retire_older(final: Path, images: int, rank: int, keep: int) -> None:
+    """Nothing; the run's record knows of the checkpoint, and those before it beyond `keep` are gone.
+
+    Only now: each rank has read the new one back from the disk. What is newer than it is not of this run's making.
+    """
+    faults.reach("save.retain")
+    if rank > 0:
+        return
+    try:
+        _record_progress(final.parent.parent, images)
+    except OSError as error:
+        get_logger(rank).error(f"{final.parent.parent / PROGRESS} not written ({error}); {final} is complete")
+    older = [folder for folder in complete_folders(final.parent) if folder < final]
+    for folder in older[: max(0, len(older) - max(keep, 1) + 1)]:
+        remove_folder(folder)
+
+
+def _record_progress(run_dir: Path, images: int) -> None:
+    new = run_dir / f".{PROGRESS}.tmp"
+    with new.open("w", encoding="utf-8") as file:
+        file.write(json.dumps({"images": images}) + "\n")
+        file.flush()
+        os.fsync(file.fileno())
+    new.replace(run_dir / PROGRESS)
+    sync_folder(run_dir)
 
 
 def _pieces(trained: Mapping[str, Trained], rank: int) -> Iterator[Piece]:

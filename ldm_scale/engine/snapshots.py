@@ -6,7 +6,7 @@ weight) counts little beside what a step of training moves.
 
 from __future__ import annotations
 
-import shutil
+import dataclasses
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -16,8 +16,8 @@ import torch
 from ldm_scale.config.schema import EmaConfig
 from ldm_scale.engine.checkpoint import Trained
 from ldm_scale.engine.ema import power_std
-from ldm_scale.engine.rank_files import Piece, complete_folders, images_of, write_folder
-from ldm_scale.errors import CheckpointError
+from ldm_scale.engine.folder_write import remove_folder, write_folder
+from ldm_scale.engine.rank_files import Piece, complete_folders, images_of
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16}
 
@@ -46,7 +46,7 @@ def remove_snapshots_beyond(root: Path, images: int) -> int:
     """Number of snapshots removed because they are of more images than the run, continued from there, has seen."""
     later = [folder for folder in complete_folders(root) if images_of(folder) > images]
     for folder in later:
-        shutil.rmtree(folder, ignore_errors=True)
+        remove_folder(folder)
     return len(later)
 
 
@@ -56,9 +56,4 @@ def _pieces(averaged: Mapping[str, Trained], dtype: torch.dtype) -> Iterator[Pie
         for piece in item.pieces(name):
             if piece.kind not in averages or power_std(piece.kind) is None:
                 continue
-            values = piece.values.to(dtype)
-            if not values.isfinite().all():
-                raise CheckpointError(
-                    f"{piece.kind} of {name}/{piece.name} does not fit float16; set ema.snapshot_dtype=fp32"
-                )
-            yield Piece(name, piece.kind, piece.name, piece.shape, piece.offset, values)
+            yield dataclasses.replace(piece, dtype=dtype)

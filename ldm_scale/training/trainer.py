@@ -24,13 +24,14 @@ from ldm_scale.config.fit import batch_plan
 from ldm_scale.config.schema import BatchPlan, Config
 from ldm_scale.data import Batch, Loader, build_loader, open_manifest, open_unindexed
 from ldm_scale.engine import collectives, seeding
-from ldm_scale.engine.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
+from ldm_scale.engine.checkpoint import load_checkpoint
 from ldm_scale.engine.env import Environment
 from ldm_scale.engine.health import RankBatch, check_ranks, require_finite
 from ldm_scale.engine.preemption import StopRequest
-from ldm_scale.engine.rank_files import read_manifest
+from ldm_scale.engine.rank_files import folder_of
 from ldm_scale.engine.run_lock import RunLock
 from ldm_scale.engine.snapshots import remove_snapshots_beyond, save_snapshot
+from ldm_scale.engine.verification import newest_verified
 from ldm_scale.engine.weights import SNAPSHOTS
 from ldm_scale.errors import CheckpointError, ConfigError
 from ldm_scale.models.fused import describe_kernels
@@ -40,6 +41,7 @@ from ldm_scale.telemetry.throughput import TrainProgress
 from ldm_scale.training.diagnosis import Finding, gradient_history
 from ldm_scale.training.resumption import require_same_artifact, require_same_run
 from ldm_scale.training.sample_losses import SampleLosses
+from ldm_scale.training.saving import Saving
 from ldm_scale.training.state import TrainingState
 from ldm_scale.training.task import Task
 
@@ -64,8 +66,7 @@ class Trainer:
             data_digest=self._data_digest, autoencoder_hash=task.autoencoder_hash, labels=dataset.labels
         )
         self.log = get_logger(environment.rank)
-        self._last_save_s = time.monotonic()
-        self._saved_images = -1
+        self.saving = Saving(config, self.checkpoints, environment.rank)
         self._kernels_described = False
         self._ranks_compared = False
         self._waited_s = 0.0  # for data, in all
@@ -97,7 +98,7 @@ class Trainer:
                 for batches in self._steps(loader):
                     if self._step(batches, loader, writer, progress, stop):
                         writer.flush()
-                        self._save()
+                        self.saving.save_last(self.task.trained, self.state)
                         cause = stop.signal_name or "another rank"
                         self.log.info(
                             f"stopped by {cause} at {self.state.cur_images} images; the same command continues there"
@@ -106,7 +107,7 @@ class Trainer:
         finally:
             progress.close()
             writer.close()
-        self._save()
+        self.saving.save_last(self.task.trained, self.state)
         self._finish()
         return True
 
@@ -170,9 +171,10 @@ class Trainer:
         if self._validates and (self._due(self.config.train.sample_every_images) or self._at_end()):
             for name, images in self.task.pictures().items():
                 writer.add_image_grid(name, images, self.state.cur_images)
-        if self._save_is_due():
+        self.saving.settle()
+        if self.saving.is_due(self._due(self.config.train.checkpoint_every_images)):
             writer.flush()  # a checkpoint never knows more than the figures
-            self._save_and_go_on()
+            self.saving.save(self.task.trained, self.state)
 
     def _validate(self, writer: ScalarWriter) -> None:
         """Figures, their pictures, and what they say is wrong, in words; the log has each finding once."""
@@ -209,10 +211,11 @@ class Trainer:
         """
         names = sorted(metrics)
         values = [metrics[name].double() for name in names]
-        values += [torch.tensor(float(value)).double() for value in (stop, *counts)]
-        *means, stopping, bad, cut = collectives.mean_over_ranks(
+        values += [torch.tensor(float(value)).double() for value in (stop, *counts, *self.saving.flags())]
+        *means, stopping, bad, cut, overdue, writing = collectives.mean_over_ranks(
             torch.stack(values).to(self.environment.device)
         ).tolist()
+        self.saving.agree(overdue, writing)
         self.state.truncated += round(cut * self.environment.world_size)
         return dict(zip(names, means, strict=True)), stopping > 0, round(bad * self.environment.world_size)
 
@@ -226,20 +229,6 @@ class Trainer:
     def _at_end(self) -> bool:
         return self.state.cur_images >= self.config.train.total_images
 
-    def _save_is_due(self) -> bool:
-        every_s = self.config.train.checkpoint_every_s
-        overdue = every_s > 0 and time.monotonic() - self._last_save_s > every_s
-        return self._due(self.config.train.checkpoint_every_images) or collectives.any_rank(
-            overdue, self.environment.device
-        )
-
-    def _save_and_go_on(self) -> None:
-        try:
-            self._save()
-        except CheckpointError as error:
-            self.log.error(f"{error}; training goes on")
-            self._last_save_s = time.monotonic()
-
     def _snapshot(self) -> None:
         """Writes the averages of power-function profiles; a run without one of its snapshots goes on."""
         root, config = self.run_dir / SNAPSHOTS, config_to_dict(self.config)
@@ -248,27 +237,13 @@ class Trainer:
         except CheckpointError as error:
             self.log.error(f"{error}; training goes on")
 
-    def _save(self) -> None:
-        if self._saved_images == self.state.cur_images:
-            return
-        save_checkpoint(
-            self.checkpoints,
-            self.state.cur_images,
-            self.task.trained,
-            self.state.to_dict(),
-            config_to_dict(self.config),
-            self.config.train.keep_checkpoints,
-        )
-        self._saved_images = self.state.cur_images
-        self._last_save_s = time.monotonic()
-
     def _resume(self) -> None:
-        """Continues from the newest checkpoint of the run directory, which rank 0 chooses for all."""
-        path = collectives.broadcast_object(latest_checkpoint(self.checkpoints) if self.environment.is_main else None)
-        if path is None:
+        """Continues from the newest whole checkpoint of the run directory, which rank 0 chooses for all."""
+        newest = newest_verified(self.checkpoints, self.environment.rank)
+        if newest is None:
             self.log.info(f"starting from scratch in {self.run_dir}")
             return
-        manifest = read_manifest(path)
+        path, manifest = newest
         require_same_run(path, manifest["config"], config_to_dict(self.config))
         saved = TrainingState.from_dict(manifest["state"])
         require_same_artifact(path, saved.autoencoder_hash, self.task.autoencoder_hash, self.config.artifact)
@@ -278,8 +253,8 @@ class Trainer:
                 f"(split {self.config.data.split}) lists, so its position means nothing there; give the manifest of "
                 "before, or another run_dir"
             )
-        self.state = TrainingState.from_dict(load_checkpoint(path, self.task.trained))
-        self._saved_images = self.state.cur_images
+        self.state = TrainingState.from_dict(load_checkpoint(path, self.task.trained, verified=True))
+        self.saving.resumed_at(self.state.cur_images)
         self.log.info(f"continuing at {self.state.cur_images} images from {path}")
 
     def _forget_later_snapshots(self) -> None:
@@ -319,7 +294,7 @@ class Trainer:
         )
 
     def _finish(self) -> None:
-        path = self.checkpoints / f"images-{self.state.cur_images:010d}"
+        path = folder_of(self.checkpoints, self.state.cur_images)
         with self.task.evaluating():
             report = self.task.finish(path, self.state.cur_images)
         if self.state.truncated:

@@ -11,12 +11,11 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from ldm_scale.config.convert import config_to_dict
 from ldm_scale.config.schema import Config, EmaConfig
-from ldm_scale.engine import collectives, rank_files
+from ldm_scale.engine import collectives
 from ldm_scale.engine.checkpoint import Trained, latest_checkpoint, load_checkpoint, save_checkpoint
 from ldm_scale.engine.ema import ShardedEma
 from ldm_scale.engine.rank_files import read_manifest
@@ -24,6 +23,7 @@ from ldm_scale.engine.weights import read_full_tensors
 from ldm_scale.engine.zero import MOMENTS
 from ldm_scale.errors import CheckpointError
 from ldm_scale.models.build import build_seeded
+from tests.helpers.faulty import faults_set
 from tests.helpers.ranks import run_ranks
 from tests.helpers.sharded import (
     BATCH,
@@ -330,52 +330,49 @@ def test_a_profile_cannot_be_added_to_a_run_but_left_out(tmp_path: Path) -> None
     assert max_difference(content["ema=0.1"], dict(network().named_parameters())) == 0
 
 
-def _fail(error: Exception) -> Callable[..., None]:
-    def raising(*args: Any) -> None:
-        raise error
-
-    return raising
-
-
-NO_SPACE = OSError(28, "No space left on device")
-SAFETENSORS = SafetensorError("I/O error: No space left on device (os error 28)")
-
-
-def _failing_save(root: Path, broken_rank: int, broken: str, error: Exception) -> str:
-    """What a save says of which one rank fails, after one that worked and before another."""
+def _failing_save(root: Path, rules: str) -> str:
+    """What a save says under those faults, after one that worked and before another."""
     trained = _start(network(), 2)
     _train(trained["net"], range(1))
     _save(root, 8, trained)
     _train(trained["net"], range(1, 2))
-    working = getattr(rank_files, broken)
-    if trained["net"].model.environment.rank == broken_rank:
-        setattr(rank_files, broken, _fail(error))
     message = "saved"
-    try:
-        _save(root, 16, trained)
-    except CheckpointError as caught:
-        message = str(caught)
+    with faults_set(rules, trained["net"].model.environment.rank):
+        try:
+            _save(root, 16, trained)
+        except CheckpointError as caught:
+            message = str(caught)
     left = sorted(path.name for path in root.iterdir())
     assert left == ["images-0000000008"], left
     collectives.barrier()
-    setattr(rank_files, broken, working)
     _save(root, 24, trained)
     return message
 
 
 @pytest.mark.parametrize(
-    ("rank", "broken", "error"),
-    [(1, "save_file", NO_SPACE), (1, "save_file", SAFETENSORS), (0, "save_file", NO_SPACE), (0, "_sync", NO_SPACE)],
+    ("rank", "point", "action", "says"),
+    [
+        (1, "save.begin", "erofs", "Read-only file system"),
+        (1, "save.write", "enospc", "No space left on device"),
+        (0, "save.write", "eio", "Input/output error"),
+        (1, "save.sync", "eio", "Input/output error"),
+        (1, "save.sync", "flip", "reads back from the disk as other bytes"),
+        (1, "save.sync", "truncate", "reads back from the disk as other bytes"),
+        (1, "save.reports", "eio", "Input/output error"),
+        (0, "save.manifest", "enospc", "No space left on device"),
+        (0, "save.rename", "eio", "Input/output error"),
+    ],
 )
 def test_a_save_that_cannot_write_fails_on_all_ranks_and_leaves_nothing(
-    tmp_path: Path, rank: int, broken: str, error: Exception
+    tmp_path: Path, rank: int, point: str, action: str, says: str
 ) -> None:
-    for message in run_ranks(_failing_save, 2, tmp_path, rank, broken, error):
-        assert str(tmp_path / "images-0000000016") in message
+    root = tmp_path / "checkpoints"
+    for message in run_ranks(_failing_save, 2, root, f"{action}:at={point},rank={rank}"):
+        assert str(root / "images-0000000016") in message
         assert f"rank {rank}: " in message
-        assert "No space left on device" in message
+        assert says in message
     for images in (8, 24):
-        read_full_tensors(tmp_path / f"images-{images:010d}", "net", "ema")
+        read_full_tensors(root / f"images-{images:010d}", "net", "ema")
 
 
 def _save_into(root: Path) -> str:

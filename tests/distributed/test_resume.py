@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -11,13 +11,12 @@ from typing import Any
 import pytest
 from safetensors import safe_open
 
+from ldm_scale import faults
 from ldm_scale.config.schema import Config
 from ldm_scale.engine import env
-from ldm_scale.engine.checkpoint import save_checkpoint
 from ldm_scale.engine.rank_files import complete_folders, read_manifest
-from ldm_scale.errors import CheckpointError
 from ldm_scale.operations.train import train
-from ldm_scale.training import adversary, trainer
+from ldm_scale.training import adversary, saving
 from tests.helpers.ranks import run_ranks
 from tests.helpers.runs import tiny_artifact, tiny_config
 from tests.helpers.shards import make_dataset
@@ -109,22 +108,36 @@ def _require_equal_snapshots(unbroken: Path, resumed: Path) -> None:
         assert read_manifest(resumed / name)["files"] == read_manifest(unbroken / name)["files"]
 
 
-def _train_with_one_failing_save(config: Config) -> bool:
-    def once_failing(*args: Any) -> Path:
-        setattr(trainer, "save_checkpoint", save_checkpoint)  # noqa: B010
-        raise CheckpointError("checkpoint not written")
-
-    setattr(trainer, "save_checkpoint", once_failing)  # noqa: B010
+def _train_under_faults(config: Config, rules: str) -> bool:
+    os.environ[faults.VARIABLE] = rules  # of this rank's process alone
+    saving.FIRST_PAUSE_S = 0.0
     return _train_run(config)
 
 
-def test_training_goes_on_after_a_save_that_failed(tmp_path: Path) -> None:
+@pytest.mark.parametrize("in_background", [False, True])
+@pytest.mark.parametrize("fault", ["enospc:at=save.write", "eio:at=save.rename", "erofs:at=save.begin,times=2"])
+def test_training_goes_on_after_a_save_that_failed_and_soon_tries_again(
+    tmp_path: Path, fault: str, in_background: bool
+) -> None:
     manifest = make_dataset(tmp_path / "data", num_samples=16, resolution=20)
     tiny_artifact(tmp_path / "artifact")
-    config = tiny_config("diffusion", manifest, tmp_path / "run", train={"total_images": 24})
-    config = dataclasses.replace(config, train=dataclasses.replace(config.train, checkpoint_every_images=8))
-    assert run_ranks(_train_with_one_failing_save, 1, config) == [True]
-    assert sorted(path.name for path in (tmp_path / "run" / "checkpoints").iterdir()) == [
-        "images-0000000016",
-        "images-0000000024",
-    ]
+    cadence = {"total_images": 88, "checkpoint_every_images": 48, "keep_checkpoints": 9}
+    config = tiny_config("diffusion", manifest, tmp_path / "run", train=cadence | {"async_checkpoints": in_background})
+    assert run_ranks(_train_under_faults, 1, config, fault) == [True]
+    names = sorted(path.name for path in (tmp_path / "run" / "checkpoints").iterdir())
+    assert names[-1] == "images-0000000088"
+    assert "images-0000000048" not in names
+    assert len(names) == 2, "not tried again before the end"
+
+
+@pytest.mark.parametrize("in_background", [False, True])
+def test_a_run_that_cannot_write_its_last_checkpoint_says_so(tmp_path: Path, in_background: bool) -> None:
+    manifest = make_dataset(tmp_path / "data", num_samples=16, resolution=20)
+    tiny_artifact(tmp_path / "artifact")
+    cadence = {"total_images": 24, "checkpoint_every_images": 8, "async_checkpoints": in_background}
+    config = tiny_config("diffusion", manifest, tmp_path / "run", train=cadence)
+    with pytest.raises(AssertionError, match=r"CheckpointError: the run ends at 24 images without .*No space left"):
+        run_ranks(_train_under_faults, 1, config, "enospc:at=save.sync,nth=2,times=99")
+    (left,) = (tmp_path / "run" / "checkpoints").iterdir()
+    assert left.name == "images-0000000008"
+    assert run_ranks(_train_run, 1, config) == [True], "with space again it goes on from there"

@@ -160,7 +160,7 @@ def _overflow(root: Path) -> str:
 
 def test_a_weight_beyond_half_precision_fails_on_all_ranks_and_leaves_nothing(tmp_path: Path) -> None:
     for message in run_ranks(_overflow, 2, tmp_path):
-        assert "rank 1: ema=0.1 of net/" in message
+        assert "rank 1: net/ema=0.1/" in message
         assert "set ema.snapshot_dtype=fp32" in message
     assert len(complete_folders(tmp_path)) == 1
 

@@ -7,7 +7,6 @@ import json
 import math
 import os
 import signal
-import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import SimpleNamespace
@@ -22,7 +21,7 @@ from ldm_scale.data import Batch
 from ldm_scale.engine.env import Environment, Launch
 from ldm_scale.engine.health import RankBatch
 from ldm_scale.errors import CheckpointError, NumericsError
-from ldm_scale.training import trainer
+from ldm_scale.training import saving, trainer
 from ldm_scale.training.diagnosis import Finding
 from ldm_scale.training.state import TrainingState
 from ldm_scale.training.task import Task
@@ -90,7 +89,7 @@ def saved(monkeypatch: pytest.MonkeyPatch) -> list[int]:
         counts.append(images)
         return root / f"images-{images:010d}"
 
-    monkeypatch.setattr(trainer, "save_checkpoint", save)
+    monkeypatch.setattr(saving, "save_checkpoint", save)
     return counts
 
 
@@ -103,6 +102,7 @@ def config(tmp_path: Path) -> Config:
         "validate_every_images": 16,
         "sample_every_images": 30,
         "checkpoint_every_images": 20,
+        "async_checkpoints": False,
     }
     return tiny_config("diffusion", manifest, tmp_path / "run", train=cadence)
 
@@ -157,8 +157,7 @@ def test_a_request_to_stop_is_met_after_the_running_step(config: Config, saved: 
 def test_saves_by_the_clock_as_well(config: Config, saved: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
     timed = dataclasses.replace(config.train, checkpoint_every_images=10**6, checkpoint_every_s=60.0)
     now = [0.0]
-    clock = SimpleNamespace(monotonic=lambda: now[0], perf_counter=time.perf_counter)
-    monkeypatch.setattr(trainer, "time", clock)
+    monkeypatch.setattr(saving, "time", SimpleNamespace(monotonic=lambda: now[0]))
 
     def tick(images: int) -> float:
         now[0] += 25.0

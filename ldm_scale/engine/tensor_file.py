@@ -1,0 +1,91 @@
+"""Safetensors files written tensor by tensor, their CRC-32 made on the way.
+
+safetensors' own `save_file` wants all tensors in host memory at once and leaves the checksum to a second pass. Here the
+header goes first, since names, types and sizes are known before any value, and then chunk by chunk what is asked from
+the device, so that a save needs a chunk of host memory and the bytes are looked at while they are in the cache.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import zlib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ldm_scale import faults
+from ldm_scale.errors import CheckpointError
+
+CHUNK_BYTES = 1 << 22
+_NAMES = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
+
+
+class Stored(NamedTuple):
+    """A tensor of a file: its name, its values wherever they lie, the type it is written in."""
+
+    name: str
+    values: Tensor
+    dtype: torch.dtype
+
+
+def write_tensors(path: Path, tensors: Sequence[Stored]) -> int:
+    """CRC-32 of the written file, which lies on the disk when this returns. The same tensors give the same bytes.
+
+    Raises: OSError; CheckpointError if a value does not fit the type it is to be written in.
+    """
+    header = _header(tensors)
+    checksum = zlib.crc32(header)
+    with path.open("wb") as file:
+        file.write(header)
+        for tensor in tensors:
+            faults.reach("save.write", path)
+            for part in torch.split(tensor.values.detach().reshape(-1), CHUNK_BYTES // tensor.dtype.itemsize):
+                values = part.to(tensor.dtype)
+                if tensor.dtype == torch.float16 and not values.isfinite().all():
+                    raise CheckpointError(f"{tensor.name} does not fit float16; set ema.snapshot_dtype=fp32")
+                chunk = memoryview(values.cpu().contiguous().view(torch.uint8).numpy())  # type: ignore[arg-type]
+                checksum = zlib.crc32(chunk, checksum)
+                file.write(chunk)
+        file.flush()
+        faults.reach("save.sync", path)
+        os.fsync(file.fileno())
+    return checksum
+
+
+def file_crc32(path: Path, from_disk: bool = False) -> int:
+    """CRC-32 of a file; `from_disk` has the system forget the pages that it holds of it, so that the disk answers."""
+    value = 0
+    buffer = memoryview(bytearray(CHUNK_BYTES))
+    with path.open("rb", buffering=0) as file:
+        if from_disk:
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+        while count := file.readinto(buffer):
+            value = zlib.crc32(buffer[:count], value)
+    return value
+
+
+def sync_folder(path: Path) -> None:
+    """Nothing; what was created, renamed or removed in the folder is on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _header(tensors: Sequence[Stored]) -> bytes:
+    """Length, then JSON, filled up so that the values begin at a multiple of 8."""
+    entries: dict[str, dict[str, object]] = {}
+    end = 0
+    for tensor in tensors:
+        assert tensor.name not in entries, f"{tensor.name} twice in a file"
+        begin, end = end, end + tensor.values.numel() * tensor.dtype.itemsize
+        shape, dtype = [tensor.values.numel()], _NAMES[tensor.dtype]
+        entries[tensor.name] = {"dtype": dtype, "shape": shape, "data_offsets": [begin, end]}
+    text = json.dumps(entries, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text

@@ -1,0 +1,126 @@
+"""When a run writes its checkpoints, and what it does when one cannot be written.
+
+A checkpoint falls due by images and by the clock, and again soon after one that failed, with growing pauses: a full
+disk or a folder that is read-only for a while does not end a run, and does not leave it without a checkpoint until the
+next interval either. With train.async_checkpoints a thread writes it while training goes on (`background_save`). What
+the ranks' clocks and threads say differs, so it rides on the trainer's per-step reduction (`flags`).
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from pathlib import Path
+
+from ldm_scale.config.convert import config_to_dict
+from ldm_scale.config.schema import Config
+from ldm_scale.engine.background_save import BackgroundSave
+from ldm_scale.engine.checkpoint import Trained, finish_save, save_checkpoint, start_save
+from ldm_scale.errors import CheckpointError
+from ldm_scale.telemetry.log import get_logger
+from ldm_scale.training.state import TrainingState
+
+FIRST_PAUSE_S, LONGEST_PAUSE_S = 10.0, 600.0  # after a save that failed; each is twice the one before
+LAST_PAUSES_S = (1.0, 5.0)  # where the run can only wait: at its end, or asked to stop
+
+
+class Saving:
+    """The checkpoints of a run. Collective: all ranks call the methods that say so, after the same steps."""
+
+    def __init__(self, config: Config, root: Path, rank: int) -> None:
+        self._config, self._root, self._rank = config, root, rank
+        self._log = get_logger(rank)
+        self._pending: BackgroundSave | None = None
+        self._saved_images = -1
+        self._last_s = time.monotonic()
+        self._retry_s: float | None = None
+        self._pause_s = FIRST_PAUSE_S
+        self._is_overdue = self._is_written = False  # as the ranks agreed
+
+    def resumed_at(self, images: int) -> None:
+        """Nothing; the run stands where its checkpoint of so many images was written."""
+        self._saved_images = images
+
+    def flags(self) -> tuple[float, float]:
+        """What this rank has to say: whether the clock asks for a save, whether its thread is still writing."""
+        now_s, every_s = time.monotonic(), self._config.train.checkpoint_every_s
+        overdue = every_s > 0 and now_s - self._last_s > every_s
+        overdue |= self._retry_s is not None and now_s >= self._retry_s
+        return float(overdue), float(self._pending is not None and self._pending.is_writing)
+
+    def agree(self, overdue: float, writing: float) -> None:
+        """Nothing; takes the flags as averaged over the ranks."""
+        self._is_overdue, self._is_written = overdue > 0, writing == 0
+
+    def is_due(self, by_images: bool) -> bool:
+        """Whether a checkpoint is to be written now; the same on all ranks."""
+        return by_images or self._is_overdue
+
+    def settle(self) -> None:
+        """Nothing; completes a save of which all ranks have written their part. Collective: all ranks."""
+        if self._pending is not None and self._is_written:
+            self._finish_pending()
+
+    def save(self, trained: Mapping[str, Trained], state: TrainingState) -> None:
+        """Nothing; writes a checkpoint, or begins to. A run that cannot goes on. Collective: all ranks."""
+        self._finish_pending()  # two saves never overlap
+        images = state.cur_images
+        if self._saved_images == images:
+            return
+        self._last_s, self._retry_s = time.monotonic(), None
+        try:
+            if self._config.train.async_checkpoints:
+                values = state.to_dict(), config_to_dict(self._config)
+                self._pending = start_save(self._root, images, trained, *values)
+            else:
+                self._write(trained, state)
+        except CheckpointError as error:
+            self._failed(error)
+
+    def save_last(self, trained: Mapping[str, Trained], state: TrainingState) -> None:
+        """Nothing; a checkpoint of this very step is on the disk.
+
+        Raises: CheckpointError on all ranks if it cannot be written, after a few attempts.
+        Collective: all ranks.
+        """
+        self._finish_pending()
+        for pause_s in (*LAST_PAUSES_S, None):
+            if self._saved_images == state.cur_images:
+                return
+            try:
+                self._write(trained, state)
+            except CheckpointError as error:
+                if pause_s is None:
+                    newest = f"of {self._saved_images} images" if self._saved_images >= 0 else "not there"
+                    raise CheckpointError(
+                        f"the run ends at {state.cur_images} images without a checkpoint of them: {error}; the newest "
+                        f"is {newest}, the same command continues from it"
+                    ) from error
+                self._log.error(f"{error}; once more in {pause_s:g} s")
+                time.sleep(pause_s)
+
+    def _write(self, trained: Mapping[str, Trained], state: TrainingState) -> None:
+        values = state.to_dict(), config_to_dict(self._config)
+        save_checkpoint(self._root, state.cur_images, trained, *values, self._config.train.keep_checkpoints)
+        self._succeeded(state.cur_images)
+        self._last_s = time.monotonic()
+
+    def _finish_pending(self) -> None:
+        if self._pending is None:
+            return
+        pending, self._pending = self._pending, None
+        try:
+            finish_save(pending, self._rank, self._config.train.keep_checkpoints)
+        except CheckpointError as error:
+            self._failed(error)
+        else:
+            self._succeeded(pending.images)
+
+    def _succeeded(self, images: int) -> None:
+        self._saved_images = images
+        self._retry_s, self._pause_s = None, FIRST_PAUSE_S
+
+    def _failed(self, error: CheckpointError) -> None:
+        self._log.error(f"{error}; training goes on, the next attempt is in {self._pause_s:.0f} s")
+        self._retry_s = time.monotonic() + self._pause_s
+        self._pause_s = min(2 * self._pause_s, LONGEST_PAUSE_S)
