@@ -348,6 +348,19 @@ class TrainConfig:
 
 
 @dataclass(frozen=True)
+class WatchdogConfig:
+    """How long ranks may take. A rank that takes longer ends the run, named, with the status that asks for a restart.
+
+    A step that follows something else has both times together: its kernels are compiled, or other ranks are still at
+    what was before.
+    """
+
+    step_s: float = 300.0  # for a step, the wait for its data included; 0 = steps are not watched
+    other_s: float = 1_500.0  # for anything else: the start, a validation, a save, the product; 0 = not watched
+    rendezvous_s: float = 120.0  # until the last of the ranks has come, at the start
+
+
+@dataclass(frozen=True)
 class BatchPlan:
     """The global batch divided among this run's ranks: global_batch = micro_batch x accumulation_steps x ranks."""
 
@@ -392,4 +405,5 @@ class Config:
     zero: ZeroConfig = field(default_factory=ZeroConfig)
     kernels: KernelsConfig = field(default_factory=KernelsConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
+    watchdog: WatchdogConfig = field(default_factory=WatchdogConfig)
     sampling: SamplingConfig = field(default_factory=SamplingConfig)

@@ -21,6 +21,7 @@ import torch
 import webdataset as wds
 
 from ldm_scale.errors import DataError, LdmScaleError
+from ldm_scale.telemetry import stacks
 
 
 class ErrorsAsItems(torch.utils.data.IterableDataset[Any]):
@@ -39,6 +40,7 @@ class ErrorsAsItems(torch.utils.data.IterableDataset[Any]):
 def start_worker(worker_id: int) -> None:
     """Nothing; makes a forked loader worker quiet: one thread, no reaction to signals that are not its parent's."""
     torch.set_num_threads(1)
+    stacks.answer()
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     sys.excepthook = _quiet_about_hang_ups
     # Slurm and process groups send SIGTERM to workers too. Only the parent's may end one, and only sigwaitinfo tells

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from datetime import timedelta
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed import distributed_c10d as c10d
+
+from ldm_scale.engine import phases
 
 
 def world_size() -> int:
@@ -21,6 +25,7 @@ def mean_over_ranks(x: Tensor) -> Tensor:
 
 def sum_over_ranks(x: Tensor) -> Tensor:
     """x summed over all ranks, on every rank; x itself is unchanged. Collective: all ranks."""
+    phases.meet()
     if world_size() == 1:
         return x
     total = x.clone()
@@ -30,6 +35,7 @@ def sum_over_ranks(x: Tensor) -> Tensor:
 
 def any_rank(flag: bool, device: torch.device) -> bool:
     """Whether the flag is set on any rank. Collective: all ranks."""
+    phases.meet()
     if world_size() == 1:
         return flag
     value = torch.tensor([float(flag)], device=device)
@@ -39,6 +45,7 @@ def any_rank(flag: bool, device: torch.device) -> bool:
 
 def gather_objects(value: Any) -> list[Any]:
     """The values of all ranks, in rank order, on every rank. Collective: all ranks."""
+    phases.meet()
     if world_size() == 1:
         return [value]
     values: list[Any] = [None] * world_size()
@@ -48,6 +55,7 @@ def gather_objects(value: Any) -> list[Any]:
 
 def broadcast_object(value: Any) -> Any:
     """Rank 0's value on every rank. Collective: all ranks."""
+    phases.meet()
     if world_size() == 1:
         return value
     box = [value]
@@ -59,3 +67,21 @@ def barrier() -> None:
     """Returns when all ranks have called it. Collective: all ranks."""
     if world_size() > 1:
         dist.barrier()
+
+
+def num_begun() -> int:
+    """Collectives that this rank has begun, over all process groups; 0 where torch does not tell.
+
+    Ranks begin the same ones in the same order, so that the rank with fewer is the one that others wait for.
+    """
+    try:
+        return sum(group._get_sequence_number_for_group() for group in list(c10d._world.pg_map))
+    except (AttributeError, RuntimeError):
+        return 0
+
+
+def set_time_limit(limit: timedelta) -> None:
+    """Nothing; collectives of all process groups that exist fail after that time, and not earlier."""
+    set_timeout = getattr(c10d, "set_timeout", None) or c10d._set_pg_timeout  # the first is torch 2.14's
+    for group in list(c10d._world.pg_map):
+        set_timeout(limit, group)

@@ -8,18 +8,23 @@ can be refused before any process group exists.
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import timedelta
+from types import MappingProxyType
 
 import torch
 import torch.distributed as dist
 
 from ldm_scale import faults
-from ldm_scale.config.schema import TrainConfig
+from ldm_scale.config.schema import TrainConfig, WatchdogConfig
+from ldm_scale.engine import collectives, rendezvous
+from ldm_scale.engine.rendezvous import Meeting
+from ldm_scale.engine.versions import running_versions
 from ldm_scale.errors import ConfigError
 from ldm_scale.telemetry.log import get_logger
 
-PROCESS_GROUP_TIMEOUT_S = 1800.0
+_LEAST_COLLECTIVE_S = 1800.0  # torch's own limit for gloo
 
 
 @dataclass(frozen=True)
@@ -39,6 +44,7 @@ class Environment:
     launch: Launch
     device: torch.device
     dtype: torch.dtype
+    meeting: Meeting | None = None  # where all ranks run; None if somebody else has started them
 
     @property
     def rank(self) -> int:
@@ -103,10 +109,17 @@ def _number(name: str, at_least: int) -> int:
     return int(text)
 
 
-def start(launch: Launch, train: TrainConfig) -> Environment:
+def start(
+    launch: Launch,
+    train: TrainConfig,
+    watchdog: WatchdogConfig | None = None,
+    facts: Mapping[str, str] = MappingProxyType({}),
+) -> Environment:
     """The started rank: device chosen, threads set, process group up.
 
-    Raises: ConfigError if train.device asks for CUDA and there is none, or MASTER_ADDR is missing.
+    `facts` are texts that all ranks must have in common, by their names; versions are compared with them.
+    Raises: ConfigError if train.device asks for CUDA and there is none, or the ranks do not come together or were not
+    started alike.
     Collective: all ranks.
     """
     faults.configure(launch.rank, get_logger(launch.rank).warning)
@@ -117,8 +130,14 @@ def start(launch: Launch, train: TrainConfig) -> Environment:
         torch.backends.cudnn.benchmark = True
     else:
         torch.set_num_threads(cpu_threads(launch.local_world_size))
-    _start_process_group(launch, "nccl" if device.type == "cuda" else "gloo")
-    return Environment(launch, device, torch.bfloat16 if precision == "bf16" else torch.float32)
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    meeting = _start_process_group(launch, backend, watchdog or WatchdogConfig(), running_versions() | dict(facts))
+    return Environment(launch, device, torch.bfloat16 if precision == "bf16" else torch.float32, meeting)
+
+
+def collective_limit(watchdog: WatchdogConfig) -> timedelta:
+    """Time after which torch gives up a collective: long after the watchdog has ended a hang, and named it."""
+    return timedelta(seconds=max(_LEAST_COLLECTIVE_S, 2 * (watchdog.step_s + watchdog.other_s)))
 
 
 def cpu_threads(processes: int = 1) -> int:
@@ -149,21 +168,39 @@ def _choose_device(launch: Launch, train: TrainConfig) -> torch.device:
     return torch.device("cuda", launch.local_rank)
 
 
-def _start_process_group(launch: Launch, backend: str) -> None:
+def _start_process_group(
+    launch: Launch, backend: str, watchdog: WatchdogConfig, facts: Mapping[str, str]
+) -> Meeting | None:
     if dist.is_initialized():
-        return
-    timeout = timedelta(seconds=PROCESS_GROUP_TIMEOUT_S)
+        return rendezvous.alone() if launch.world_size == 1 else None
+    timeout = collective_limit(watchdog)
     if launch.world_size == 1:
         # A store in memory: a single rank needs no port, so any number of runs can share a host.
         store = dist.HashStore()  # type: ignore[attr-defined]  # documented, but absent from torch's stubs
         dist.init_process_group(backend, store=store, rank=0, world_size=1, timeout=timeout)
-        return
+        return rendezvous.alone()
     missing = [name for name in ("MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
     if missing:
         raise ConfigError(
             f"{' and '.join(missing)} not set for {launch.world_size} ranks: use torchrun, deepspeed or "
             "slurm/train_ldm.sh, which set them"
         )
-    dist.init_process_group(
-        backend, init_method="env://", rank=launch.rank, world_size=launch.world_size, timeout=timeout
+    one_host = launch.local_world_size >= launch.world_size
+    store, meeting = rendezvous.meet(launch.rank, launch.world_size, facts, watchdog.rendezvous_s, one_host)
+    own = meeting.places[launch.rank]
+    get_logger().info(
+        f"{launch.world_size} ranks on {len({place.host for place in meeting.places})} host(s) meet at "
+        f"{meeting.address}:{meeting.port}; gloo's messages go through {own.interface or 'an interface of its choice'}"
     )
+    # gloo connects every two ranks here, within its time limit for a collective.
+    limit = timedelta(seconds=watchdog.rendezvous_s)
+    try:
+        dist.init_process_group(backend, store=store, rank=launch.rank, world_size=launch.world_size, timeout=limit)
+    except RuntimeError as error:
+        raise ConfigError(
+            f"rank {launch.rank} on {own.host} met the others at {meeting.address}:{meeting.port}, but {backend} does "
+            f"not connect it with them ({str(error).partition(chr(10))[0]}): a firewall between the nodes, or "
+            f"GLOO_SOCKET_IFNAME={os.environ.get('GLOO_SOCKET_IFNAME', '')} is not the network that they share"
+        ) from None
+    collectives.set_time_limit(timeout)
+    return meeting

@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 from ldm_scale.config.schema import OptimizerConfig, ZeroConfig
+from ldm_scale.engine import phases
 from ldm_scale.engine.env import Environment
 from ldm_scale.errors import NumericsError
 
@@ -97,6 +98,7 @@ class ShardedModel:
 
     def backward(self, loss: Tensor) -> None:
         """Accumulates the gradient of one micro-batch's mean loss; averages over ranks when the batch is complete."""
+        phases.enter("backward")
         self.engine.backward(loss)
         if not self.engine.is_gradient_accumulation_boundary():
             self.engine.step()  # only counts the micro-batch, by which DeepSpeed finds the boundary

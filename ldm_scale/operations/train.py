@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
+from ldm_scale.config.convert import config_to_dict
 from ldm_scale.config.fit import batch_plan, check_artifact_fits, check_posterior
 from ldm_scale.config.schema import Config
 from ldm_scale.data import Dataset, LatentCache, check_moments, open_manifest, open_unindexed, require_images
 from ldm_scale.data.manifest import needs_manifest
 from ldm_scale.engine import env
 from ldm_scale.engine.checkpoint import latest_checkpoint
+from ldm_scale.engine.collectives import set_time_limit
+from ldm_scale.engine.versions import require_versions
+from ldm_scale.engine.watchdog import Watchdog
 from ldm_scale.errors import ConfigError
 from ldm_scale.models.fused import check_kernels
 from ldm_scale.telemetry.log import get_logger
@@ -20,8 +26,9 @@ def train(config: Config, launch: env.Launch) -> bool:
 
     Raises: ConfigError, DataError or CheckpointError before any process group starts where that can be told.
     """
-    _check_inputs(config, launch.world_size)
-    environment = env.start(launch, config.train)
+    require_versions()
+    inputs = _check_inputs(config, launch.world_size)
+    environment = env.start(launch, config.train, config.watchdog, facts_of(config) | inputs)
     check_kernels(config.kernels, environment.device)
     plan = batch_plan(config, launch.world_size)
     log = get_logger(environment.rank)
@@ -38,22 +45,38 @@ def train(config: Config, launch: env.Launch) -> bool:
     from ldm_scale.training.trainer import Trainer
 
     task: Task
-    if config.stage == "autoencoder":
-        task = AutoencoderTask(config, plan, environment)
-    elif config.stage == "diffusion":
-        task = DiffusionTask(config, plan, environment)
-    else:
-        task = ClassifierTask(config, plan, environment)
-    finished = Trainer(config, task, environment).run()
+    assert environment.meeting is not None, "started here"
+    with Watchdog(config.watchdog, Path(config.run_dir), environment.rank, environment.meeting):
+        if config.stage == "autoencoder":
+            task = AutoencoderTask(config, plan, environment)
+        elif config.stage == "diffusion":
+            task = DiffusionTask(config, plan, environment)
+        else:
+            task = ClassifierTask(config, plan, environment)
+        set_time_limit(env.collective_limit(config.watchdog))  # of the groups that DeepSpeed made, too
+        finished = Trainer(config, task, environment).run()
     env.stop()
     return finished
 
 
-def _check_inputs(config: Config, world_size: int) -> None:
-    """Returns if the data and the artifact can be opened, and belong together."""
-    if open_unindexed(config.data.manifest) is not None:
-        _check_unindexed(config)
-        return
+def facts_of(config: Config) -> dict[str, str]:
+    """The configuration's keys and values, as texts."""
+
+    def flat(values: Mapping[str, Any], prefix: str) -> Iterator[tuple[str, str]]:
+        for key, value in values.items():
+            if isinstance(value, dict):
+                yield from flat(value, f"{prefix}{key}.")
+            else:
+                yield prefix + key, str(value)
+
+    return dict(flat(config_to_dict(config), ""))
+
+
+def _check_inputs(config: Config, world_size: int) -> dict[str, str]:
+    """Digests of the data and of the artifact, if they can be opened and belong together."""
+    unindexed = open_unindexed(config.data.manifest)
+    if unindexed is not None:
+        return {"digest of the data": unindexed.digest} | _check_unindexed(config)
     splits = dict.fromkeys([config.data.split, config.data.validation_split or config.data.split])
     # A run that lost a shard goes on without it, also after an interruption; one that begins needs all that it names.
     begins = latest_checkpoint(Path(config.run_dir) / "checkpoints") is None
@@ -63,7 +86,7 @@ def _check_inputs(config: Config, world_size: int) -> None:
     if config.stage == "autoencoder":
         for dataset in datasets:
             require_images(dataset)
-        return
+        return {"digest of the data": datasets[0].digest}
     artifact_hash = _check_artifact(config)
     for dataset in datasets:
         if dataset.num_samples < world_size:
@@ -79,6 +102,7 @@ def _check_inputs(config: Config, world_size: int) -> None:
         if dataset.latents is not None:
             check_cache_fits(config, dataset.latents, artifact_hash)
             check_moments(dataset)
+    return {"digest of the data": datasets[0].digest, "digest of the artifact": artifact_hash}
 
 
 def _check_buckets(config: Config, dataset: Dataset) -> None:
@@ -96,15 +120,14 @@ def _check_buckets(config: Config, dataset: Dataset) -> None:
             )
 
 
-def _check_unindexed(config: Config) -> None:
-    """Returns if shards without a manifest are enough for the stage, and its artifact is whole."""
+def _check_unindexed(config: Config) -> dict[str, str]:
+    """The artifact's digest, if shards without a manifest are enough for the stage, and it is whole."""
     conditioning = config.conditioning
     if config.stage == "classifier" or (config.stage == "diffusion" and conditioning.classes is not None):
         raise needs_manifest(config.data.manifest, "training on classes")
     if config.stage == "diffusion" and (conditioning.layout is not None or conditioning.semantic_map is not None):
         raise needs_manifest(config.data.manifest, "a conditioning on boxes or maps")
-    if config.stage != "autoencoder":
-        _check_artifact(config)
+    return {} if config.stage == "autoencoder" else {"digest of the artifact": _check_artifact(config)}
 
 
 def _require_enough_classes(config: Config, listed: int) -> None:

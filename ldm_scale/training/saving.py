@@ -14,6 +14,7 @@ from pathlib import Path
 
 from ldm_scale.config.convert import config_to_dict
 from ldm_scale.config.schema import Config
+from ldm_scale.engine import phases
 from ldm_scale.engine.background_save import BackgroundSave
 from ldm_scale.engine.checkpoint import Trained, finish_save, save_checkpoint, start_save
 from ldm_scale.errors import CheckpointError
@@ -59,10 +60,12 @@ class Saving:
     def settle(self) -> None:
         """Nothing; completes a save of which all ranks have written their part. Collective: all ranks."""
         if self._pending is not None and self._is_written:
+            phases.enter("save")
             self._finish_pending()
 
     def save(self, trained: Mapping[str, Trained], state: TrainingState) -> None:
         """Nothing; writes a checkpoint, or begins to. A run that cannot goes on. Collective: all ranks."""
+        phases.enter("save")
         self._finish_pending()  # two saves never overlap
         images = state.cur_images
         if self._saved_images == images:
@@ -83,6 +86,7 @@ class Saving:
         Raises: CheckpointError on all ranks if it cannot be written, after a few attempts.
         Collective: all ranks.
         """
+        phases.enter("save")
         self._finish_pending()
         for pause_s in (*LAST_PAUSES_S, None):
             if self._saved_images == state.cur_images:

@@ -19,11 +19,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from ldm_scale import faults
 from ldm_scale.config.convert import config_to_dict
 from ldm_scale.config.fit import batch_plan
 from ldm_scale.config.schema import BatchPlan, Config
 from ldm_scale.data import Batch, Loader, build_loader, open_manifest, open_unindexed
-from ldm_scale.engine import collectives, seeding
+from ldm_scale.engine import collectives, phases, seeding
 from ldm_scale.engine.checkpoint import load_checkpoint
 from ldm_scale.engine.env import Environment
 from ldm_scale.engine.health import RankBatch, check_ranks, require_finite
@@ -117,6 +118,8 @@ class Trainer:
             return
         micro_batches = iter(loader)
         while self.state.cur_images < self.config.train.total_images:
+            phases.enter("data", self.state.step)
+            faults.reach("data.batch")
             yield list(itertools.islice(micro_batches, self.plan.accumulation_steps))
 
     def _step(
@@ -131,6 +134,8 @@ class Trainer:
         masks = seeding.stream(self.config.train.seed, f"dropout on rank {self.environment.rank}", self.state.step)
         torch.manual_seed(int(masks.integers(2**63)))
         cut_before = self.task.num_truncated
+        phases.enter("forward")
+        faults.reach("step.forward")
         metrics = self.task.accumulate(batches, images)
         bad = self.losses.named(batches)
         counts = (len(bad), self.task.num_truncated - cut_before)
@@ -139,6 +144,8 @@ class Trainer:
             self.losses.settle(bad, images, self.plan.global_batch, loader)
         norms = [step["grad_norm"] for step in self._recent if "grad_norm" in step]
         require_finite(means, self.state.step, images, gradient_history(norms))
+        phases.enter("update")
+        faults.reach("step.update")
         means |= self.task.update(images)
         self.state.cur_images += self.plan.global_batch
         self.state.step += 1
@@ -169,6 +176,7 @@ class Trainer:
         if self._validates and (self._due(self.config.train.validate_every_images) or self._at_end()):
             self._validate(writer)
         if self._validates and (self._due(self.config.train.sample_every_images) or self._at_end()):
+            phases.enter("evaluate")
             for name, images in self.task.pictures().items():
                 writer.add_image_grid(name, images, self.state.cur_images)
         self.saving.settle()
@@ -178,6 +186,7 @@ class Trainer:
 
     def _validate(self, writer: ScalarWriter) -> None:
         """Figures, their pictures, and what they say is wrong, in words; the log has each finding once."""
+        phases.enter("evaluate")
         images = self.state.cur_images
         figures = self.task.validate(images)
         writer.add_scalars(figures, images)
@@ -209,6 +218,8 @@ class Trainer:
 
         One all-reduce for all of it.
         """
+        phases.enter("reduce")
+        faults.reach("step.reduce")
         names = sorted(metrics)
         values = [metrics[name].double() for name in names]
         values += [torch.tensor(float(value)).double() for value in (stop, *counts, *self.saving.flags())]
@@ -231,6 +242,7 @@ class Trainer:
 
     def _snapshot(self) -> None:
         """Writes the averages of power-function profiles; a run without one of its snapshots goes on."""
+        phases.enter("save")
         root, config = self.run_dir / SNAPSHOTS, config_to_dict(self.config)
         try:
             save_snapshot(root, self.state.cur_images, self.task.trained, self.config.ema, config)
@@ -294,6 +306,7 @@ class Trainer:
         )
 
     def _finish(self) -> None:
+        phases.enter("finish")
         path = folder_of(self.checkpoints, self.state.cur_images)
         with self.task.evaluating():
             report = self.task.finish(path, self.state.cur_images)
