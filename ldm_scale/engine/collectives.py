@@ -75,7 +75,8 @@ def num_begun() -> int:
     Ranks begin the same ones in the same order, so that the rank with fewer is the one that others wait for.
     """
     try:
-        return sum(group._get_sequence_number_for_group() for group in list(c10d._world.pg_map))
+        groups: list[Any] = list(c10d._world.pg_map)
+        return sum(group._get_sequence_number_for_group() for group in groups)
     except (AttributeError, RuntimeError):
         return 0
 

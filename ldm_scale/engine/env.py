@@ -176,8 +176,8 @@ def _start_process_group(
     timeout = collective_limit(watchdog)
     if launch.world_size == 1:
         # A store in memory: a single rank needs no port, so any number of runs can share a host.
-        store = dist.HashStore()  # type: ignore[attr-defined]  # documented, but absent from torch's stubs
-        dist.init_process_group(backend, store=store, rank=0, world_size=1, timeout=timeout)
+        own_store = dist.HashStore()  # type: ignore[attr-defined]  # documented, but absent from torch's stubs
+        dist.init_process_group(backend, store=own_store, rank=0, world_size=1, timeout=timeout)
         return rendezvous.alone()
     missing = [name for name in ("MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
     if missing:

@@ -32,7 +32,7 @@ class Phases:
         self.alone_s: dict[str, float] = {}  # of the step that has just ended
         self._begun_s = self.since_s  # of the phase
         self._meets = True  # whether the ranks have met in this step
-        self._events: list[torch.cuda.Event] = []
+        self._events: list[torch.Event] = []
 
     def enter(self, phase: str, step: int | None = None) -> None:
         """Nothing; the phase begins. Within a step a phase that follows itself does not count."""
@@ -63,8 +63,8 @@ class Phases:
     def _time_alone(self, phase: str, now: float) -> None:
         if phase == FORWARD:
             self.alone_s = {FIRST: now - self._begun_s}
-            if torch.cuda.is_initialized():
-                self._events = self._events or [torch.cuda.Event(enable_timing=True) for _ in range(2)]
+            if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
+                self._events = self._events or [torch.Event("cuda", enable_timing=True) for _ in range(2)]
                 self._events[0].record()
         elif phase == BACKWARD:
             self.meet()

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
+from torch._C._distributed_c10d import PrefixStore, Store, TCPStore  # torch.distributed's, with types
 
 from ldm_scale.engine import network
 from ldm_scale.errors import ConfigError
@@ -56,7 +57,7 @@ def alone() -> Meeting:
 
 def meet(
     rank: int, world_size: int, facts: Mapping[str, str], wait_s: float, one_host: bool = True
-) -> tuple[dist.Store, Meeting]:
+) -> tuple[Store, Meeting]:
     """The store that the process group starts on, and who came.
 
     `facts` are texts that all ranks must have in common, by their names; `one_host` says that all ranks are on one.
@@ -107,9 +108,9 @@ def _master() -> tuple[str, str, int]:
         raise ConfigError(f"MASTER_PORT={text}: must be a port from 1 to 65535; launchers set it")
     try:
         return host, network.resolve(host, int(text)), int(text)
-    except OSError as error:
+    except (OSError, UnicodeError) as error:  # the second: a name that cannot be one
         raise ConfigError(
-            f"MASTER_ADDR={host} has no address on {network.host_name()} ({error.strerror}); set it to the name or the "
+            f"MASTER_ADDR={host} has no address on {network.host_name()} ({error}); set it to the name or the "
             "address of the node that rank 0 runs on"
         ) from None
 
@@ -150,13 +151,13 @@ def _require_interface(variable: str, value: str) -> None:
             )
 
 
-def _open_store(rank: int, host: str, address: str, port: int, wait_s: float, deadline: float) -> dist.Store:
+def _open_store(rank: int, host: str, address: str, port: int, wait_s: float, deadline: float) -> Store:
     """Torch's store: served by rank 0, or by torchrun's agent."""
     # Its own time limit serves single requests to a store that is there.
     timeout = timedelta(seconds=max(30.0, wait_s))
     if rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
         fd = _listen(host, address, port)
-        return dist.TCPStore(address, port, None, True, timeout, wait_for_workers=False, master_listen_fd=fd)
+        return TCPStore(address, port, None, True, timeout, wait_for_workers=False, master_listen_fd=fd)
     while network.round_trip_s(address, port) is None:
         if time.monotonic() > deadline:
             raise ConfigError(
@@ -165,7 +166,7 @@ def _open_store(rank: int, host: str, address: str, port: int, wait_s: float, de
                 "is between them; check MASTER_ADDR and MASTER_PORT (watchdog.rendezvous_s allows more time)"
             )
         time.sleep(POLL_S)
-    return dist.TCPStore(address, port, None, False, timeout, wait_for_workers=False)
+    return TCPStore(address, port, None, False, timeout, wait_for_workers=False)
 
 
 def _listen(host: str, address: str, port: int) -> int:
@@ -185,13 +186,13 @@ def _listen(host: str, address: str, port: int) -> int:
         raise ConfigError(f"rank 0 cannot listen at {host}:{port}: {error.strerror}") from None
 
 
-def _prefixed(store: dist.Store) -> dist.Store:
+def _prefixed(store: Store) -> Store:
     """The store, with names of this start of this run alone: an agent's outlives a restart."""
     names = ("TORCHELASTIC_RUN_ID", "TORCHELASTIC_RESTART_COUNT", "SLURM_JOB_ID", "SLURM_RESTART_COUNT")
-    return dist.PrefixStore("/".join(["ldm-scale", *(os.environ.get(name, "") for name in names)]), store)
+    return PrefixStore("/".join(["ldm-scale", *(os.environ.get(name, "") for name in names)]), store)
 
 
-def _lead(store: dist.Store, place: Place, world_size: int, wait_s: float, deadline: float) -> dict[str, Any]:
+def _lead(store: Store, place: Place, world_size: int, wait_s: float, deadline: float) -> dict[str, Any]:
     """Rank 0's part: the outcome, once all ranks have reported or the time is over."""
     missing, reports = set(range(1, world_size)), {0: {"place": asdict(place), "differences": {}}}
     while missing and time.monotonic() < deadline:
@@ -246,7 +247,7 @@ def _differences(first: Mapping[str, str], own: Mapping[str, str]) -> dict[str, 
     return {name: pair for name, pair in pairs.items() if pair[0] != pair[1]}
 
 
-def _get(store: dist.Store, key: str, deadline: float, who: str) -> str:
+def _get(store: Store, key: str, deadline: float, who: str) -> str:
     # By looking again and again: torch's own waiting logs its time limits as failures.
     while not store.check([key]):
         if time.monotonic() > deadline:

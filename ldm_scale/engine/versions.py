@@ -23,14 +23,17 @@ _COMPARED = (*TRAINING, "triton", "numpy", "torchvision")
 
 
 def requirements() -> list[Requirement]:
-    """What ldm-scale needs here: pyproject.toml of the checkout, or else of the installed package."""
+    """What ldm-scale needs on this system, without its extras."""
+    found = [Requirement(text) for text in declared()]
+    return [r for r in found if r.marker is None or r.marker.evaluate({"extra": ""})]
+
+
+def declared() -> list[str]:
+    """The requirements as pyproject.toml of the checkout has them, or else the installed package."""
     project = Path(ldm_scale.__file__).parents[1] / "pyproject.toml"
     if project.is_file():
-        texts = tomllib.loads(project.read_text(encoding="utf-8"))["project"]["dependencies"]
-    else:
-        texts = importlib.metadata.requires("ldm-scale") or []
-    found = [Requirement(text) for text in texts]
-    return [r for r in found if r.marker is None or r.marker.evaluate({"extra": ""})]
+        return list(tomllib.loads(project.read_text(encoding="utf-8"))["project"]["dependencies"])
+    return importlib.metadata.requires("ldm-scale") or []
 
 
 def installed_version(name: str) -> str | None:

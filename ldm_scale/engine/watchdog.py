@@ -7,8 +7,9 @@ is gone, writes none. After a grace the lowest rank that has reported writes the
 with the status that asks to be started again. Nothing here is a collective: they may be what hangs.
 
 Whatever holds Python's lock keeps this thread from running. The interpreter's own watchdog (faulthandler), which needs
-no lock, then writes the stacks to stderr and ends the process, with status 1. Files are touched by a thread of their
-own, because a file system may be what hangs; where they cannot be written, stderr has the stacks.
+no lock, then writes the stacks to stderr; it ends the process, with status 1, only where no other rank does so for it,
+because it cannot tell a job that was suspended. Files are touched by a thread of their own, because a file system may
+be what hangs; where they cannot be written, stderr has the stacks.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ import threading
 import time
 import traceback
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from types import FrameType
 
@@ -50,6 +52,7 @@ class Watchdog:
         budgets = [budget for budget in (config.step_s, config.other_s) if budget > 0]
         self._least_s = min(budgets, default=0.0)
         self._tick_s = min(_LONGEST_TICK_S, self._least_s / 10)
+        self._is_alone = len(meeting.places) == 1
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
 
@@ -77,6 +80,7 @@ class Watchdog:
     def _watch(self) -> None:
         suspended_s, last_s = 0.0, time.monotonic()
         since_s = self._phases.since_s
+        self._arm(self.budget_s())
         while not self._ended.wait(self._tick_s):
             now = time.monotonic()
             gap, last_s = now - last_s, now
@@ -89,10 +93,14 @@ class Watchdog:
                 waited_s > self._least_s / 2 and _in_time(self._others_report, 1.0)
             ):
                 self._end(waited_s)
-            elif budget_s:
-                faulthandler.dump_traceback_later(budget_s - waited_s + _BACKSTOP_S, exit=True, file=2)
-            else:
-                faulthandler.cancel_dump_traceback_later()
+            self._arm(budget_s - waited_s if budget_s else 0.0)
+
+    def _arm(self, left_s: float) -> None:
+        """Nothing; sets the interpreter's own watchdog a little later than this one; 0 unsets it."""
+        if left_s > 0:
+            faulthandler.dump_traceback_later(left_s + _BACKSTOP_S, exit=self._is_alone, file=2)
+        else:
+            faulthandler.cancel_dump_traceback_later()
 
     def _others_report(self) -> bool:
         return hangs.count_reports(self._folder) > 0
@@ -112,7 +120,7 @@ class Watchdog:
             _say(f"rank {self._rank}: {self._folder} cannot be written; {report}\n{own}")
         while written and not self._ended.wait(0.05):
             waited = time.monotonic() - started
-            if waited > GRACE_S + _VERDICT_S or _in_time(lambda late=waited > GRACE_S: self._settle(late), 1.0):
+            if waited > GRACE_S + _VERDICT_S or _in_time(partial(self._settle, waited > GRACE_S), 1.0):
                 break
         for child in multiprocessing.active_children():
             child.kill()

@@ -7,7 +7,6 @@ measured too, and rank 0 alone reports. Nothing is left on the disks.
 from __future__ import annotations
 
 import argparse
-import importlib.metadata
 import os
 import platform
 import re
@@ -19,7 +18,6 @@ from statistics import median
 from typing import Any
 
 import torch
-from packaging.requirements import Requirement
 
 from ldm_scale.config.fit import batch_plan
 from ldm_scale.config.schema import Config
@@ -29,6 +27,7 @@ from ldm_scale.engine.collectives import gather_objects
 from ldm_scale.engine.ema import average_names
 from ldm_scale.engine.ops import read_ops
 from ldm_scale.engine.snapshots import snapshot_bytes
+from ldm_scale.engine.versions import installed_version, misfits, requirements
 from ldm_scale.operations import doctor_speed as speed
 from ldm_scale.operations.doctor_kernel import check_kernel
 from ldm_scale.operations.doctor_report import Report
@@ -83,31 +82,17 @@ def check_versions(report: Report) -> None:
     """Notes the versions, and each requirement of ldm-scale that is missing or outside its range."""
     cudnn = torch.backends.cudnn.version()  # type: ignore[no-untyped-call]
     versions: dict[str, Any] = {"python": platform.python_version(), "cuda": torch.version.cuda, "cudnn": cudnn}
-    misfits = 0
-    for text in importlib.metadata.requires("ldm-scale") or []:
-        requirement = Requirement(text)
-        if requirement.marker is not None and not requirement.marker.evaluate({"extra": ""}):
-            continue
-        found = _installed_version(requirement.name)
-        versions[requirement.name] = found
-        if found is None or not requirement.specifier.contains(found, prereleases=True):
-            misfits += 1
-            what = "not installed" if found is None else f"version {found}"
-            report.error(f"{what}, needed {requirement.specifier or 'any version'}", requirement.name, "run `make env`")
+    versions |= {requirement.name: installed_version(requirement.name) for requirement in requirements()}
+    wrong = list(misfits())
+    for requirement, found in wrong:
+        what = "not installed" if found is None else f"version {found}"
+        report.error(f"{what}, needed {requirement.specifier or 'any version'}", requirement.name, "run `make env`")
     report.facts["versions"] = versions
     shown = ", ".join(f"{name} {versions.get(name)}" for name in _SHOWN)
     built = f"CUDA {versions['cuda']}, cuDNN {cudnn}" if versions["cuda"] else "torch without CUDA"
     report.ok(f"python {versions['python']}, {built}, {shown}")
-    if not misfits:
+    if not wrong:
         report.ok("every requirement of ldm-scale is installed in its range")
-
-
-def _installed_version(name: str) -> str | None:
-    """Version of an installed distribution, without importing it."""
-    try:
-        return importlib.metadata.version(name)
-    except importlib.metadata.PackageNotFoundError:
-        return None
 
 
 def check_host(report: Report) -> None:

@@ -32,6 +32,7 @@ from ldm_scale.engine.preemption import StopRequest
 from ldm_scale.engine.rank_files import folder_of
 from ldm_scale.engine.run_lock import RunLock
 from ldm_scale.engine.snapshots import remove_snapshots_beyond, save_snapshot
+from ldm_scale.engine.stragglers import Stragglers
 from ldm_scale.engine.verification import newest_verified
 from ldm_scale.engine.weights import SNAPSHOTS
 from ldm_scale.errors import CheckpointError, ConfigError
@@ -71,6 +72,7 @@ class Trainer:
         self._kernels_described = False
         self._ranks_compared = False
         self._waited_s = 0.0  # for data, in all
+        self._stragglers = Stragglers(environment, config.zero.stage)
         self._recent: deque[dict[str, float]] = deque(maxlen=RECENT_STEPS)
         self._findings: list[Finding] | None = None  # of the last validation; None before it
 
@@ -152,6 +154,7 @@ class Trainer:
         seconds = time.perf_counter() - started
         self.state.training_s += seconds
         self._recent.append(means)
+        between_ranks = self._stragglers.step(self.state.step, seconds)
         if not self._kernels_described:
             self._kernels_described = True
             self.log.info(f"fused operations took, in the first step: {describe_kernels()}")
@@ -163,6 +166,8 @@ class Trainer:
             counted = {"bad_samples": float(self.state.losses.total), "truncated": float(self.state.truncated)}
             rate = {"images_per_s": self.plan.global_batch / seconds, "data_wait_share": waiting}
             writer.add_scalars(means | rate | counted, self.state.cur_images)
+        if between_ranks:
+            writer.add_scalars(between_ranks, self.state.cur_images)
         if self._due(self.config.ema.snapshot_every_images):
             self._snapshot()
         if stopping and not self._at_end():

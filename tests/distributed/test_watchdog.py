@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
-import signal
 import sys
 import time
 from collections.abc import Callable
@@ -11,10 +11,14 @@ from pathlib import Path
 
 import psutil
 import pytest
+import torch
 
 from ldm_scale import faults
+from ldm_scale.config.schema import TrainConfig, WatchdogConfig
+from ldm_scale.engine import collectives, env, phases
 from ldm_scale.engine.env import read_launch
 from ldm_scale.engine.hangs import FOLDER, VERDICT
+from ldm_scale.engine.watchdog import Watchdog
 from ldm_scale.errors import LdmScaleError, Restart
 from ldm_scale.operations.train import train
 from tests.helpers.ranks import Rank, started_ranks
@@ -70,12 +74,12 @@ def _verdict(run_dir: Path) -> str:
 
 
 def _stop_rank(rank: Rank) -> None:
-    os.kill(rank.process.pid or 0, signal.SIGSTOP)
+    psutil.Process(rank.process.pid).suspend()
 
 
 def _stop_loader(rank: Rank) -> None:
     (loader,) = psutil.Process(rank.process.pid).children()
-    loader.send_signal(signal.SIGSTOP)
+    loader.suspend()
 
 
 CASES: dict[str, tuple[str, Callable[[Rank], None] | None, int, tuple[str, ...]]] = {
@@ -121,3 +125,120 @@ def test_a_hang_ends_and_is_named(case: str, manifest: Path, tmp_path: Path) -> 
     assert reports == [f"rank-0000{rank}.txt" for rank in range(len(live))]
     stacks = "".join(path.read_text() for path in (run_dir / FOLDER).glob("*/rank-*.txt"))
     assert stacks.count("trainer.py") >= len(live)
+
+
+def _watched(run_dir: Path, config: WatchdogConfig, work: Callable[[int], None]) -> None:
+    """Runs `work` of this rank under a watchdog."""
+    environment = env.start(read_launch(), TrainConfig(device="cpu"), config)
+    assert environment.meeting is not None
+    with Watchdog(config, run_dir, environment.rank, environment.meeting):
+        work(environment.rank)
+
+
+def _step(number: int) -> None:
+    for phase in ("data", "forward", "backward", "reduce"):
+        phases.enter(phase, number)
+    collectives.sum_over_ranks(torch.zeros(1))
+    phases.enter("update")
+
+
+def _thousand_steps(rank: int) -> None:
+    """Rank 0 alone is slow to save, while the other waits for it in the next step."""
+    for number in range(1000):
+        _step(number)
+        if number in (500, 700):
+            phases.enter("save")
+            time.sleep(2 * SHORT_S if rank == 0 else 0)
+
+
+SHORT_S = 2.0
+
+
+@pytest.mark.timeout(240)
+def test_a_slow_save_among_a_thousand_steps_is_no_hang(tmp_path: Path) -> None:
+    config = WatchdogConfig(step_s=SHORT_S, other_s=6 * SHORT_S)
+    with started_ranks(_watched, 2, tmp_path, tmp_path / "run", config, _thousand_steps) as ranks:
+        assert [rank.end() for rank in ranks] == [0, 0], [rank.output for rank in ranks]
+    assert not (tmp_path / "run").exists()
+
+
+def _save_that_hangs(rank: int) -> None:
+    for number in range(3):
+        _step(number)
+    phases.enter("save")
+    time.sleep(600 if rank == 1 else 0)
+    _step(3)
+
+
+@pytest.mark.timeout(240)
+def test_a_save_that_hangs_on_one_rank_is_named(tmp_path: Path) -> None:
+    """The other rank is in the next step, whose time is not over."""
+    config = WatchdogConfig(step_s=SHORT_S, other_s=SHORT_S)
+    with started_ranks(_watched, 2, tmp_path, tmp_path / "run", config, _save_that_hangs) as ranks:
+        assert [rank.end() for rank in ranks] == [Restart.exit_code] * 2, [rank.output for rank in ranks]
+    assert "culprit: rank 1 (" in _verdict(tmp_path / "run")
+    assert "phase save of step 2\nbehind the others, which are in phase reduce of step 3" in _verdict(tmp_path / "run")
+
+
+def _hold_the_lock(rank: int) -> None:
+    _step(0)
+    _step(1)
+    if rank == int(os.environ["WORLD_SIZE"]) - 1:
+        time.sleep(0.5)
+        ctypes.PyDLL(None).sleep(600)  # unlike CDLL, it keeps Python's lock
+    _step(2)
+
+
+@pytest.mark.timeout(240)
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_what_holds_pythons_lock_is_ended_or_named(world_size: int, tmp_path: Path) -> None:
+    config = WatchdogConfig(step_s=1.0, other_s=30.0)
+    with started_ranks(_watched, world_size, tmp_path, tmp_path / "run", config, _hold_the_lock) as ranks:
+        status = ranks[0].end()
+        if world_size == 1:
+            assert status == 1
+            assert "in _hold_the_lock" in ranks[0].output
+            return
+        assert status == Restart.exit_code
+    assert "culprit: rank 1 (" in _verdict(tmp_path / "run")
+    assert "does not come to report (it may hold Python's lock)" in _verdict(tmp_path / "run")
+
+
+def _sleep_in_step(rank: int) -> None:
+    _step(0)
+    _step(1)
+    phases.enter("data", 2)
+    time.sleep(600)
+
+
+@pytest.mark.timeout(240)
+def test_without_a_folder_to_write_to_the_stacks_are_in_the_log(tmp_path: Path) -> None:
+    (tmp_path / "run").write_text("a file")
+    config = WatchdogConfig(step_s=1.0, other_s=30.0)
+    with started_ranks(_watched, 2, tmp_path, tmp_path / "run", config, _sleep_in_step) as ranks:
+        assert [rank.end() for rank in ranks] == [Restart.exit_code] * 2
+        for number, rank in enumerate(ranks):
+            assert f"rank {number}: no progress for 1 s in phase data of step 2" in rank.output
+            assert "cannot be written" in rank.output
+            assert "in _sleep_in_step" in rank.output
+
+
+def _sleep_a_little(rank: int) -> None:
+    _step(0)
+    _step(1)
+    phases.enter("data", 2)
+    (Path(os.environ["LDM_TEST_FOLDER"]) / "begun").touch()
+    time.sleep(1.0)
+
+
+@pytest.mark.timeout(240)
+def test_a_job_that_is_suspended_and_goes_on_is_no_hang(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LDM_TEST_FOLDER", str(tmp_path))
+    config = WatchdogConfig(step_s=4.0, other_s=30.0)
+    with started_ranks(_watched, 1, tmp_path, tmp_path / "run", config, _sleep_a_little) as ranks:
+        while not (tmp_path / "begun").exists():
+            time.sleep(0.01)
+        psutil.Process(ranks[0].process.pid).suspend()
+        time.sleep(6.5)
+        psutil.Process(ranks[0].process.pid).resume()
+        assert ranks[0].end() == 0, ranks[0].output

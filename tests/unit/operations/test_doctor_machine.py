@@ -20,7 +20,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from ldm_scale.config.compose import load_config
 from ldm_scale.config.schema import Config
-from ldm_scale.engine import env
+from ldm_scale.engine import env, versions
 from ldm_scale.engine.ops import read_ops
 from ldm_scale.operations import doctor_kernel, doctor_machine, doctor_speed
 from ldm_scale.operations.doctor_report import Report
@@ -54,9 +54,9 @@ def test_versions_are_those_installed_and_every_requirement_is_looked_at() -> No
 
 def test_requirements_that_are_missing_or_too_old_are_errors(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
-        importlib.metadata,
-        "requires",
-        lambda name: ["torch>=99.1", "numpy", "surely-not-there>=1", "also-not-there; extra == 'dev'"],
+        versions,
+        "declared",
+        lambda: ["torch>=99.1", "numpy", "surely-not-there>=1", "also-not-there; extra == 'dev'"],
     )
     report = Report("machine")
     doctor_machine.check_versions(report)
