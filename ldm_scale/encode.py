@@ -13,6 +13,7 @@ if __package__ in (None, ""):
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 from ldm_scale.__main__ import run_command
+from ldm_scale.errors import Restart
 
 
 def _whole(text: str) -> int:
@@ -86,6 +87,8 @@ def _after(note: str) -> str:
 def main(argv: Sequence[str] | None = None) -> int:
     """0 when this rank's shards are encoded, or it was stopped on request; rank 0 alone prints.
 
+    75 (errors.Restart) when it was stopped and is to be started again: Slurm's warnings ask for that.
+
     Raises: ConfigError, CheckpointError or DataError if something cannot be encoded.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
@@ -97,11 +100,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     launch = read_launch()
     report = encode(options, launch)
+    status = Restart.exit_code if report["restart"] else 0
     if launch.rank > 0:
-        return 0
+        return status
     if options.json:
         print(json.dumps(report))
-        return 0
+        return status
     whose = f"rank {report['rank']} of {report['world_size']} alone: " if report["world_size"] > 1 else ""
     print(
         f"{whose}{report['images']} images in {report['encoded_shards']} shards encoded "
@@ -111,7 +115,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     for split, counts in report["splits"].items():
         print(f"  {split}: {counts['latent_shards']} of {counts['shards']} shards hold latents{_after(report['note'])}")
     print(f"manifest: {report['manifest']}")
-    return 0
+    return status
 
 
 if __name__ == "__main__":

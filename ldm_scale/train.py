@@ -22,7 +22,10 @@ newest checkpoint in run_dir. `ldm-scale plan experiment=NAME` prints what it co
 
 
 def main(argv: list[str] | None = None) -> int:
-    """0 when the run has reached its end or has stopped on request with a checkpoint written."""
+    """0 when the run has reached its end or has stopped on request with a checkpoint written.
+
+    75 (errors.Restart) when it did so and is to be started again: Slurm's warnings ask for that.
+    """
     arguments = list(sys.argv[1:] if argv is None else argv)
     # The deepspeed launcher adds the rank as an argument beside the environment variables that we read.
     arguments = [a for a in arguments if not a.startswith(("--local_rank", "--local-rank"))]
@@ -32,12 +35,16 @@ def main(argv: list[str] | None = None) -> int:
     from ldm_scale.config.compose import load_config
     from ldm_scale.config.validate import validate
     from ldm_scale.engine.env import read_launch
+    from ldm_scale.errors import Restart
     from ldm_scale.operations.train import train
 
     config = load_config(arguments)
     launch = read_launch()
     validate(config, world_size=launch.world_size)
-    train(config, launch)
+    try:
+        train(config, launch)
+    except Restart as request:
+        return request.exit_code
     return 0
 
 

@@ -1,24 +1,41 @@
 """Stopping on request: a signal asks for a checkpoint after the running step, a second Ctrl-C stops at once.
 
 The handler only sets a flag. The trainer lets the flag ride on its per-step reduction, so that all ranks stop after
-the same step even when only one of them was signalled.
+the same step even when only one of them was signalled. USR1 and USR2 are what Slurm sends before a time limit and a
+preemption: the run is to be started again. TERM and INT only ask for its end; a scheduler that sends TERM and wants the
+job back requeues it by itself.
 """
 
 from __future__ import annotations
 
 import signal
+from enum import IntEnum
 from types import FrameType
 
-STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
+RESTART_SIGNALS = (signal.SIGUSR1, signal.SIGUSR2)
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, *RESTART_SIGNALS)
+
+
+class Stop(IntEnum):
+    """What a run is asked for; of several requests the highest is met."""
+
+    NONE = 0
+    END = 1
+    RESTART = 2
 
 
 class StopRequest:
     """Catches the signals that launchers, schedulers and people use to end a run; a context manager."""
 
     def __init__(self) -> None:
-        self.requested = False
+        self.kind = Stop.NONE
         self.signal_name = ""
         self._previous: dict[signal.Signals, object] = {}
+
+    @property
+    def requested(self) -> bool:
+        """Whether this process was asked to stop, for whatever reason."""
+        return self.kind is not Stop.NONE
 
     def __enter__(self) -> StopRequest:
         for number in STOP_SIGNALS:
@@ -32,5 +49,5 @@ class StopRequest:
     def _handle(self, number: int, frame: FrameType | None) -> None:
         if self.requested and number == signal.SIGINT:
             raise KeyboardInterrupt
-        self.requested = True
+        self.kind = max(self.kind, Stop.RESTART if number in RESTART_SIGNALS else Stop.END)
         self.signal_name = signal.Signals(number).name

@@ -27,8 +27,9 @@ from ldm_scale.data.latent_shards import CacheFolder, Source, sha256_of
 from ldm_scale.data.latents import LATENTS, LatentCache, LatentTransform
 from ldm_scale.engine.checkpoint import latest_checkpoint
 from ldm_scale.engine.env import Launch, cpu_threads
-from ldm_scale.engine.preemption import StopRequest
+from ldm_scale.engine.preemption import Stop, StopRequest
 from ldm_scale.engine.rank_files import MANIFEST, read_manifest
+from ldm_scale.engine.restarts import count_start
 from ldm_scale.errors import CheckpointError, ConfigError, DataError
 from ldm_scale.interchange.artifact import AUTOENCODER_FORMAT, DESCRIPTION, Artifact, artifact_format
 from ldm_scale.interchange.cached_text import describe_text, open_text_encoder
@@ -74,14 +75,17 @@ def encode(arguments: argparse.Namespace, launch: Launch) -> dict[str, Any]:
         f"{len(cache.variants)} variants; output in {folder.out}"
     )
     folder.remove_abandoned()
+    if launch.rank == 0:
+        count_start(folder.out, sum(folder.find(source) is not None for source in chosen))
     started = time.monotonic()
+    stop = StopRequest()
     stopped = ""
     if pending:
         dtype = DTYPES[cache.transform.precision]
         autoencoder = LoadedAutoencoder(artifact).to(device, dtype)
         if text_encoder is not None:
             text_encoder.to(device, dtype)
-        with StopRequest() as stop:
+        with stop:
             encoder = _Encoder(folder, autoencoder, text_encoder, device, stop, tally)
             try:
                 encoder.encode_shards(pending, arguments.batch, arguments.workers)
@@ -89,7 +93,8 @@ def encode(arguments: argparse.Namespace, launch: Launch) -> dict[str, Any]:
                 stopped = stop.signal_name
     tally.seconds = time.monotonic() - started
     manifest = folder.publish()
-    report = _report(folder, manifest, tally, text_encoder, stopped, launch)
+    restart = bool(stopped) and stop.kind is Stop.RESTART
+    report = _report(folder, manifest, tally, text_encoder, stopped, launch) | {"restart": restart}
     if stopped:
         log.warning(f"stopped by {stopped}: the same command goes on from here")
     return report

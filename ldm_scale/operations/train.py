@@ -11,12 +11,14 @@ from ldm_scale.config.fit import batch_plan, check_artifact_fits, check_posterio
 from ldm_scale.config.schema import Config
 from ldm_scale.data import Dataset, LatentCache, check_moments, open_manifest, open_unindexed, require_images
 from ldm_scale.data.manifest import needs_manifest
-from ldm_scale.engine import env
+from ldm_scale.engine import collectives, env
 from ldm_scale.engine.checkpoint import latest_checkpoint
 from ldm_scale.engine.collectives import set_time_limit
+from ldm_scale.engine.rank_files import images_of
+from ldm_scale.engine.restarts import count_start
 from ldm_scale.engine.versions import require_versions
 from ldm_scale.engine.watchdog import Watchdog
-from ldm_scale.errors import ConfigError
+from ldm_scale.errors import ConfigError, Restart
 from ldm_scale.models.fused import check_kernels
 from ldm_scale.telemetry.log import get_logger
 
@@ -24,10 +26,14 @@ from ldm_scale.telemetry.log import get_logger
 def train(config: Config, launch: env.Launch) -> bool:
     """Whether the run reached its end (False: stopped on request, checkpoint written).
 
-    Raises: ConfigError, DataError or CheckpointError before any process group starts where that can be told.
+    Raises: ConfigError, DataError or CheckpointError before any process group starts where that can be told; Restart if
+    it stopped with a checkpoint and is to be started again.
     """
     require_versions()
     inputs = _check_inputs(config, launch.world_size)
+    if launch.rank == 0:
+        newest = latest_checkpoint(Path(config.run_dir) / "checkpoints")
+        count_start(Path(config.run_dir), 0 if newest is None else images_of(newest))
     environment = env.start(launch, config.train, config.watchdog, facts_of(config) | inputs)
     check_kernels(config.kernels, environment.device)
     plan = batch_plan(config, launch.world_size)
@@ -54,9 +60,19 @@ def train(config: Config, launch: env.Launch) -> bool:
         else:
             task = ClassifierTask(config, plan, environment)
         set_time_limit(env.collective_limit(config.watchdog))  # of the groups that DeepSpeed made, too
-        finished = Trainer(config, task, environment).run()
-    env.stop()
+        try:
+            finished = Trainer(config, task, environment).run()
+        except Restart:
+            _leave()
+            raise
+        _leave()
     return finished
+
+
+def _leave() -> None:
+    """Returns when all ranks are done: a launcher may take the first that leaves for the end of all. Collective."""
+    collectives.barrier()
+    env.stop()
 
 
 def facts_of(config: Config) -> dict[str, str]:

@@ -28,14 +28,14 @@ from ldm_scale.engine import collectives, phases, seeding
 from ldm_scale.engine.checkpoint import load_checkpoint
 from ldm_scale.engine.env import Environment
 from ldm_scale.engine.health import RankBatch, check_ranks, require_finite
-from ldm_scale.engine.preemption import StopRequest
+from ldm_scale.engine.preemption import Stop, StopRequest
 from ldm_scale.engine.rank_files import folder_of
 from ldm_scale.engine.run_lock import RunLock
 from ldm_scale.engine.snapshots import remove_snapshots_beyond, save_snapshot
 from ldm_scale.engine.stragglers import Stragglers
 from ldm_scale.engine.verification import newest_verified
 from ldm_scale.engine.weights import SNAPSHOTS
-from ldm_scale.errors import CheckpointError, ConfigError
+from ldm_scale.errors import CheckpointError, ConfigError, Restart
 from ldm_scale.models.fused import describe_kernels
 from ldm_scale.telemetry.log import get_logger
 from ldm_scale.telemetry.tensorboard import ScalarWriter
@@ -71,15 +71,22 @@ class Trainer:
         self.saving = Saving(config, self.checkpoints, environment.rank)
         self._kernels_described = False
         self._ranks_compared = False
+        self._stop = Stop.NONE  # what the ranks have agreed on
         self._waited_s = 0.0  # for data, in all
         self._stragglers = Stragglers(environment, config.zero.stage)
         self._recent: deque[dict[str, float]] = deque(maxlen=RECENT_STEPS)
         self._findings: list[Finding] | None = None  # of the last validation; None before it
 
     def run(self) -> bool:
-        """Whether the run reached its end (False: it was asked to stop and has saved). Collective: all ranks."""
+        """Whether the run reached its end (False: it was asked to stop and has saved).
+
+        Raises: Restart if it has saved and is to be started again. Collective: all ranks.
+        """
         with RunLock(self.run_dir, self.environment.rank):
-            return self._run()
+            finished = self._run()
+        if self._stop is Stop.RESTART and not finished:
+            raise Restart(f"{self.run_dir} stopped at {self.state.cur_images} images; start it again to continue")
+        return finished
 
     def _run(self) -> bool:
         self._resume()
@@ -141,7 +148,7 @@ class Trainer:
         metrics = self.task.accumulate(batches, images)
         bad = self.losses.named(batches)
         counts = (len(bad), self.task.num_truncated - cut_before)
-        means, stopping, num_bad = self._reduce(metrics, stop.requested, counts)
+        means, num_bad = self._reduce(metrics, stop.kind, counts)
         if num_bad:
             self.losses.settle(bad, images, self.plan.global_batch, loader)
         norms = [step["grad_norm"] for step in self._recent if "grad_norm" in step]
@@ -170,7 +177,7 @@ class Trainer:
             writer.add_scalars(between_ranks, self.state.cur_images)
         if self._due(self.config.ema.snapshot_every_images):
             self._snapshot()
-        if stopping and not self._at_end():
+        if self._stop and not self._at_end():
             return True
         with progress.paused(), self.task.evaluating():
             self._now_and_then(writer)
@@ -216,10 +223,8 @@ class Trainer:
         facts = {"configuration": digest, "data": self._data_digest, "autoencoder": self.task.autoencoder_hash}
         check_ranks(self.task.trained, batch, facts, self.state.cur_images)
 
-    def _reduce(
-        self, metrics: dict[str, Tensor], stop: bool, counts: tuple[int, int]
-    ) -> tuple[dict[str, float], bool, int]:
-        """Metrics averaged over the ranks, whether any was asked to stop, and how many samples were bad; counts cuts.
+    def _reduce(self, metrics: dict[str, Tensor], stop: Stop, counts: tuple[int, int]) -> tuple[dict[str, float], int]:
+        """Metrics averaged over the ranks and how many samples were bad; counts cuts, keeps requests to stop.
 
         One all-reduce for all of it.
         """
@@ -227,13 +232,15 @@ class Trainer:
         faults.reach("step.reduce")
         names = sorted(metrics)
         values = [metrics[name].double() for name in names]
-        values += [torch.tensor(float(value)).double() for value in (stop, *counts, *self.saving.flags())]
-        *means, stopping, bad, cut, overdue, writing = collectives.mean_over_ranks(
+        flags = (stop == Stop.END, stop == Stop.RESTART, *counts, *self.saving.flags())
+        values += [torch.tensor(float(value)).double() for value in flags]
+        *means, ends, restarts, bad, cut, overdue, writing = collectives.mean_over_ranks(
             torch.stack(values).to(self.environment.device)
         ).tolist()
         self.saving.agree(overdue, writing)
         self.state.truncated += round(cut * self.environment.world_size)
-        return dict(zip(names, means, strict=True)), stopping > 0, round(bad * self.environment.world_size)
+        self._stop = Stop.RESTART if restarts > 0 else Stop.END if ends > 0 else Stop.NONE
+        return dict(zip(names, means, strict=True)), round(bad * self.environment.world_size)
 
     def _due(self, every_images: int) -> bool:
         """Whether the last step crossed a multiple of `every_images`; 0 is never."""

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from ldm_scale.engine.preemption import STOP_SIGNALS, StopRequest
+from ldm_scale.engine.preemption import RESTART_SIGNALS, STOP_SIGNALS, Stop, StopRequest
 
 
 @pytest.fixture(autouse=True)
@@ -31,6 +31,15 @@ def test_a_signal_asks_for_a_stop(number: signal.Signals) -> None:
         os.kill(os.getpid(), number)
         assert stop.requested
         assert stop.signal_name == number.name
+        assert stop.kind is (Stop.RESTART if number in RESTART_SIGNALS else Stop.END)
+
+
+@pytest.mark.parametrize("numbers", [(signal.SIGUSR2, signal.SIGTERM), (signal.SIGTERM, signal.SIGUSR1)])
+def test_a_warning_counts_beside_the_signal_to_end(numbers: tuple[signal.Signals, ...]) -> None:
+    with StopRequest() as stop:  # a preemption is USR2, and TERM when its time is over
+        for number in numbers:
+            os.kill(os.getpid(), number)
+        assert stop.kind is Stop.RESTART
 
 
 def test_schedulers_may_repeat_themselves_but_a_second_ctrl_c_stops_at_once() -> None:

@@ -20,7 +20,7 @@ from ldm_scale.config.schema import BatchPlan, Config
 from ldm_scale.data import Batch
 from ldm_scale.engine.env import Environment, Launch
 from ldm_scale.engine.health import RankBatch
-from ldm_scale.errors import CheckpointError, NumericsError
+from ldm_scale.errors import CheckpointError, NumericsError, Restart
 from ldm_scale.training import saving, trainer
 from ldm_scale.training.diagnosis import Finding
 from ldm_scale.training.state import TrainingState
@@ -140,14 +140,22 @@ def test_a_loss_that_is_not_finite_stops_before_the_update(config: Config, saved
     assert not (Path(config.run_dir) / "result.json").exists()
 
 
-def test_a_request_to_stop_is_met_after_the_running_step(config: Config, saved: list[int]) -> None:
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_a_request_to_stop_is_met_after_the_running_step(
+    config: Config, saved: list[int], number: signal.Signals
+) -> None:
     def ask(images: int) -> float:
         if images == 8:
-            os.kill(os.getpid(), signal.SIGUSR1)
+            os.kill(os.getpid(), number)
         return 1.0
 
     task = NotingTask(config, ask)
-    assert not Trainer(config, task, ENVIRONMENT).run()
+    trainer = Trainer(config, task, ENVIRONMENT)
+    if number == signal.SIGTERM:
+        assert not trainer.run()
+    else:
+        with pytest.raises(Restart, match=rf"{config.run_dir} stopped at \d+ images"):
+            trainer.run()
     assert task.events[-1][0] == "update"
     assert saved == [_at(task, "update")[-1] + BATCH]
     assert _at(task, "update")[-1] in (8, 16), "the step in which the signal came, or the next one"

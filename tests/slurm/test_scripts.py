@@ -1,0 +1,129 @@
+"""The job scripts as Slurm runs them, with a stand-in for training that starts at once (stand_in.py)."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.slurm.jobs import TWO_NODES, Desk, Job, fresh_clone
+
+STAND_IN = Path(__file__).with_name("stand_in.py")
+pytestmark = pytest.mark.timeout(300)
+
+
+@pytest.fixture(scope="session")
+def clone(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One whose Python is the stand-in."""
+    path = fresh_clone(tmp_path_factory.mktemp("clone"))
+    (path / "slurm" / "settings.sh").write_text(f"python=(python3 {STAND_IN})\n")
+    return path
+
+
+def _submit(desk: Desk, run_dir: Path, steps: int = 100000, options: tuple[str, ...] = TWO_NODES) -> Job:
+    job = desk.submit("train_ldm", f"run_dir={run_dir}", f"steps={steps}", "seconds=0.1", options=options)
+    return job
+
+
+def _started(desk: Desk, run_dir: Path, options: tuple[str, ...] = TWO_NODES) -> Job:
+    job = _submit(desk, run_dir, options=options)
+    desk.cluster.wait_for(lambda: (run_dir / "count").exists(), 60, f"no count: {job.log}")
+    return job
+
+
+def _signals(run_dir: Path, rank: int) -> list[str]:
+    path = run_dir / f"rank-{rank}"
+    return path.read_text().split() if path.exists() else []
+
+
+def _rank(desk: Desk, node: str) -> int:
+    """The stand-in's process there; the shells above it have its name in their arguments, too."""
+    return max(desk.cluster.pids(node, "stand_in"))
+
+
+def test_ranks_know_their_way_to_the_first(desk: Desk, tmp_path: Path) -> None:
+    job = _submit(desk, tmp_path / "run", steps=2)
+    job.wait_for_end()
+    assert "2 ranks on n[1-2], rendezvous at 10.77.0.11:2" in job.log
+    assert sorted(line for line in job.log.splitlines() if " at 0 on " in line) == [
+        "0: at 0 on n1 through eth0",
+        "1: at 0 on n2 through eth0",
+    ]
+
+
+@pytest.mark.parametrize("name", ["USR1", "USR2"])
+def test_a_warning_brings_the_job_back(desk: Desk, tmp_path: Path, name: str) -> None:
+    job = _started(desk, tmp_path / "run")
+    job.signal(name)
+    job.wait_for_start(2)
+    assert [_signals(tmp_path / "run", rank) for rank in (0, 1)] == [[f"SIG{name}"]] * 2
+    desk.cluster.wait_for(lambda: "(start 2)" in job.log, 60, "no second start")
+
+
+def test_a_time_limit_brings_the_job_back(desk: Desk, tmp_path: Path) -> None:
+    options = (*TWO_NODES[:-1], "--time=1", "--signal=USR1@5")
+    job = _started(desk, tmp_path / "run", options)
+    job.wait_for_start(2)
+    assert _signals(tmp_path / "run", 1)[0] == "SIGUSR1"
+
+
+def test_a_requeue_by_the_operator(desk: Desk, tmp_path: Path) -> None:
+    job = _started(desk, tmp_path / "run")
+    desk.cluster.run("scontrol", "requeue", job.number)
+    job.wait_for_start(2)
+    assert [_signals(tmp_path / "run", rank)[0] for rank in (0, 1)] == ["SIGTERM"] * 2
+
+
+def test_a_preemption_brings_the_job_back(desk: Desk, tmp_path: Path) -> None:
+    job = _started(desk, tmp_path / "run")
+    options = ("--partition=urgent", "--nodes=2", "--exclusive", "--ntasks-per-node=1", "--time=30")
+    urgent = _submit(desk, tmp_path / "urgent", 10, options)
+    job.wait_for_state("PENDING")
+    urgent.wait_for_end()
+    assert _signals(tmp_path / "run", 1)[0] == "SIGUSR1", "the warning of --signal, at once, and TERM after GraceTime"
+    job.wait_for_start(2)
+
+
+def test_scancel_ends_the_job_after_its_ranks(desk: Desk, tmp_path: Path) -> None:
+    job = _started(desk, tmp_path / "run")
+    job.cancel()
+    job.wait_for_end("CANCELLED")
+    assert [_signals(tmp_path / "run", rank) for rank in (0, 1)] == [["SIGTERM"]] * 2
+    desk.cluster.wait_for(lambda: not job.cluster.pids("n1", "stand_in"), 30, "ranks stayed")
+
+
+@pytest.mark.parametrize("node", [0, 1])
+def test_a_lost_node_brings_the_job_back_on_others(desk: Desk, tmp_path: Path, node: int) -> None:
+    job = _started(desk, tmp_path / "run")
+    lost = job.nodes[node]
+    desk.cluster.kill_node(lost)
+    try:
+        job.wait_for_start(2)
+        assert lost not in job.nodes
+    finally:
+        desk.cluster.start_node(lost)
+
+
+def test_ranks_that_lose_their_peer_first_wait_for_slurm_to_notice(desk: Desk, tmp_path: Path) -> None:
+    job = _started(desk, tmp_path / "run")
+    first, lost = job.nodes
+    desk.cluster.kill_node(lost)
+    try:
+        # What a broken connection does to a rank: it fails, seconds before Slurm misses the node.
+        desk.cluster.kill(_rank(desk, first), "KILL")
+        job.wait_for_start(2)
+        assert "a node does not answer; waiting for Slurm to notice" in job.log
+        assert lost not in job.nodes
+    finally:
+        desk.cluster.start_node(lost)
+
+
+def test_a_rank_that_dies_ends_the_job_at_once(desk: Desk, tmp_path: Path) -> None:
+    job = _started(desk, tmp_path / "run")
+    started = time.monotonic()
+    desk.cluster.kill(_rank(desk, job.nodes[1]), "KILL")
+    job.wait_for_end("FAILED")
+    assert time.monotonic() - started < 20
+    assert job.starts == 1
+    assert "the ranks ended with status 137" in job.log
