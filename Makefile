@@ -25,7 +25,7 @@ PIP_INSTALL := $(BIN)/python -m pip --disable-pip-version-check install --progre
 # pip's own report reduced to what takes time: large downloads, source builds and the copying at the end.
 PIP_PROGRESS := sed -un 's/^ *\(Downloading\|Using cached\) \([^ ]*\) \(([0-9.]* MB)\)/      \2 \3/p; s/^ *Building [^ ]* for \([^ ]*\) .*started/      building \1/p; s/^Installing collected packages.*/      copying files/p'
 
-.PHONY: help env lint types test aot demo bench data-soak gpu-proof gpu-demo clean
+.PHONY: help env lint types test test-slurm test-slurm-quick slurm-programs aot demo bench data-soak gpu-proof gpu-demo clean
 
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 18
@@ -60,6 +60,22 @@ test: lint types ## lint, types and the whole test suite (no GPU and no root nee
 	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile
 	TRITON_INTERPRET=1 $(BIN)/python -m pytest --numprocesses 2 --dist load tests/kernels
 	$(BIN)/python -m ldm_kernels.common.aot
+
+# No program is run before its package is there, and none of Debian's daemons: tests start their own.
+slurm-programs:
+	@[ "$$(id -u)" = 0 ] || { \
+		echo "error: a Slurm cluster in namespaces needs root; run as root: make $(MAKECMDGOALS)" >&2; exit 1; }
+	@if ! PATH="$$PATH:/usr/sbin:/sbin" which slurmctld slurmd munged sbatch ip >/dev/null; then \
+		command -v apt-get >/dev/null || { \
+			echo "error: slurmctld, slurmd, munged, sbatch or ip is missing and there is no apt-get; install Slurm and iproute2" >&2; exit 1; }; \
+		apt-get update -q && DEBIAN_FRONTEND=noninteractive apt-get install -y -q --no-install-recommends slurm-wlm munge iproute2; \
+	fi
+
+test-slurm: $(STAMP) slurm-programs ## as root: jobs on a real Slurm cluster in namespaces, disturbed in every way (about 20 minutes)
+	$(BIN)/python -m pytest tests/slurm
+
+test-slurm-quick: $(STAMP) slurm-programs ## as root: both stages over two nodes, one requeue, one lost node (at most 6 minutes)
+	$(BIN)/python -m pytest tests/slurm/test_quick.py
 
 aot: $(STAMP) ## compile every kernel for sm_80, sm_90 and sm_100 and compare with the committed table (no GPU needed)
 	$(BIN)/python -m ldm_kernels.common.aot --all

@@ -182,10 +182,10 @@ class Cluster:
             self.shell(f"kill -9 {' '.join(map(str, pids))} 2>/dev/null || true")
 
     def pids(self, name: str, command: str = "") -> list[int]:
-        """The node's processes, those whose command line has `command` in it, as the cluster numbers them."""
+        """The node's processes, those whose command line begins with `command`, as the cluster numbers them."""
         script = f"for p in $(ip netns pids {name}); do tr '\\0' ' ' < /proc/$p/cmdline | sed \"s/^/$p /\"; echo; done"
         lines = [line.split(" ", 1) for line in self.shell(script).splitlines() if " " in line]
-        return [int(pid) for pid, arguments in lines if command in arguments]
+        return [int(pid) for pid, arguments in lines if arguments.startswith(command)]
 
     def kill(self, pid: int, signal_name: str) -> None:
         """Nothing; sends the signal to a process by the cluster's number of it."""
@@ -206,9 +206,10 @@ class Cluster:
                 self._fail(f"{problem} within {timeout_s:.0f} s")
             time.sleep(0.2)
 
-    def is_up(self) -> bool:
-        """Whether the cluster's processes are there."""
-        return self._keeper is not None and self._keeper.poll() is None
+    @property
+    def space(self) -> str:
+        """Name of the namespace that all its processes are in, as in /proc/PID/ns/pid."""
+        return os.readlink(f"/proc/{self._init}/ns/pid")
 
     def _idle_nodes(self) -> int:
         return self.run("sinfo", "--noheader", "--Node", "--partition=normal", "--format=%t").split().count("idle")

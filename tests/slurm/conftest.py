@@ -1,4 +1,4 @@
-"""One cluster of three nodes and one clone for all tests of this folder; `make test` leaves the folder out."""
+"""One cluster of four nodes and one clone for all tests of this folder; `make test` leaves the folder out."""
 
 from __future__ import annotations
 
@@ -7,10 +7,11 @@ from pathlib import Path
 
 import pytest
 
+from tests.helpers.commands import stage2
 from tests.helpers.runs import tiny_artifact
 from tests.helpers.shards import make_dataset
 from tests.slurm.cluster import Cluster, missing
-from tests.slurm.jobs import Desk, fresh_clone
+from tests.slurm.jobs import IMAGES, Desk, digest, fresh_clone
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -22,7 +23,7 @@ def programs() -> None:
 
 @pytest.fixture(scope="session")
 def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
-    with Cluster(tmp_path_factory.mktemp("slurm") / "cluster") as running:
+    with Cluster(tmp_path_factory.mktemp("slurm") / "cluster", nodes=4) as running:
         yield running
 
 
@@ -46,3 +47,11 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     make_dataset(path / "data", num_samples=24, samples_per_shard=4, resolution=20)
     tiny_artifact(path / "artifact")
     return path
+
+
+@pytest.fixture(scope="session")
+def undisturbed(cluster: Cluster, clone: Path, inputs: Path, tmp_path_factory: pytest.TempPathFactory) -> str:
+    """The digest of stage 2's last checkpoint on two nodes, when nothing happens to the run."""
+    run_dir = tmp_path_factory.mktemp("undisturbed") / "run"
+    Desk(cluster, clone).submit("train_ldm", *stage2(inputs, run_dir, *IMAGES)).wait_for_end()
+    return digest(run_dir)

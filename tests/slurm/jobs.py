@@ -20,12 +20,14 @@ from tests.slurm.cluster import Cluster, ClusterError
 
 ROOT = Path(ldm_scale.__file__).parents[1]
 ENDED = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "PREEMPTED", "OUT_OF_MEMORY")
-# A start takes fifteen seconds on two idle cores, most of it importing; ten times that on busy ones.
-START_S = 300.0
+# A start takes fifteen seconds on two idle cores, most of it importing, and minutes on busy ones.
+START_S = 600.0
 # One rank on each of two nodes. Signals well before the limit, so that a test's own comes first.
 TWO_NODES = ("--nodes=2", "--ntasks-per-node=1", "--gpus-per-node=1", "--cpus-per-task=1", "--time=30")
 # Makes steps long enough for a signal to come between two of them.
 SLOW = "sleep:at=step.forward,times=1000000,seconds={seconds}"
+# What is compared: enough steps to be disturbed some times.
+IMAGES = ("train.total_images=240", "train.checkpoint_every_images=16")
 # Daemons begin sessions of their own; jobs are to give way to others as whoever started the tests does.
 SETTINGS = """\
 python=(sh -c 'echo {niceness} > /proc/self/autogroup; exec "$0" "$@"' .venv/bin/python)
@@ -92,7 +94,7 @@ class Job:
     def rank_process(self, node: str) -> int:
         """The training process of the job's rank on that node."""
         # Loader workers are forked, and so look the same: the oldest is their parent.
-        return min(self.cluster.pids(node, "python ldm_scale/train.py"))
+        return min(self.cluster.pids(node, ".venv/bin/python ldm_scale/train.py"))
 
     def signal(self, name: str) -> None:
         """Nothing; all ranks get the signal from Slurm."""

@@ -38,8 +38,9 @@ def _signals(run_dir: Path, rank: int) -> list[str]:
 
 
 def _rank(desk: Desk, node: str) -> int:
-    """The stand-in's process there; the shells above it have its name in their arguments, too."""
-    return max(desk.cluster.pids(node, "stand_in"))
+    """The stand-in's process there."""
+    (pid,) = desk.cluster.pids(node, "python3")
+    return pid
 
 
 def test_ranks_know_their_way_to_the_first(desk: Desk, tmp_path: Path) -> None:
@@ -90,7 +91,7 @@ def test_scancel_ends_the_job_after_its_ranks(desk: Desk, tmp_path: Path) -> Non
     job.cancel()
     job.wait_for_end("CANCELLED")
     assert [_signals(tmp_path / "run", rank) for rank in (0, 1)] == [["SIGTERM"]] * 2
-    desk.cluster.wait_for(lambda: not job.cluster.pids("n1", "stand_in"), 30, "ranks stayed")
+    desk.cluster.wait_for(lambda: not job.cluster.pids("n1", "python3"), 30, "ranks stayed")
 
 
 @pytest.mark.parametrize("node", [0, 1])
