@@ -212,7 +212,7 @@ class Steps:
 
     def compare_ranks(self) -> None:
         numbers, keys = self.batch.image_numbers.tolist(), self.batch.keys
-        check_ranks(self.task.trained, RankBatch(numbers, keys, len(keys)), {}, self._images)
+        check_ranks(self.task.trained, RankBatch(numbers, keys, len(keys)), self._images)
 
 
 def table(results: dict[str, Any]) -> str:

@@ -51,10 +51,10 @@ class RankBatch:
     num_samples: int  # of the data set: a key may come again only in another epoch
 
 
-def check_ranks(trained: Mapping[str, Trained], batch: RankBatch, facts: Mapping[str, str], images: int) -> None:
+def check_ranks(trained: Mapping[str, Trained], batch: RankBatch, images: int) -> None:
     """Returns if the ranks are replicas of one run, as far as they should be, and their batches differ.
 
-    `facts` are texts that all ranks must have in common, by their names. What is compared, bit for bit:
+    That they were started alike has been seen when they met (engine/rendezvous.py). What is compared, bit for bit:
     - parameters that compute and buffers (at stage 3 the parameters are divided, so buffers alone);
     - stage 0: masters, Adam's moments, all averages; stages 1 to 3: that every element of them is on one rank;
     - stages 1 and 2: this rank's masters, rounded, with the parameters that compute.
@@ -67,11 +67,9 @@ def check_ranks(trained: Mapping[str, Trained], batch: RankBatch, facts: Mapping
     stale = [name for label, item in trained.items() for name in _stale_parameters(label, item)]
     pieces = {label: _pieces(item) for label, item in trained.items() if item.model.stage > 0}
     digest = hashlib.blake2b(repr(sorted(numbers.items())).encode(), digest_size=16).hexdigest()
-    reports = collectives.gather_objects((dict(facts), batch, digest, stale[:1], pieces))
-    all_facts, batches, digests, all_stale, all_pieces = zip(*reports, strict=True)
+    reports = collectives.gather_objects((batch, digest, stale[:1], pieces))
+    batches, digests, all_stale, all_pieces = zip(*reports, strict=True)
     where = f"at {images} images"
-    for name in facts:
-        _require_equal([given[name] for given in all_facts], f"{where}: the {name}")
     if len(set(digests)) > 1:
         _name_first_difference(collectives.gather_objects(numbers), where)
     for rank, names in enumerate(all_stale):
@@ -134,15 +132,6 @@ def _stale_parameters(label: str, item: Trained) -> Iterator[str]:
 def _pieces(item: Trained) -> dict[str, tuple[int, int]]:
     """First element and length of this rank's part of each parameter."""
     return {fragment.name: (fragment.offset, fragment.length) for fragment in item.model.fragments}
-
-
-def _require_equal(values: Sequence[Hashable], what: str) -> None:
-    groups = _ranks_by(values)
-    if len(groups) > 1:
-        raise NumericsError(
-            f"{what} differs between ranks: {_described(groups)}; start all ranks by one command, on one configuration "
-            "and the same files"
-        )
 
 
 def _name_first_difference(numbers: Sequence[Mapping[str, int]], where: str) -> None:

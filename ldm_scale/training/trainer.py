@@ -8,7 +8,6 @@ pictures, checkpoints, comparison of the ranks) happens between steps, at image 
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import itertools
 import json
 import time
@@ -214,14 +213,12 @@ class Trainer:
     def _compare_ranks(self, batches: list[Batch]) -> None:
         """Stops all ranks where one is not a replica of the others, or trains on the same images as another."""
         self._ranks_compared = True
-        digest = hashlib.blake2b(repr(self.config).encode(), digest_size=8).hexdigest()
         batch = RankBatch(
             [number for batch in batches for number in batch.image_numbers.tolist()],
             [key for batch in batches for key in batch.keys],
             max(1, self._num_samples),  # not known without a manifest: ranks may meet a sample in different passes
         )
-        facts = {"configuration": digest, "data": self._data_digest, "autoencoder": self.task.autoencoder_hash}
-        check_ranks(self.task.trained, batch, facts, self.state.cur_images)
+        check_ranks(self.task.trained, batch, self.state.cur_images)
 
     def _reduce(self, metrics: dict[str, Tensor], stop: Stop, counts: tuple[int, int]) -> tuple[dict[str, float], int]:
         """Metrics averaged over the ranks and how many samples were bad; counts cuts, keeps requests to stop.

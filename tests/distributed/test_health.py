@@ -34,9 +34,9 @@ def _batch(rank: int) -> RankBatch:
     return RankBatch([16 + 2 * rank, 17 + 2 * rank], [f"s/{2 * rank}", f"s/{2 * rank + 1}"], num_samples=100)
 
 
-def _message(item: Trained, batch: RankBatch | None = None, facts: dict[str, str] | None = None) -> str:
+def _message(item: Trained, batch: RankBatch | None = None) -> str:
     try:
-        check_ranks({"net": item}, batch or _batch(item.model.environment.rank), facts or {}, 16)
+        check_ranks({"net": item}, batch or _batch(item.model.environment.rank), 16)
     except NumericsError as error:
         return str(error)
     return ""
@@ -145,10 +145,10 @@ def test_a_piece_that_two_ranks_hold() -> None:
     assert re.search(r"net/last\.weight .* at element 3 the piece of rank 1 begins before rank 0's piece ends", message)
 
 
-def _batches(batches: list[RankBatch], facts: list[dict[str, str]] | None = None) -> str:
+def _batches(batches: list[RankBatch]) -> str:
     item = Trained(sharded(network(), 0))
     rank = item.model.environment.rank
-    return _message(item, batches[rank], facts[rank] if facts else None)
+    return _message(item, batches[rank])
 
 
 def test_the_same_images_on_two_ranks() -> None:
@@ -161,9 +161,3 @@ def test_the_same_samples_under_other_numbers() -> None:
     assert "ranks 0 and 1 train on the same samples, s/0 ..." in _run(_batches, 2, [_batch(0), again])
     next_epoch = RankBatch([100, 101], _batch(0).keys, num_samples=100)
     assert _run(_batches, 2, [_batch(0), next_epoch]) == ""
-
-
-def test_facts_in_common() -> None:
-    facts = [{"autoencoder": "aa"}, {"autoencoder": "bb"}, {"autoencoder": "aa"}]
-    message = _run(_batches, 3, [_batch(rank) for rank in range(3)], facts)
-    assert "the autoencoder differs between ranks: rank(s) 0, 2 against 1;" in message

@@ -201,8 +201,7 @@ def test_ranks_are_compared_before_the_first_step_and_at_intervals(
 ) -> None:
     seen: list[tuple[int, list[int], int]] = []
 
-    def note(trained: object, batch: RankBatch, facts: Mapping[str, str], images: int) -> None:
-        assert facts.keys() == {"configuration", "data", "autoencoder"}
+    def note(trained: object, batch: RankBatch, images: int) -> None:
         assert len(batch.keys) == BATCH
         seen.append((images, list(batch.image_numbers), batch.num_samples))
 
