@@ -15,7 +15,10 @@ import torch.distributed as dist
 from ldm_scale.config.schema import TrainConfig, WatchdogConfig
 from ldm_scale.engine import env, network, rendezvous
 from ldm_scale.errors import ConfigError
+from ldm_scale.operations import train as operations
 from tests.helpers.ranks import run_ranks
+from tests.helpers.runs import tiny_config
+from tests.helpers.shards import make_dataset
 
 WAIT_S = 2.0
 SECONDS = 10.0  # that an error may take, on a busy machine
@@ -110,6 +113,27 @@ def test_what_differs_between_ranks_is_named_with_both_values() -> None:
     assert "digest of the data is absent on rank(s) 1" in first
 
 
+def _train(manifest: Path, run_dir: Path) -> str:
+    rank = int(os.environ["RANK"])
+    train = {"seed": rank, "total_images": 8}
+    config = tiny_config("autoencoder", manifest, run_dir, train=train, watchdog={"rendezvous_s": WAIT_S})
+    try:
+        operations.train(config, env.read_launch())
+    except ConfigError as error:
+        return str(error)
+    return ""
+
+
+def test_the_command_compares_configurations_before_anything_is_built(tmp_path: Path) -> None:
+    manifest = make_dataset(tmp_path / "data", num_samples=16, samples_per_shard=16, resolution=20)
+    for message in run_ranks(_train, 2, manifest, tmp_path / "run"):
+        expected = (
+            f"the ranks were not started alike: train.seed is 1 on rank(s) 1 ({network.host_name()}) and 0 on rank 0"
+        )
+        assert message.startswith(expected)
+    assert not (tmp_path / "run").exists()
+
+
 def _with_another_torch() -> tuple[str, float]:
     if os.environ["RANK"] == "1":
         env.running_versions = lambda: rendezvous_versions | {"version of torch": "2.0.0"}  # type: ignore[assignment]
@@ -127,7 +151,12 @@ def test_another_version_on_one_rank_is_named() -> None:
 
 
 def _rank_0_goes() -> None:
-    rendezvous._lead = lambda *_: os._exit(0)
+    def leave(store: Any, *_: Any) -> dict[str, Any]:
+        while not store.check(["report 1"]):
+            time.sleep(0.01)
+        os._exit(0)
+
+    rendezvous._lead = leave
     raise AssertionError(_start({}, {})[0])
 
 
