@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import re
 import sys
 import time
 from collections.abc import Callable
@@ -86,6 +87,7 @@ CASES: dict[str, tuple[str, Callable[[Rank], None] | None, int, tuple[str, ...]]
     # rules of faults, what happens to rank 1, ZeRO stage, what the verdict says
     "stopped": ("", _stop_rank, 1, ("phase", "the process of rank 1 is stopped")),
     "loader": ("", _stop_loader, 1, ("phase data", "loader process", "is stopped")),
+    "fetch": ("sleep:at=data.fetch,rank=1,nth=40,seconds=600", None, 1, ("phase data", "is sleeping")),
     "batch": ("sleep:at=data.batch,rank=1,nth=9,seconds=600", None, 1, ("phase data", "behind the others")),
     "forward": ("sleep:at=step.forward,rank=1,nth=9,seconds=600", None, 3, ("phase forward", "in reach")),
     "collective": (
@@ -102,7 +104,7 @@ CASES: dict[str, tuple[str, Callable[[Rank], None] | None, int, tuple[str, ...]]
 def test_a_hang_ends_and_is_named(case: str, manifest: Path, tmp_path: Path) -> None:
     rules, happens, stage, expected = CASES[case]
     run_dir = tmp_path / "run"
-    with started_ranks(_train, 2, tmp_path, manifest, run_dir, rules, stage, int(case == "loader")) as ranks:
+    with started_ranks(_train, 2, tmp_path, manifest, run_dir, rules, stage, int(case in ("loader", "fetch"))) as ranks:
         _wait_for_steps(run_dir, ranks)
         if happens is not None:
             happens(ranks[1])
@@ -125,6 +127,8 @@ def test_a_hang_ends_and_is_named(case: str, manifest: Path, tmp_path: Path) -> 
     assert reports == [f"rank-0000{rank}.txt" for rank in range(len(live))]
     stacks = "".join(path.read_text() for path in (run_dir / FOLDER).glob("*/rank-*.txt"))
     assert stacks.count("trainer.py") >= len(live)
+    if case == "fetch":
+        assert re.search(r"\nLoader process \d+, sleeping:\n.*in _decoded", stacks, re.DOTALL), stacks
 
 
 def _watched(run_dir: Path, config: WatchdogConfig, work: Callable[[int], None]) -> None:
@@ -173,7 +177,7 @@ def _save_that_hangs(rank: int) -> None:
 @pytest.mark.timeout(240)
 def test_a_save_that_hangs_on_one_rank_is_named(tmp_path: Path) -> None:
     """The other rank is in the next step, whose time is not over."""
-    config = WatchdogConfig(step_s=SHORT_S, other_s=SHORT_S)
+    config = WatchdogConfig(step_s=4 * SHORT_S, other_s=SHORT_S)
     with started_ranks(_watched, 2, tmp_path, tmp_path / "run", config, _save_that_hangs) as ranks:
         assert [rank.end() for rank in ranks] == [Restart.exit_code] * 2, [rank.output for rank in ranks]
     assert "culprit: rank 1 (" in _verdict(tmp_path / "run")
