@@ -19,9 +19,11 @@ from ldm_scale.config.schema import TrainConfig, WatchdogConfig
 from ldm_scale.engine import collectives, env, phases
 from ldm_scale.engine.env import read_launch
 from ldm_scale.engine.hangs import FOLDER, VERDICT
+from ldm_scale.engine.stragglers import WINDOW
 from ldm_scale.engine.watchdog import Watchdog
 from ldm_scale.errors import LdmScaleError, Restart
 from ldm_scale.operations.train import train
+from ldm_scale.telemetry.tensorboard import read_metrics
 from tests.helpers.ranks import Rank, started_ranks
 from tests.helpers.runs import tiny_config
 from tests.helpers.shards import make_dataset
@@ -36,14 +38,14 @@ def manifest(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_dataset(tmp_path_factory.mktemp("data"), num_samples=16, samples_per_shard=16, resolution=20)
 
 
-def _train(manifest: Path, run_dir: Path, rules: str, stage: int, workers: int) -> int:
+def _train(manifest: Path, run_dir: Path, rules: str, stage: int, workers: int, total_images: int = NEVER) -> int:
     """The command's exit status."""
     os.environ[faults.VARIABLE] = rules
     config = tiny_config(
         "autoencoder",
         manifest,
         run_dir,
-        train={"total_images": NEVER, "check_ranks_every_images": 0},
+        train={"total_images": total_images, "check_ranks_every_images": 0},
         data={"num_workers": workers, "prefetch_batches": 1},
         zero={"stage": stage},
         watchdog={"step_s": STEP_S, "other_s": OTHER_S},
@@ -129,6 +131,18 @@ def test_a_hang_ends_and_is_named(case: str, manifest: Path, tmp_path: Path) -> 
     assert stacks.count("trainer.py") >= len(live)
     if case == "fetch":
         assert re.search(r"\nLoader process \d+, sleeping:\n.*in _decoded", stacks, re.DOTALL), stacks
+
+
+@pytest.mark.timeout(240)
+def test_a_run_names_its_slow_rank(manifest: Path, tmp_path: Path) -> None:
+    rules = "sleep:at=step.forward,rank=1,times=1000,seconds=0.05"
+    run_dir, images = tmp_path / "run", 8 * WINDOW
+    with started_ranks(_train, 2, tmp_path, manifest, run_dir, rules, 1, 0, images) as ranks:
+        assert [rank.end(200) for rank in ranks] == [0, 0], [rank.output for rank in ranks]
+        assert len(re.findall(r"rank 1 \(.*\) is slow: phase forward takes it 0\.\d+ s a step", ranks[0].output)) == 1
+    (row,) = [row for row in read_metrics(run_dir) if "ranks/slow" in row]
+    assert (row["images"], row["ranks/forward_slowest"], row["ranks/slow"]) == (images, 1.0, 1.0)
+    assert row["ranks/forward_s_max"] - row["ranks/forward_s_median"] > 0.02
 
 
 def _watched(run_dir: Path, config: WatchdogConfig, work: Callable[[int], None]) -> None:
