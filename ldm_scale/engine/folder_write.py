@@ -101,11 +101,11 @@ class FolderWrite:
             sync_folder(self._temporary)
             file_crc32(path, from_disk=True)
             read_manifest(self._temporary)
+        replaced = root / f"{_REPLACED}{self.final.name}"
+        if is_main and self.final.exists():  # the same images were seen before, by a run that was then set back
+            self.final.rename(replaced)
         faults.reach("save.rename")
         if is_main:
-            replaced = root / f"{_REPLACED}{self.final.name}"
-            if self.final.exists():  # the same images were seen before, by a run that was then set back
-                self.final.rename(replaced)
             self._temporary.rename(self.final)
             sync_folder(root)
             if replaced.exists():

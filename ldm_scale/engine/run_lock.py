@@ -18,7 +18,8 @@ LOCK = ".lock"
 class RunLock:
     """Holds a run directory for one run; a context manager. Collective: all ranks enter it.
 
-    The kernel's lock ends with the process that holds it, so nothing stale is left by a kill.
+    The kernel's lock ends with rank 0's process, so nothing stale is left by a kill. It is a record lock and not flock,
+    which forked loader processes would hold on to for a while after their parent was killed.
     Raises: ConfigError on all ranks if the directory cannot be made or another run holds it.
     """
 
@@ -46,12 +47,13 @@ class RunLock:
         except OSError as error:
             return f"run_dir={self._run_dir} cannot be written ({error.strerror}); give another run_dir"
         try:
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.lockf(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
             self._file.seek(0)
             holder = self._file.read().strip() or "unknown"
             return f"run_dir={self._run_dir} is in use by another run ({holder}); wait for it, or give another run_dir"
         self._file.truncate(0)
-        self._file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+        job = os.environ.get("SLURM_JOB_ID")
+        self._file.write(f"process {os.getpid()} on {socket.gethostname()}{f', Slurm job {job}' if job else ''}\n")
         self._file.flush()
         return ""

@@ -25,7 +25,7 @@ def run_ranks(function: Callable[..., Any], world_size: int, *args: Any, timeout
     Forked, so that the imports of this process are there at once; it must not have a process group of its own.
     Raises: AssertionError with the ranks' tracebacks if any of them failed or did not end in time.
     """
-    _import_before_fork()
+    import_before_fork()
     context = multiprocessing.get_context("fork")
     port = free_port()
     pipes, processes = [], []
@@ -71,7 +71,7 @@ class Rank:
 @contextmanager
 def started_ranks(function: Callable[..., Any], world_size: int, logs: Path, *args: Any) -> Iterator[list[Rank]]:
     """Ranks that call function(*args), their output in files below `logs`; they are killed when the block is left."""
-    _import_before_fork()
+    import_before_fork()
     context = multiprocessing.get_context("fork")
     port = free_port()
     logs.mkdir(parents=True, exist_ok=True)
@@ -108,7 +108,7 @@ def _logged_main(
     os._exit(status)
 
 
-def _import_before_fork() -> None:
+def import_before_fork() -> None:
     """Loads here, once, what every rank would otherwise load by itself when it starts DeepSpeed (eight seconds)."""
     import deepspeed.runtime.zero.muon.muon_optimizer  # noqa: F401
 

@@ -2,12 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
+import multiprocessing
+import os
+import signal
+import socket
+import threading
+import time
+from multiprocessing.queues import Queue
+from multiprocessing.synchronize import Event
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from ldm_scale.config.fit import batch_plan
-from ldm_scale.config.schema import Config
+from ldm_scale.config.schema import Config, TrainConfig
 from ldm_scale.engine import env
 from ldm_scale.engine.run_lock import RunLock
 from ldm_scale.errors import ConfigError
@@ -28,12 +38,55 @@ def _run(config: Config) -> tuple[bool, int]:
     return trainer.run(), trainer.state.cur_images
 
 
-def test_a_second_run_in_the_same_directory_is_refused(tmp_path: Path) -> None:
-    first = RunLock(tmp_path / "run", rank=0)
-    with first, pytest.raises(ConfigError, match=r"in use by another run \(process \d+"), RunLock(tmp_path / "run", 0):
-        pass
-    with RunLock(tmp_path / "run", rank=0):
-        pass
+def _hold(run_dir: Path, ready: Event, pids: Queue[int], release: Event) -> None:
+    environment = env.start(env.read_launch(), TrainConfig(device="cpu"))
+    with RunLock(run_dir, environment.rank):
+        if environment.rank == 0:
+            pids.put(os.getpid())
+            child = os.fork()  # as a loader's process
+            if child == 0:
+                time.sleep(600)
+            pids.put(child)
+        ready.set()
+        release.wait(60)
+
+
+def _refusal(run_dir: Path) -> str:
+    environment = env.start(env.read_launch(), TrainConfig(device="cpu"))
+    try:
+        with RunLock(run_dir, environment.rank):
+            return ""
+    except ConfigError as error:
+        return str(error)
+
+
+def test_a_second_run_is_refused_on_all_ranks_until_the_first_is_killed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SLURM_JOB_ID", "4711")
+    context = multiprocessing.get_context("fork")
+    ready, release, pids = context.Event(), context.Event(), context.Queue()
+    holding = threading.Thread(target=lambda: _ignoring_failure(tmp_path / "run", ready, pids, release))
+    holding.start()
+    assert ready.wait(60)
+    owner, child = pids.get(timeout=60), pids.get(timeout=60)
+    try:
+        for message in run_ranks(_refusal, 2, tmp_path / "run"):
+            assert f"in use by another run (process {owner} on {socket.gethostname()}, Slurm job 4711)" in message
+        os.kill(owner, signal.SIGKILL)
+        while "zombie" not in Path(f"/proc/{owner}/status").read_text():
+            time.sleep(0.01)
+        os.kill(child, 0)  # it still lives, and does not hold the directory
+        assert run_ranks(_refusal, 2, tmp_path / "run") == ["", ""]
+    finally:
+        release.set()
+        os.kill(child, signal.SIGKILL)
+        holding.join()
+
+
+def _ignoring_failure(*args: Any) -> None:
+    with contextlib.suppress(AssertionError):  # rank 0 is killed
+        run_ranks(_hold, 2, *args)
 
 
 def test_a_directory_that_cannot_be_made_is_named(tmp_path: Path) -> None:
