@@ -28,6 +28,7 @@ VARIABLE = "LDM_FAULTS"
 POINTS = (
     "data.fetch",  # bytes of a sample are about to be read
     "data.batch",  # a micro-batch is about to be taken from the loader
+    "step.input",  # with the pixels of a micro-batch
     "step.forward",
     "step.loss",  # with the loss
     "step.gradients",  # with a gradient, before the optimizer's step
@@ -107,10 +108,10 @@ def reach(point: str, path: Path | None = None) -> None:
 
 def poison(point: str, value: Tensor) -> Tensor:
     """The value, its first element spoilt in place where a rule says so. Shapes: any."""
-    for rule in _rules:
+    for rule in _rules if value.numel() else ():
         if rule.action in (*_VALUES, "flip") and rule.is_due(point, _rank):
             with torch.no_grad():
-                first = value.detach().view(-1)[:1]
+                first = value.detach().as_strided((1,), (1,), value.storage_offset())  # whatever the layout
                 if rule.action == "flip":
                     first.view(torch.uint8)[0] ^= 1
                 else:

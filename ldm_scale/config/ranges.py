@@ -105,6 +105,7 @@ _RANGES: tuple[_Range, ...] = (
             "train.micro_batch",
             "train.log_every_images",
             "train.keep_checkpoints",
+            "train.max_skipped_steps",
             "sampling.num_steps",
         ),
         at_least=1,
@@ -157,6 +158,8 @@ _RANGES: tuple[_Range, ...] = (
         ),
         above=0,
     ),
+    _Range(("spikes.factor",), at_least=3),  # below, ordinary steps stand out every few hundred steps
+    _Range(("spikes.window_steps",), at_least=16, at_most=10_000),
     _Range(("ema.power_stds",), above=0, at_most=MAX_POWER_STD),
     _Range(("sampling.eta",), at_least=0, at_most=1),
     _Range(("conditioning.semantic_map.num_labels",), at_least=1, at_most=255),  # 255 itself means unknown

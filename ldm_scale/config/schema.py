@@ -345,6 +345,21 @@ class TrainConfig:
     async_checkpoints: bool = True  # written while training goes on, from a copy of the rank's state in host memory
     # Images between comparisons of the ranks' weights, averages, buffers and batches; 0 = only before the first step.
     check_ranks_every_images: int = 50_000
+    max_skipped_steps: int = 10  # so many skipped steps in a row stop the run: something is wrong that does not pass
+
+
+@dataclass(frozen=True)
+class SpikesConfig:
+    """Steps whose loss stands out from the accepted steps before, by median and MAD of the loss's logarithm.
+
+    Stage 2 compares each image's loss with what its level of noise usually gives.
+    """
+
+    # log: the step is made all the same. skip: it is not. rollback: the run goes back to its last checkpoint's weights
+    # and passes over the images between. A step that is not finite is skipped in any case.
+    action: Literal["log", "skip", "rollback"] = "log"
+    factor: float = 8.0  # robust standard deviations above the median
+    window_steps: int = 128  # accepted steps that are compared with; nothing is judged before half of them
 
 
 @dataclass(frozen=True)
@@ -406,4 +421,5 @@ class Config:
     kernels: KernelsConfig = field(default_factory=KernelsConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     watchdog: WatchdogConfig = field(default_factory=WatchdogConfig)
+    spikes: SpikesConfig = field(default_factory=SpikesConfig)
     sampling: SamplingConfig = field(default_factory=SamplingConfig)

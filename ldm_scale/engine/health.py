@@ -1,4 +1,4 @@
-"""Checks that keep a broken step, or ranks that drifted apart, out of the weights.
+"""Checks that keep ranks that drifted apart out of the weights.
 
 Ranks that disagree train on without an error and end in a model that is worse than one rank's. `check_ranks` compares
 them: whatever is a full copy on every rank must be equal bit for bit, whatever is divided must be held once, and no
@@ -19,27 +19,13 @@ from torch import Tensor
 
 from ldm_scale.engine import collectives
 from ldm_scale.engine.checkpoint import BUFFER, Trained
+from ldm_scale.engine.zero import MOMENTS
 from ldm_scale.errors import NumericsError
 
+SECOND_MOMENT = MOMENTS[1]
 _WORD, _COLUMNS = 8, 1024  # bytes of an integer, integers of a row
 _FACTORS = (0x9E3779B97F4A7C1, 0x2B2AE3D27D4EB4F, 0x165667B19E3779F)
 _Piece = tuple[int, int, int]  # first element, length, rank
-
-
-def require_finite(metrics: Mapping[str, float], step: int, images: int, history: str = "") -> None:
-    """Returns if all values are finite. The values are equal on all ranks, so all ranks stop together.
-
-    `history` tells what led there, for the message.
-    Raises: NumericsError naming the step and the values.
-    """
-    bad = {name: value for name, value in metrics.items() if not math.isfinite(value)}
-    if bad:
-        listed = ", ".join(f"{name}={value}" for name, value in bad.items())
-        raise NumericsError(
-            f"non-finite after step {step} ({images} images): {listed}{f' ({history})' if history else ''}; the step's "
-            "weights are not saved. Continue from the last checkpoint with a smaller optimizer.lr or "
-            "optimizer.gradient_clip, or train.precision=fp32"
-        )
 
 
 @dataclass(frozen=True)
@@ -57,26 +43,28 @@ def check_ranks(trained: Mapping[str, Trained], batch: RankBatch, images: int) -
     That they were started alike has been seen when they met (engine/rendezvous.py). What is compared, bit for bit:
     - parameters that compute and buffers (at stage 3 the parameters are divided, so buffers alone);
     - stage 0: masters, Adam's moments, all averages; stages 1 to 3: that every element of them is on one rank;
-    - stages 1 and 2: this rank's masters, rounded, with the parameters that compute.
+    - stages 1 to 3: this rank's masters, rounded, with what it has of the parameters that compute.
+    What has no copy (masters' last bits, moments and averages at stages 1 to 3) must at least be possible: finite, and
+    no second moment below zero.
     Raises: NumericsError on all ranks, naming ranks and the first tensor.
     Collective: all ranks.
     """
     if collectives.world_size() == 1:
         return
     numbers = {name: number for label, item in trained.items() for name, number in _checksums(label, item)}
-    stale = [name for label, item in trained.items() for name in _stale_parameters(label, item)]
+    wrong = [text for label, item in trained.items() for text in _wrong_values(label, item)]
     pieces = {label: _pieces(item) for label, item in trained.items() if item.model.stage > 0}
     digest = hashlib.blake2b(repr(sorted(numbers.items())).encode(), digest_size=16).hexdigest()
-    reports = collectives.gather_objects((batch, digest, stale[:1], pieces))
-    batches, digests, all_stale, all_pieces = zip(*reports, strict=True)
+    reports = collectives.gather_objects((batch, digest, wrong[:1], pieces))
+    batches, digests, all_wrong, all_pieces = zip(*reports, strict=True)
     where = f"at {images} images"
     if len(set(digests)) > 1:
         _name_first_difference(collectives.gather_objects(numbers), where)
-    for rank, names in enumerate(all_stale):
-        if names:
+    for rank, texts in enumerate(all_wrong):
+        if texts:
             raise NumericsError(
-                f"{where}: on rank {rank} {names[0]} is not what its fp32 masters say, so the rank computes with other "
-                "weights than it trains; continue from the last checkpoint"
+                f"{where}: on rank {rank} {texts[0]}; continue from the last checkpoint, and if it comes again at the "
+                "same rank, suspect its hardware"
             )
     for label, item in trained.items():
         if item.model.stage > 0:
@@ -117,16 +105,25 @@ def _checksums(label: str, item: Trained) -> Iterator[tuple[str, int]]:
             yield f"{label}/{kind}/{fragment.name}", checksum(value)
 
 
-def _stale_parameters(label: str, item: Trained) -> Iterator[str]:
-    """Names of parameters that compute with something else than this rank's masters."""
-    if item.model.stage not in (1, 2):
+def _wrong_values(label: str, item: Trained) -> Iterator[str]:
+    """Parameters that compute with something else than this rank's masters, and values that cannot be, in words."""
+    if item.model.stage == 0:
         return
     parameters = dict(item.model.module.named_parameters())
     for fragment in item.model.fragments:
-        parameter = parameters[fragment.name].detach().view(-1)[fragment.offset : fragment.offset + fragment.length]
-        # Bits, so that NaN equals itself; that is `require_finite`'s business.
-        if checksum(fragment.master.to(parameter.dtype)) != checksum(parameter):
-            yield f"{label}/parameter/{fragment.name}"
+        weight = item.model.kept_weight(parameters[fragment.name]).detach().view(-1)
+        offset = 0 if item.model.stage == 3 else fragment.offset
+        weight = weight[offset : offset + fragment.length]
+        # Bits, so that NaN equals itself.
+        if checksum(fragment.master.to(weight.dtype)) != checksum(weight):
+            yield (
+                f"{label}/parameter/{fragment.name} is not what its fp32 masters say, so the rank computes with other "
+                "weights than it trains"
+            )
+    for fragment, kind, values in item.tensors():
+        least, largest = (float(value) for value in values.aminmax()) if values.numel() else (0.0, 0.0)
+        if not math.isfinite(least) or not math.isfinite(largest) or (kind == SECOND_MOMENT and least < 0.0):
+            yield f"{label}/{kind}/{fragment.name} has values that cannot be ({least:g} to {largest:g})"
 
 
 def _pieces(item: Trained) -> dict[str, tuple[int, int]]:

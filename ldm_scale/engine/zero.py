@@ -26,9 +26,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
+from ldm_scale import faults
 from ldm_scale.config.schema import OptimizerConfig, ZeroConfig
 from ldm_scale.engine import phases
 from ldm_scale.engine.env import Environment
+from ldm_scale.engine.gradients import forget_gradient, gradient_norm
 from ldm_scale.errors import NumericsError
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -91,6 +93,8 @@ class ShardedModel:
         self._adam: torch.optim.Optimizer = self.engine.basic_optimizer
         self.fragments = list(self._locate_fragments())
         self._create_moments()
+        self._holds_gradient = False
+        self._local_norm: Tensor | None = None  # of the gradient that is held, once it was asked for
 
     def __call__(self, *args: Any) -> Any:
         """The network's output, through ZeRO's hooks; floating inputs in the compute type, but float64 as it is."""
@@ -99,9 +103,31 @@ class ShardedModel:
     def backward(self, loss: Tensor) -> None:
         """Accumulates the gradient of one micro-batch's mean loss; averages over ranks when the batch is complete."""
         phases.enter("backward")
+        self._holds_gradient = True
         self.engine.backward(loss)
         if not self.engine.is_gradient_accumulation_boundary():
             self.engine.step()  # only counts the micro-batch, by which DeepSpeed finds the boundary
+
+    def gradient_square(self) -> Tensor | None:
+        """A scalar whose mean over the ranks is the squared norm of the gradient that `step` would apply; else None.
+
+        Not finite on a rank: neither is the mean. The rank's own part is read once, and nothing is communicated.
+        """
+        if not self._holds_gradient:
+            return None
+        self._local_norm = gradient_norm(self.engine, self.stage)
+        square = self._local_norm.double().square().cpu()
+        return square if self.stage == 0 else square * self.environment.world_size
+
+    def discard(self) -> None:
+        """Forgets the accumulated gradient; weights, moments and Adam's step count stay as they are, bit for bit.
+
+        Collective: all ranks.
+        """
+        if not self._holds_gradient:
+            return
+        forget_gradient(self.engine, self._adam)
+        self._holds_gradient, self._local_norm = False, None
 
     def step(self, lr: float) -> float:
         """Applies the accumulated gradient and returns its norm before clipping.
@@ -110,18 +136,25 @@ class ShardedModel:
         """
         for group in self._adam.param_groups:
             group["lr"] = lr
+        local_norm, self._holds_gradient, self._local_norm = self._local_norm, False, None
         if self.stage == 0:
             # DeepSpeed clips stage 0 without returning the norm, and steps on non-finite gradients.
-            norm = float(_total_norm(self.module))
-            if not math.isfinite(norm):
-                raise NumericsError(_non_finite_message(norm))
+            norm = float(gradient_norm(self.engine, 0) if local_norm is None else local_norm)
+        if self.stage > 0 or math.isfinite(norm):
             self.engine.step()
-            return norm
-        self.engine.step()
-        norm = float(self.engine.get_global_grad_norm() or 0.0)
+        if self.stage > 0:
+            norm = float(self.engine.get_global_grad_norm() or 0.0)
         if not math.isfinite(norm):
-            raise NumericsError(_non_finite_message(norm))
+            raise NumericsError(
+                f"the gradient's norm is {norm}; the step was not applied. Continue from the last checkpoint with a "
+                "smaller optimizer.lr, or train.precision=fp32"
+            )
+        faults.poison("weights", self.kept_weight(next(iter(self._names))))
         return norm
+
+    def kept_weight(self, parameter: Tensor) -> Tensor:
+        """What this rank keeps of a parameter that computes between steps: all of it, or at stage 3 its own part."""
+        return parameter.ds_tensor if self.stage == 3 else parameter  # type: ignore[attr-defined,no-any-return]
 
     def moments(self, fragment: Fragment) -> dict[str, Tensor]:
         """Views of the fragment's Adam moments, (length,) each."""
@@ -317,15 +350,3 @@ def import_deepspeed(environment: Environment) -> Any:
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed.init_distributed(dist_backend="nccl" if device.type == "cuda" else "gloo", verbose=False)
     return deepspeed
-
-
-def _total_norm(module: nn.Module) -> Tensor:
-    gradients = [parameter.grad for parameter in module.parameters() if parameter.grad is not None]
-    return torch.nn.utils.get_total_norm(gradients)
-
-
-def _non_finite_message(norm: float) -> str:
-    return (
-        f"the gradient's norm is {norm}; the step was not applied. Continue from the last checkpoint with a smaller "
-        "optimizer.lr, or train.precision=fp32"
-    )

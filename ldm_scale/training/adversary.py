@@ -33,6 +33,7 @@ class Adversary:
         self._health = torch.zeros(5)
         self.trained = Trained(model, buffers={"health": self._health} | dict(model.module.named_buffers()))
         self._figures: list[Tensor] = []
+        self._running: list[Tensor] = []  # its buffers as they were before the step
 
     def trains(self, images: int) -> bool:
         """Whether its loss is computed in the step that starts after `images` images."""
@@ -60,6 +61,16 @@ class Adversary:
         """
         logits = self.model.module(y.to(self.model.environment.dtype)).float()
         return generator_loss(logits, self._loss.adversarial_loss)
+
+    def begin(self) -> None:
+        """Nothing; remembers what its forward passes change (batch norm's running statistics)."""
+        self._running = [buffer.clone() for buffer in self.model.module.buffers()]
+
+    def discard(self) -> None:
+        """Nothing; forgets the passes since `begin`."""
+        for buffer, before in zip(self.model.module.buffers(), self._running, strict=True):
+            buffer.copy_(before)
+        self._figures.clear()
 
     def backward(self, x: Tensor, y: Tensor) -> dict[str, Tensor]:
         """Figures of one micro-batch, its gradient accumulated unless held. Shapes: (B, 3, H, W) twice, y detached."""

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 from torch.nn import grad
 
+from ldm_scale import faults
 from ldm_scale.config.schema import BatchPlan, Config
 from ldm_scale.data import Batch
 from ldm_scale.engine import seeding
@@ -117,6 +118,8 @@ class AutoencoderTask(Task):
 
     def accumulate(self, batches: Sequence[Batch], images: int) -> dict[str, Tensor]:
         """See `Task.accumulate`."""
+        if self.adversary is not None:
+            self.adversary.begin()
         felt = self.adversary is not None and self.adversary.felt(images)
         inputs = [self._inputs(batch) for batch in batches]
         # With several micro-batches the weight must be known before the first backward pass: a forward pass more each.
@@ -134,7 +137,16 @@ class AutoencoderTask(Task):
                 metrics |= self.adversary.backward(micro_batch.x, output.reconstruction.detach())
             for name, value in metrics.items():
                 totals[name] = totals.get(name, torch.zeros(())) + value.detach().float().cpu() / len(inputs)
+        faults.poison("step.loss", totals["loss/reconstruction"])
         return totals
+
+    def discard(self) -> None:
+        """See `Task.discard`."""
+        super().discard()
+        if self.codebook is not None:
+            self.codebook.discard()
+        if self.adversary is not None:
+            self.adversary.discard()
 
     def update(self, images: int) -> dict[str, float]:
         """See `Task.update`."""
@@ -162,7 +174,7 @@ class AutoencoderTask(Task):
         return autoencoder_product.write(self, checkpoint, images)
 
     def _inputs(self, batch: Batch) -> Inputs:
-        x = batch.images.to(self.environment.device, non_blocking=True)
+        x = faults.poison("step.input", batch.images).to(self.environment.device, non_blocking=True)
         numbers = batch.image_numbers.to(self.environment.device)
         noise = self.posterior_noise(batch.image_numbers.tolist(), "posterior", (x.shape[2], x.shape[3]))
         return Inputs(x, noise, numbers)

@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ldm_scale import faults
 from ldm_scale.config.schema import BatchPlan, Config
 from ldm_scale.data import Batch
 from ldm_scale.engine import seeding
@@ -46,12 +47,16 @@ class ClassifierTask(LatentTask):
     def accumulate(self, batches: Sequence[Batch], images: int) -> dict[str, Tensor]:
         """See `Task.accumulate`."""
         loss, correct = torch.zeros(()), torch.zeros(())
+        self.sample_losses.clear()
         for batch in batches:
-            z, labels = self.encode(batch), self._labels(batch)
+            faults.poison("step.input", batch.images)
+            z, labels = faults.poison("step.latents", self.encode(batch)), self._labels(batch)
             t, noise, _ = self.draw(batch.image_numbers.tolist(), shape=z.shape[1:])
             z_t = self.process.add_noise(z, noise, t)
             logits = self.model(self.process.network_input(z_t, t), self.network_time(t)).float()
-            error = F.cross_entropy(logits, labels)
+            errors = F.cross_entropy(logits, labels, reduction="none")
+            self.note_losses(errors, t)
+            error = faults.poison("step.loss", errors.mean())
             self.model.backward(error)
             loss += error.detach().cpu() / len(batches)
             correct += (logits.argmax(dim=1) == labels).float().mean().cpu() / len(batches)

@@ -43,6 +43,10 @@ class CodebookKeeper:
         vectors = z_raw.detach().float().permute(0, 2, 3, 1).flatten(1, 2)
         self._seen.append((vectors, indices.flatten(1), image_numbers))
 
+    def discard(self) -> None:
+        """Nothing; forgets the micro-batches of a step that is not made."""
+        self._seen.clear()
+
     def update(self, images: int, global_batch: int) -> dict[str, float]:
         """Figures of the step that started after `images` images, once averages and dead codes are written.
 

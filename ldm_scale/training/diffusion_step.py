@@ -13,6 +13,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
+from ldm_scale import faults
 from ldm_scale.conditioning.base import Conditions, Inputs, Tools
 from ldm_scale.conditioning.batches import conditions_of
 from ldm_scale.conditioning.frozen_text import FrozenTextCondition, FrozenTextEncoder
@@ -42,8 +43,10 @@ class DiffusionTask(LatentTask):
     def accumulate(self, batches: Sequence[Batch], images: int) -> dict[str, Tensor]:
         """See `Task.accumulate`."""
         total = torch.zeros(())
+        self.sample_losses.clear()
         for batch in batches:
-            z, inputs = self.encode(batch), self.inputs(batch)
+            faults.poison("step.input", batch.images)
+            z, inputs = faults.poison("step.latents", self.encode(batch)), self.inputs(batch)
             conditioner = self.network.conditioner
             t, noise, uniforms = self.draw(batch.image_numbers.tolist(), conditioner.num_uniforms, z.shape[1:])
             z_t = self.process.add_noise(z, noise, t)
@@ -52,7 +55,9 @@ class DiffusionTask(LatentTask):
                 self.network_time(t),
                 conditioner.drop(inputs, uniforms),
             )
-            loss = self.process.loss(output, z, noise, t).mean()
+            losses = self.process.loss(output, z, noise, t)
+            self.note_losses(losses, t)
+            loss = faults.poison("step.loss", losses.mean())
             self.model.backward(loss)
             total += loss.detach().float().cpu() / len(batches)
         return {"loss": total}

@@ -19,6 +19,7 @@ from ldm_scale.diffusion.times import stratified_uniforms
 from ldm_scale.engine import seeding
 from ldm_scale.engine.checkpoint import Trained
 from ldm_scale.engine.env import Environment
+from ldm_scale.engine.spikes import NUM_LEVELS
 from ldm_scale.engine.zero import ShardedModel
 from ldm_scale.interchange.artifact import read_artifact
 from ldm_scale.interchange.load import load_autoencoder
@@ -47,6 +48,8 @@ class LatentTask(Task):
             *[config.data.resolution // artifact.config.downsampling_factor] * 2,
         )
         self.process = build_process(config.diffusion).to(environment.device)
+        between = torch.arange(1, NUM_LEVELS, dtype=torch.float64) / NUM_LEVELS
+        self._level_bounds = self.to_device(self.process.times(between)).sort().values
 
     def shard(self, name: str, build: Callable[[], ModuleT]) -> tuple[ModuleT, ShardedModel]:
         """The network that `build` makes and what trains it, averaged and saved under `name`. Collective: all ranks."""
@@ -142,6 +145,11 @@ class LatentTask(Task):
             constants = seeding.normal(streams, self.latent_shape[:1])
             noise = offset_noise(noise, constants, diffusion.noise_offset)
         return self.to_device(self.process.times(u)), self.to_device(noise), uniforms
+
+    def note_losses(self, losses: Tensor, t: Tensor) -> None:
+        """Nothing; keeps the losses of a micro-batch's images for the judgement of the step. Shapes: (b,) twice."""
+        levels = torch.bucketize(t, self._level_bounds, right=True)
+        self.sample_losses.append((losses.detach(), levels))
 
     def network_time(self, t: Tensor) -> Tensor:
         """`Process.network_time`; float64 where it is no whole number, which the engine passes on as it is.

@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
 from ldm_scale.data.policy import LossAccount
+from ldm_scale.engine.spikes import SpikeHistory
 from ldm_scale.errors import CheckpointError
 
 
@@ -21,6 +22,10 @@ class TrainingState:
     step: int = 0  # optimizer steps
     losses: LossAccount = field(default_factory=LossAccount)  # samples that could not be used, over all ranks
     truncated: int = 0  # captions and layouts that were cut so far, over all ranks
+    skipped: int = 0  # steps that were not made, whose images count as seen
+    skipped_in_a_row: int = 0
+    passed_over: list[list[int]] = field(default_factory=list)  # images [from, to) that a rollback left out
+    spikes: SpikeHistory = field(default_factory=SpikeHistory)
     training_s: float = 0.0  # seconds spent in training steps
     data_digest: str = ""  # of the training split's shards: what the position counts in
     autoencoder_hash: str = ""  # stage 2: content hash of the artifact that defines its latents
@@ -42,4 +47,5 @@ class TrainingState:
                 f"the checkpoint's training state has {', '.join(sorted(values)) or 'nothing'}; this version reads "
                 f"{', '.join(sorted(known))}: continue with the version that wrote it"
             )
-        return cls(**{**values, "losses": LossAccount(**values["losses"])})
+        sections = {"losses": LossAccount(**values["losses"]), "spikes": SpikeHistory(**values["spikes"])}
+        return cls(**values | sections)

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from ldm_scale.config.schema import BatchPlan, Config
@@ -15,10 +16,12 @@ from ldm_scale.data import Batch
 from ldm_scale.engine.checkpoint import Trained
 from ldm_scale.engine.ema import ShardedEma, average_names
 from ldm_scale.engine.env import Environment
+from ldm_scale.engine.spikes import level_sums
 from ldm_scale.engine.zero import ShardedModel
 from ldm_scale.telemetry.tensorboard import Curves
 from ldm_scale.training.diagnosis import Finding
 from ldm_scale.training.optimizer import learning_rate
+from ldm_scale.training.skipping import GRADIENT, LEVEL
 
 
 class Task(ABC):
@@ -28,6 +31,7 @@ class Task(ABC):
         self.config, self.plan, self.environment = config, plan, environment
         self.trained: dict[str, Trained] = {}
         self.autoencoder_hash = ""  # of the artifact that defines a diffusion model's latents
+        self.sample_losses: list[tuple[Tensor, Tensor]] = []  # of the running step: losses and levels of noise, (b,)
 
     @abstractmethod
     def accumulate(self, batches: Sequence[Batch], images: int) -> dict[str, Tensor]:
@@ -43,6 +47,23 @@ class Task(ABC):
 
         `images` are the images seen before the step. Collective: all ranks.
         """
+
+    def observations(self) -> dict[str, Tensor]:
+        """What is known of the gradients and losses after `accumulate`, by which a step is judged before `update`."""
+        squares = {name: item.model.gradient_square() for name, item in self.trained.items()}
+        found = {GRADIENT + name: square for name, square in squares.items() if square is not None}
+        if self.sample_losses:
+            losses, levels = (torch.cat(parts).tolist() for parts in zip(*self.sample_losses, strict=True))
+            found |= {f"{LEVEL}{i:02d}": torch.tensor(x) for i, x in enumerate(level_sums(losses, levels))}
+        return found
+
+    def discard(self) -> None:
+        """Forgets what `accumulate` left: weights, optimizers, averages and buffers are as before it, bit for bit.
+
+        Collective: all ranks.
+        """
+        for item in self.trained.values():
+            item.model.discard()
 
     @abstractmethod
     def validate(self, images: int) -> dict[str, float]:

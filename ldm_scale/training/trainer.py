@@ -1,8 +1,8 @@
 """The training loop: one order of events for all stages.
 
 Per step: gradients of one global batch, one reduction of metrics over the ranks (with the request to stop riding on
-it), refusal of anything that is not finite, then the update. Everything that happens now and then (validation,
-pictures, checkpoints, comparison of the ranks) happens between steps, at image counts, on all ranks.
+it), judgement of the step by what came of that, then the update or none. Everything that happens now and then
+(validation, pictures, checkpoints, comparison of the ranks) happens between steps, at image counts, on all ranks.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from ldm_scale.data import Batch, Loader, build_loader, open_manifest, open_unin
 from ldm_scale.engine import collectives, phases, seeding
 from ldm_scale.engine.checkpoint import load_checkpoint
 from ldm_scale.engine.env import Environment
-from ldm_scale.engine.health import RankBatch, check_ranks, require_finite
+from ldm_scale.engine.health import RankBatch, check_ranks
 from ldm_scale.engine.preemption import Stop, StopRequest
 from ldm_scale.engine.rank_files import folder_of
 from ldm_scale.engine.run_lock import RunLock
@@ -39,10 +39,11 @@ from ldm_scale.models.fused import describe_kernels
 from ldm_scale.telemetry.log import get_logger
 from ldm_scale.telemetry.tensorboard import ScalarWriter
 from ldm_scale.telemetry.throughput import TrainProgress
-from ldm_scale.training.diagnosis import Finding, gradient_history
+from ldm_scale.training.diagnosis import Finding
 from ldm_scale.training.resumption import require_same_artifact, require_same_run
 from ldm_scale.training.sample_losses import SampleLosses
 from ldm_scale.training.saving import Saving
+from ldm_scale.training.skipping import StepGuard, roll_back
 from ldm_scale.training.state import TrainingState
 from ldm_scale.training.task import Task
 
@@ -90,6 +91,7 @@ class Trainer:
     def _run(self) -> bool:
         self._resume()
         self._forget_later_snapshots()
+        self.guard = StepGuard(self.config, self.state, self.environment.rank)
         if self._was_finished():
             self.log.info(f"finished before, nothing to do; remove {self.run_dir / RESULT} to make the product again")
             return True
@@ -144,22 +146,28 @@ class Trainer:
         cut_before = self.task.num_truncated
         phases.enter("forward")
         faults.reach("step.forward")
-        metrics = self.task.accumulate(batches, images)
+        metrics = self.task.accumulate(batches, images) | self.task.observations()
         bad = self.losses.named(batches)
         counts = (len(bad), self.task.num_truncated - cut_before)
         means, num_bad = self._reduce(metrics, stop.kind, counts)
         if num_bad:
             self.losses.settle(bad, images, self.plan.global_batch, loader)
-        norms = [step["grad_norm"] for step in self._recent if "grad_norm" in step]
-        require_finite(means, self.state.step, images, gradient_history(norms))
         phases.enter("update")
         faults.reach("step.update")
-        means |= self.task.update(images)
+        trouble = self.guard.judge(means, self._recent)
+        if trouble is not None:
+            self.guard.record(trouble, batches, metrics, self.task.sample_losses)
+        if trouble is None or not trouble.skips:
+            means |= self.task.update(images)
+            self._recent.append(means)
+        else:
+            self.task.discard()
+            if trouble.action == "rollback":
+                roll_back(self.checkpoints, self.state, self.task.trained, self.config)
         self.state.cur_images += self.plan.global_batch
         self.state.step += 1
         seconds = time.perf_counter() - started
         self.state.training_s += seconds
-        self._recent.append(means)
         between_ranks = self._stragglers.step(self.state.step, seconds)
         if not self._kernels_described:
             self._kernels_described = True
@@ -170,6 +178,7 @@ class Trainer:
         progress.update(self.plan.global_batch, shown)
         if self._due(self.config.train.log_every_images):
             counted = {"bad_samples": float(self.state.losses.total), "truncated": float(self.state.truncated)}
+            counted["skipped_steps"] = float(self.state.skipped)
             rate = {"images_per_s": self.plan.global_batch / seconds, "data_wait_share": waiting}
             writer.add_scalars(means | rate | counted, self.state.cur_images)
         if between_ranks:

@@ -16,13 +16,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from ldm_scale.config.schema import BatchPlan, Config
+from ldm_scale.config.schema import BatchPlan, Config, SpikesConfig
 from ldm_scale.data import Batch
 from ldm_scale.engine.env import Environment, Launch
 from ldm_scale.engine.health import RankBatch
 from ldm_scale.errors import CheckpointError, NumericsError, Restart
 from ldm_scale.training import saving, trainer
 from ldm_scale.training.diagnosis import Finding
+from ldm_scale.training.skipping import StepGuard, read_records
 from ldm_scale.training.state import TrainingState
 from ldm_scale.training.task import Task
 from ldm_scale.training.trainer import Trainer
@@ -40,11 +41,13 @@ class NotingTask(Task):
         super().__init__(config, BatchPlan(BATCH // 2, 2, BATCH), ENVIRONMENT)
         self.events: list[tuple[str, int]] = []
         self.numbers: list[int] = []
+        self.keys: list[str] = []
         self.cut = 100  # before the first step, by a validation
         self._loss = loss
 
     def accumulate(self, batches: Sequence[Batch], images: int) -> dict[str, Tensor]:
         assert [len(batch.images) for batch in batches] == [BATCH // 2] * 2
+        self.keys += [key for batch in batches for key in batch.keys]
         self.numbers += torch.cat([batch.image_numbers for batch in batches]).tolist()
         self.events.append(("accumulate", images))
         self.cut += 1
@@ -53,6 +56,10 @@ class NotingTask(Task):
     @property
     def num_truncated(self) -> int:
         return self.cut
+
+    def discard(self) -> None:
+        super().discard()
+        self.events.append(("discard", self.events[-1][1]))
 
     def update(self, images: int) -> dict[str, float]:
         self.events.append(("update", images))
@@ -131,13 +138,73 @@ def test_events_fall_due_at_their_image_counts(config: Config, saved: list[int])
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
-def test_a_loss_that_is_not_finite_stops_before_the_update(config: Config, saved: list[int], value: float) -> None:
+def test_a_step_that_is_not_finite_is_skipped_and_its_images_count(
+    config: Config, saved: list[int], value: float, capsys: pytest.CaptureFixture[str]
+) -> None:
     task = NotingTask(config, lambda images: value if images == 16 else 1.0)
-    with pytest.raises(NumericsError, match=r"non-finite after step 2 \(16 images\): loss="):
-        Trainer(config, task, ENVIRONMENT).run()
-    assert task.events[-1] == ("accumulate", 16)
-    assert saved == []
+    assert Trainer(config, task, ENVIRONMENT).run()
+    assert _at(task, "accumulate") == list(range(0, 48, BATCH))
+    assert _at(task, "update") == [0, 8, 24, 32, 40]
+    assert _at(task, "discard") == [16]
+    assert saved == [24, 40, 48], "what falls due after the step does all the same"
+    assert task.recent == [0.5] * 5, "the skipped step is no part of what later ones are judged by"
+    logged = capsys.readouterr().err
+    assert f"step 2 (images 16 to 23) is skipped: not finite: loss={value} (loss on rank 0); samples" in logged
+    rows = [json.loads(line) for line in (Path(config.run_dir) / "metrics.jsonl").read_text().splitlines()]
+    assert [row["skipped_steps"] for row in rows if "loss" in row] == [0, 0, 1, 1, 1, 1]
+    (record,) = read_records(Path(config.run_dir))
+    assert record["images"] == [16, 24]
+    assert [sample["image"] for sample in record["samples"]] == task.numbers[16:24]
+    assert [sample["key"] for sample in record["samples"]] == task.keys[16:24]
+
+
+def test_too_many_in_a_row_stop_the_run_and_say_what_to_try(config: Config, saved: list[int]) -> None:
+    limited = dataclasses.replace(config, train=dataclasses.replace(config.train, max_skipped_steps=2))
+    task = NotingTask(limited, lambda images: math.nan if images in (8, 24, 32) else 1.0)
+    task.update = lambda images: {"lr": 0.5, "grad_norm": 1.0 + images}  # type: ignore[method-assign]
+    with pytest.raises(NumericsError) as caught:
+        Trainer(limited, task, ENVIRONMENT).run()
+    message = str(caught.value)
+    assert message.startswith("2 steps in a row could not be made (train.max_skipped_steps=2)")
+    assert "step 4 (images 32 to 39) is skipped: not finite: loss=nan" in message
+    assert "gradient norm of the last 2 steps: median 9, last 17" in message
+    assert f"ldm-scale replay {config.run_dir}" in message
+    assert task.events[-1] == ("accumulate", 32)
+    assert [record["images"][0] for record in read_records(Path(config.run_dir))] == [8, 24, 32]
     assert not (Path(config.run_dir) / "result.json").exists()
+
+
+def test_records_beyond_the_checkpoint_are_forgotten_with_the_steps(config: Config, saved: list[int]) -> None:
+    run_dir = Path(config.run_dir)
+    run_dir.mkdir(parents=True)
+    lines = [json.dumps({"images": [begin, begin + BATCH]}) for begin in (0, 8, 16)]
+    (run_dir / "skipped_steps.jsonl").write_text("\n".join(lines) + '\n{"images": [24, 3')  # cut short by a kill
+    StepGuard(config, TrainingState(cur_images=16), rank=1)
+    assert [record["images"][0] for record in read_records(run_dir)] == [0, 8, 16], "rank 0 alone writes"
+    StepGuard(config, TrainingState(cur_images=16), rank=0)
+    assert [record["images"][0] for record in read_records(run_dir)] == [0, 8]
+
+
+@pytest.mark.parametrize(("action", "made"), [("log", True), ("skip", False)])
+def test_a_spike_is_found_in_its_step_and_treated_as_configured(
+    config: Config, saved: list[int], action: Any, made: bool
+) -> None:
+    config = dataclasses.replace(
+        config,
+        train=dataclasses.replace(config.train, total_images=40 * BATCH),
+        spikes=SpikesConfig(action=action, window_steps=16),
+    )
+    bad = 30 * BATCH
+    task = NotingTask(config, lambda images: 9.0 if images == bad else 1.0)
+    trainer_ = Trainer(config, task, ENVIRONMENT)
+    assert trainer_.run()
+    assert (bad in _at(task, "update")) == made
+    assert len(_at(task, "update")) == 40 - (not made)
+    (record,) = read_records(Path(config.run_dir))
+    assert (record["images"][0], record["reason"], record["action"]) == (bad, "spike", action)
+    assert record["values"]["loss"] == 9.0
+    assert trainer_.state.skipped == (0 if made else 1)
+    assert trainer_.state.spikes.logs == [0.0] * 16
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
@@ -209,10 +276,3 @@ def test_ranks_are_compared_before_the_first_step_and_at_intervals(
     timed = dataclasses.replace(config, train=dataclasses.replace(config.train, check_ranks_every_images=every_images))
     assert Trainer(timed, NotingTask(timed), ENVIRONMENT).run()
     assert seen == [(images, list(range(images, images + BATCH)), 12) for images in compared]
-
-
-def test_a_loss_that_is_not_finite_is_told_with_the_norms_before(config: Config, saved: list[int]) -> None:
-    task = NotingTask(config, lambda images: math.nan if images == 24 else 1.0)
-    task.update = lambda images: {"lr": 0.5, "grad_norm": 1.0 + images}  # type: ignore[method-assign]
-    with pytest.raises(NumericsError, match=r"\(gradient norm of the last 3 steps: median 9, last 17\)"):
-        Trainer(config, task, ENVIRONMENT).run()
