@@ -26,6 +26,7 @@ COMMANDS = {
     "sample": "draw images from a trained model",
     "evaluate": "measure autoencoders and diffusion models, compare results, draw distortion over rate",
     "export": "turn a run or a checkpoint into a diffusers folder or plain safetensors",
+    "replay": "make a step again that was skipped, image by image, to see which images are to blame",
     "doctor": "look at data, machine or latent caches before money is spent",
     "demo": "both stages on OpenMoji, from shards to samples and an export",
 }

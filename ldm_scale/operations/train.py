@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ldm_scale.config.convert import config_to_dict
 from ldm_scale.config.fit import batch_plan, check_artifact_fits, check_posterior
-from ldm_scale.config.schema import Config
+from ldm_scale.config.schema import BatchPlan, Config
 from ldm_scale.data import Dataset, LatentCache, check_moments, open_manifest, open_unindexed, require_images
 from ldm_scale.data.manifest import needs_manifest
 from ldm_scale.engine import collectives, env
@@ -21,6 +21,9 @@ from ldm_scale.engine.watchdog import Watchdog
 from ldm_scale.errors import ConfigError, Restart
 from ldm_scale.models.fused import check_kernels
 from ldm_scale.telemetry.log import get_logger
+
+if TYPE_CHECKING:
+    from ldm_scale.training.task import Task
 
 
 def train(config: Config, launch: env.Launch) -> bool:
@@ -43,22 +46,11 @@ def train(config: Config, launch: env.Launch) -> bool:
         f"{plan.global_batch} images a step = {launch.world_size} x {plan.micro_batch} x {plan.accumulation_steps} "
         f"(ranks x micro-batch x accumulation), {config.train.total_images} images in all; output in {config.run_dir}"
     )
-    # DeepSpeed and the networks take seconds to import; a refused configuration should not wait for them.
-    from ldm_scale.training.autoencoder_step import AutoencoderTask
-    from ldm_scale.training.classifier_step import ClassifierTask
-    from ldm_scale.training.diffusion_step import DiffusionTask
-    from ldm_scale.training.task import Task
     from ldm_scale.training.trainer import Trainer
 
-    task: Task
     assert environment.meeting is not None, "started here"
     with Watchdog(config.watchdog, Path(config.run_dir), environment.rank, environment.meeting):
-        if config.stage == "autoencoder":
-            task = AutoencoderTask(config, plan, environment)
-        elif config.stage == "diffusion":
-            task = DiffusionTask(config, plan, environment)
-        else:
-            task = ClassifierTask(config, plan, environment)
+        task = build_task(config, plan, environment)
         set_time_limit(env.collective_limit(config.watchdog))  # of the groups that DeepSpeed made, too
         try:
             finished = Trainer(config, task, environment).run()
@@ -67,6 +59,18 @@ def train(config: Config, launch: env.Launch) -> bool:
             raise
         _leave()
     return finished
+
+
+def build_task(config: Config, plan: BatchPlan, environment: env.Environment) -> Task:
+    """The stage that is configured. Collective: all ranks."""
+    # DeepSpeed and the networks take seconds to import; a refused configuration should not wait for them.
+    from ldm_scale.training.autoencoder_step import AutoencoderTask
+    from ldm_scale.training.classifier_step import ClassifierTask
+    from ldm_scale.training.diffusion_step import DiffusionTask
+
+    kinds: dict[str, Callable[[Config, BatchPlan, env.Environment], Task]]
+    kinds = {"autoencoder": AutoencoderTask, "diffusion": DiffusionTask, "classifier": ClassifierTask}
+    return kinds[config.stage](config, plan, environment)
 
 
 def _leave() -> None:

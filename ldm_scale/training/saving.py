@@ -61,12 +61,12 @@ class Saving:
         """Nothing; completes a save of which all ranks have written their part. Collective: all ranks."""
         if self._pending is not None and self._is_written:
             phases.enter("save")
-            self._finish_pending()
+            self.complete()
 
     def save(self, trained: Mapping[str, Trained], state: TrainingState) -> None:
         """Nothing; writes a checkpoint, or begins to. A run that cannot goes on. Collective: all ranks."""
         phases.enter("save")
-        self._finish_pending()  # two saves never overlap
+        self.complete()  # two saves never overlap
         images = state.cur_images
         if self._saved_images == images:
             return
@@ -80,6 +80,18 @@ class Saving:
         except CheckpointError as error:
             self._failed(error)
 
+    def complete(self) -> None:
+        """Nothing; no save is pending: the newest checkpoint is the one that was begun last. Collective: all ranks."""
+        if self._pending is None:
+            return
+        pending, self._pending = self._pending, None
+        try:
+            finish_save(pending, self._rank, self._config.train.keep_checkpoints)
+        except CheckpointError as error:
+            self._failed(error)
+        else:
+            self._succeeded(pending.images)
+
     def save_last(self, trained: Mapping[str, Trained], state: TrainingState) -> None:
         """Nothing; a checkpoint of this very step is on the disk.
 
@@ -87,7 +99,7 @@ class Saving:
         Collective: all ranks.
         """
         phases.enter("save")
-        self._finish_pending()
+        self.complete()
         for pause_s in (*LAST_PAUSES_S, None):
             if self._saved_images == state.cur_images:
                 return
@@ -108,17 +120,6 @@ class Saving:
         save_checkpoint(self._root, state.cur_images, trained, *values, self._config.train.keep_checkpoints)
         self._succeeded(state.cur_images)
         self._last_s = time.monotonic()
-
-    def _finish_pending(self) -> None:
-        if self._pending is None:
-            return
-        pending, self._pending = self._pending, None
-        try:
-            finish_save(pending, self._rank, self._config.train.keep_checkpoints)
-        except CheckpointError as error:
-            self._failed(error)
-        else:
-            self._succeeded(pending.images)
 
     def _succeeded(self, images: int) -> None:
         self._saved_images = images

@@ -163,6 +163,7 @@ class Trainer:
         else:
             self.task.discard()
             if trouble.action == "rollback":
+                self.saving.complete()
                 roll_back(self.checkpoints, self.state, self.task.trained, self.config)
         self.state.cur_images += self.plan.global_batch
         self.state.step += 1
