@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Callable
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 
+from ldm_scale import faults
 from ldm_scale.config.schema import EmaConfig
 from ldm_scale.engine.checkpoint import Trained
 from ldm_scale.engine.ema import ShardedEma
@@ -120,6 +122,45 @@ def test_parameters_divided_at_stage_3() -> None:
     found = _run(_faulty, 2, 3, "fp32", [1], {"buffer": _buffer})
     assert found[""] == found["after"] == ""
     assert "net/buffer/usage" in found["buffer"]
+
+
+def _flipped(stage: int, precision: str, fault: str) -> str:
+    os.environ[faults.VARIABLE] = fault
+    return _message(_start(stage, precision))
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("stage", range(4))
+def test_one_bit_of_a_weight_on_one_rank(stage: int, precision: str) -> None:
+    """The lowest bit of the first weight, after the second step."""
+    message = _run(_flipped, 2, stage, precision, "flip:at=weights,rank=1,nth=2")
+    if stage < 3:
+        assert re.search(r"ranks disagree about net/parameter/first\.weight, .*: rank\(s\) 0 against 1;", message)
+    else:
+        assert "on rank 1 net/parameter/first.weight is not what its fp32 masters say" in message
+    assert _run(_flipped, 2, stage, precision, "") == ""
+
+
+def _impossible(item: Trained) -> None:
+    """The sign of a second moment, which no copy of another rank would tell."""
+    moment = item.model.moments(item.model.fragments[-1])["exp_avg_sq"]
+    with torch.no_grad():
+        moment.view(-1)[-1].neg_()
+
+
+def _infinite(item: Trained) -> None:
+    """An average that a flipped exponent has made infinite, and back."""
+    assert item.ema is not None
+    value = item.ema.averages["ema"][0].view(-1)
+    value[0] = 0.25 if value[0].isinf() else float("inf")
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_divided_values_that_cannot_be(stage: int) -> None:
+    found = _run(_faulty, 2, stage, "fp32", [1], {"moment": _impossible, "average": _infinite})
+    assert found[""] == found["after"] == ""
+    assert re.search(r"on rank 1 net/exp_avg_sq/last\.\w+ has values that cannot be \(-", found["moment"])
+    assert re.search(r"on rank 1 net/ema/[\w.]+ has values that cannot be \(\S+ to inf\)", found["average"])
 
 
 def _lost_piece(stage: int, shift: int | None) -> str:
