@@ -154,7 +154,7 @@ class ShardedModel:
 
     def kept_weight(self, parameter: Tensor) -> Tensor:
         """What this rank keeps of a parameter that computes between steps: all of it, or at stage 3 its own part."""
-        return parameter.ds_tensor if self.stage == 3 else parameter  # type: ignore[attr-defined,no-any-return]
+        return parameter.ds_tensor if self.stage == 3 else parameter  # type: ignore[attr-defined]
 
     def moments(self, fragment: Fragment) -> dict[str, Tensor]:
         """Views of the fragment's Adam moments, (length,) each."""
