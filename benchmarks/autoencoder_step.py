@@ -27,6 +27,7 @@ from tqdm import tqdm
 from benchmarks.measured import RESULTS, spread, write_results
 from ldm_scale.config.compose import load_config
 from ldm_scale.config.fit import batch_plan
+from ldm_scale.config.schema import Recomputation
 from ldm_scale.data import Batch
 from ldm_scale.engine import env
 
@@ -42,21 +43,21 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--resolution", type=int, default=64)
     parser.add_argument("--steps", type=int, default=10)
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the JSON file")
-    parser.add_argument("--checkpointing", type=int, choices=(0, 1), help="one setting, in this process")
+    parser.add_argument("--checkpointing", choices=("none", "selective", "full"), help="one setting, in this process")
     arguments = parser.parse_args(argv)
     experiments = arguments.experiment or list(EXPERIMENTS)
     if arguments.checkpointing is not None:
-        result = measure(experiments[0], arguments.resolution, bool(arguments.checkpointing), arguments.steps)
+        result = measure(experiments[0], arguments.resolution, arguments.checkpointing, arguments.steps)
         print(MARK + json.dumps(result))
         return 0
     results: dict[str, Any] = {}
     for experiment in experiments:
         results[experiment] = {}
-        for name, checkpointing in (("plain", 0), ("checkpointing", 1)):
+        for name, checkpointing in (("plain", "none"), ("checkpointing", "full")):
             command = [sys.executable, "-m", "benchmarks.autoencoder_step", "--experiment", experiment]
             command += ["--resolution", str(arguments.resolution), "--steps", str(arguments.steps)]
             output = subprocess.run(
-                [*command, "--checkpointing", str(checkpointing)], stdout=subprocess.PIPE, text=True, check=True
+                [*command, "--checkpointing", checkpointing], stdout=subprocess.PIPE, text=True, check=True
             ).stdout
             line = next(line for line in output.splitlines() if line.startswith(MARK))
             results[experiment][name] = json.loads(line.removeprefix(MARK))
@@ -66,7 +67,7 @@ def main(argv: Sequence[str]) -> int:
     return 0
 
 
-def measure(experiment: str, resolution: int, checkpointing: bool, num_steps: int) -> dict[str, Any]:
+def measure(experiment: str, resolution: int, checkpointing: Recomputation, num_steps: int) -> dict[str, Any]:
     """Step times and memory of an experiment's networks, far enough into it that the discriminator is felt."""
     from ldm_scale.training.autoencoder_step import AutoencoderTask  # imports DeepSpeed, which prints
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 Stage = Literal["autoencoder", "diffusion", "classifier"]
+Recomputation = Literal["none", "selective", "full"]  # of what lies inside blocks, in backward
 
 
 @dataclass(frozen=True)
@@ -308,6 +309,9 @@ class ZeroConfig:
     discriminator_stage: int = 0  # 0 or 1 (stage 3 cannot switch the discriminator's gradients off)
     bucket_elements: int = 50_000_000  # elements per all-reduce, reduce-scatter and all-gather bucket
     overlap_comm: bool = True  # CUDA only; on CPU it is off
+    # For networks that do not fit otherwise, at the price of copies between GPU and CPU in every step.
+    offload_optimizer: bool = False  # stages 1 to 3: masters and Adam's moments lie, and step, in the CPU's memory
+    offload_parameters: bool = False  # stage 3: so do the parameters that are not being computed with
 
 
 @dataclass(frozen=True)
@@ -335,7 +339,9 @@ class TrainConfig:
     seed: int = 0
     device: Literal["auto", "cpu", "cuda"] = "auto"
     precision: Literal["auto", "fp32", "bf16"] = "auto"  # auto: bf16 on CUDA, fp32 on CPU
-    activation_checkpointing: bool = False  # blocks are computed again in backward, for memory
+    # What is computed again in backward instead of being kept, for memory; no loss changes. selective: blocks with
+    # attention and those of the finest level, which keep the most; full: all blocks.
+    activation_checkpointing: Recomputation = "none"
     log_every_images: int = 1_000
     validate_every_images: int = 50_000  # 0 = only at the end, as for the next one
     sample_every_images: int = 50_000  # picture grids in TensorBoard

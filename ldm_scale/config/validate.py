@@ -38,9 +38,26 @@ def validate(config: Config, *, world_size: int) -> None:
     """
     validate_architecture(config)
     _check_run(config)
+    _check_offload(config)
     plan = batch_plan(config, world_size)
     if config.stage == "autoencoder":
         _check_discriminator_norm(config, plan, world_size)
+
+
+def _check_offload(config: Config) -> None:
+    zero = config.zero
+    if zero.offload_optimizer and zero.stage == 0:
+        raise ConfigError(
+            "zero.offload_optimizer=true needs zero.stage of 1 to 3: stage 0 divides nothing and keeps all on the "
+            "device; set zero.stage=1"
+        )
+    if zero.offload_parameters and (zero.stage != 3 or not zero.offload_optimizer):
+        raise ConfigError(
+            f"zero.offload_parameters=true needs zero.stage=3 and zero.offload_optimizer=true, got zero.stage="
+            f"{zero.stage} and zero.offload_optimizer={str(zero.offload_optimizer).lower()}: below stage 3 every rank "
+            "computes with all parameters, and the optimizer's state is larger than they are; set both, or offload the "
+            "optimizer alone"
+        )
 
 
 def validate_architecture(config: Config) -> None:

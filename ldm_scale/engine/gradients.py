@@ -1,4 +1,4 @@
-"""The gradient that DeepSpeed holds before its step: how large it is, and how it is forgotten.
+"""The gradient that DeepSpeed holds before its step: where it lies, how large it is, and how it is forgotten.
 
 Whether it is finite must be known before any optimizer moves. DeepSpeed finds out inside its step, class by class, at
 stage 0 not at all; and of two engines the first would have stepped when the second refuses.
@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ldm_scale import faults
+from ldm_scale.config.schema import ZeroConfig
 
 
 def gradient_norm(engine: Any, stage: int) -> Tensor:
@@ -33,11 +34,21 @@ def forget_gradient(engine: Any, adam: torch.optim.Optimizer) -> None:
         engine.step()
 
 
+def offload_settings(zero: ZeroConfig, stage: int, on_cuda: bool) -> dict[str, Any]:
+    """DeepSpeed's keys for what lies in the CPU's memory."""
+    on_cpu = {"device": "cpu", "pin_memory": on_cuda}
+    optimizer = {"offload_optimizer": on_cpu} if zero.offload_optimizer and stage > 0 else {}
+    return optimizer | ({"offload_param": on_cpu} if zero.offload_parameters and stage == 3 else {})
+
+
 def _gradients(engine: Any, stage: int) -> list[Tensor]:
     """This rank's part of the accumulated gradient, averaged over the ranks."""
     if stage == 0:
         return [parameter.grad for parameter in engine.module.parameters() if parameter.grad is not None]
     optimizer = engine.optimizer
+    if engine.zero_offload_optimizer() is not None:
+        owners = optimizer.fp32_partitioned_groups_flat if stage == 3 else optimizer.single_partition_of_fp32_groups
+        return [owner.grad for owner in owners if owner.grad is not None]
     if hasattr(optimizer, "averaged_gradients"):
         return [gradient for group in optimizer.averaged_gradients.values() for gradient in group]
     return list(optimizer.fp32_groups_gradient_flat_partition)  # DeepSpeed's own class for bf16 at stage 1

@@ -30,7 +30,7 @@ from ldm_scale import faults
 from ldm_scale.config.schema import OptimizerConfig, ZeroConfig
 from ldm_scale.engine import phases
 from ldm_scale.engine.env import Environment
-from ldm_scale.engine.gradients import forget_gradient, gradient_norm
+from ldm_scale.engine.gradients import forget_gradient, gradient_norm, offload_settings
 from ldm_scale.errors import NumericsError
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -124,9 +124,8 @@ class ShardedModel:
 
         Collective: all ranks.
         """
-        if not self._holds_gradient:
-            return
-        forget_gradient(self.engine, self._adam)
+        if self._holds_gradient:
+            forget_gradient(self.engine, self._adam)
         self._holds_gradient, self._local_norm = False, None
 
     def step(self, lr: float) -> float:
@@ -316,6 +315,7 @@ def _initialize(
         "bf16": {"enabled": environment.dtype == torch.bfloat16},
         "zero_optimization": {
             "stage": stage,
+            **offload_settings(zero, stage, on_cuda),
             "overlap_comm": zero.overlap_comm and on_cuda,
             "contiguous_gradients": on_cuda,
             "reduce_bucket_size": zero.bucket_elements,

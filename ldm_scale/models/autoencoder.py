@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from ldm_scale.config.schema import AutoencoderConfig
+from ldm_scale.config.schema import AutoencoderConfig, Recomputation
 from ldm_scale.models.attention import ImageSelfAttention
 from ldm_scale.models.blocks import Downsample, ResidualBlock, Upsample
 from ldm_scale.models.fused import GroupNorm
@@ -81,23 +81,26 @@ class _Levels(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.checkpoint_activations = False
+        self.checkpoint_activations: Recomputation = "none"
 
-    def _compute(self, block: nn.Module, x: Tensor) -> Tensor:
+    def _compute(self, block: nn.Module, x: Tensor, large: bool = False) -> Tensor:
         """block(x); what lies inside is not kept for backward but computed again, where that is asked for.
+
+        `large`: it keeps much, so that it is among the selected.
 
         The reentrant form: with the other one, ZeRO stage 3 hands out released parameters, of another shape than were
         recorded, and torch refuses them.
         """
-        if self.checkpoint_activations and torch.is_grad_enabled():
+        again = self.checkpoint_activations == "full" or (self.checkpoint_activations == "selective" and large)
+        if again and torch.is_grad_enabled():
             return cast(Tensor, checkpoint(block, x, use_reentrant=True, preserve_rng_state=False))
         return cast(Tensor, block(x))
 
-    def _level(self, blocks: nn.Sequential, attentions: nn.ModuleList, x: Tensor) -> Tensor:
+    def _level(self, blocks: nn.Sequential, attentions: nn.ModuleList, finest: bool, x: Tensor) -> Tensor:
         for index, block in enumerate(blocks):
-            x = self._compute(block, x)
+            x = self._compute(block, x, finest)
             if len(attentions):
-                x = self._compute(attentions[index], x)
+                x = self._compute(attentions[index], x, large=True)
         return x
 
 
@@ -147,7 +150,7 @@ class Encoder(_Levels):
         """Input of the middle. Shapes: (B, 3, H, W) to (B, C, H/f, W/f)."""
         x = self.conv_in(x)
         for level, (blocks, attentions) in enumerate(zip(self.levels, self.attentions, strict=True)):
-            x = self._level(cast(nn.Sequential, blocks), cast(nn.ModuleList, attentions), x)
+            x = self._level(cast(nn.Sequential, blocks), cast(nn.ModuleList, attentions), level == 0, x)
             if level < len(self.downsamples):
                 x = self.downsamples[level](x)
         return x
@@ -192,7 +195,8 @@ class Decoder(_Levels):
     def ascend(self, x: Tensor) -> Tensor:
         """`features` from the output of the middle on."""
         for level in reversed(range(len(self.levels))):
-            x = self._level(cast(nn.Sequential, self.levels[level]), cast(nn.ModuleList, self.attentions[level]), x)
+            blocks, attentions = cast(nn.Sequential, self.levels[level]), cast(nn.ModuleList, self.attentions[level])
+            x = self._level(blocks, attentions, level == 0, x)
             if level > 0:
                 x = self.upsamples[level - 1](x)
         return self.norm_out(x)  # type: ignore[no-any-return]
@@ -227,10 +231,10 @@ class Autoencoder(nn.Module):
         """
         self.output_logvar = nn.Parameter(torch.zeros(1))
 
-    def checkpoint_activations(self, active: bool) -> None:
-        """Whether blocks are computed again in backward instead of keeping what lies inside them."""
+    def checkpoint_activations(self, what: Recomputation) -> None:
+        """Nothing; those blocks are computed again in backward instead of keeping what lies inside them."""
         for part in (self.encoder, self.decoder):
-            part.checkpoint_activations = active
+            part.checkpoint_activations = what
 
     def encode_moments(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
         """Mean and log-variance of the raw latents' posterior; a point (None for its variance) unless the kind is kl.

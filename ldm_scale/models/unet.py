@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from ldm_scale.config.schema import UNetConfig
+from ldm_scale.config.schema import Recomputation, UNetConfig
 from ldm_scale.models.attention import ContextProjection, ImageSelfAttention, KeysValues, SpatialTransformer
 from ldm_scale.models.blocks import Downsample, Resampling, ResidualBlock, Upsample
 from ldm_scale.models.embedding import TimestepEmbedding
@@ -70,7 +70,7 @@ class UNetEncoder(nn.Module):
             "validated: transformers alone take a context"
         )
         self.config = config
-        self.checkpoint_activations = False
+        self.checkpoint_activations: Recomputation = "none"
         widths = [config.base_channels * m for m in config.channel_multipliers]
         self.time_embedding = TimestepEmbedding(config.base_channels, 4 * config.base_channels)
         self.conv_in = nn.Conv2d(in_channels, widths[0], 3, padding=1)
@@ -98,37 +98,42 @@ class UNetEncoder(nn.Module):
         skips = [x]
         for level, module in enumerate(self.down):
             for index in range(self.config.num_res_blocks):
-                x = self._run_block(cast(Level, module), index, x, time, context_kv)
+                x = self._run_block(cast(Level, module), index, level == 0, x, time, context_kv)
                 skips.append(x)
             if level < len(self.downsamples):
                 x = _resampled(self.downsamples[level], x, time)
                 skips.append(x)
-        return self._compute(self.middle, x, time, *self._take(context_kv)), skips
+        return self._compute(self.middle, False, x, time, *self._take(context_kv)), skips
 
     def keys_values(self, context: Tensor | None) -> Iterator[KeysValues]:
         """Keys and values of the cross-attention layers in the order in which they run; none without a context."""
         assert (context is None) == (self.config.attention == "self"), "a context is for transformers, which need one"
         return iter(()) if context is None else iter(self.context_projection(context))
 
-    def _run_block(self, level: Level, index: int, x: Tensor, time: Tensor, context_kv: Iterator[KeysValues]) -> Tensor:
+    def _run_block(
+        self, level: Level, index: int, finest: bool, x: Tensor, time: Tensor, context_kv: Iterator[KeysValues]
+    ) -> Tensor:
         taken = self._take(context_kv) if len(level.attentions) else []
 
         def run(x: Tensor, time: Tensor, *kv: Tensor) -> Tensor:
             return level.run_block(index, x, time, *kv)
 
-        return self._compute(run, x, time, *taken)
+        return self._compute(run, finest or len(level.attentions) > 0, x, time, *taken)
 
     def _take(self, context_kv: Iterator[KeysValues]) -> list[Tensor]:
         """The share of one spatial transformer; empty without a context."""
         return [part for pair in islice(context_kv, self.config.transformer_depth) for part in pair]
 
-    def _compute(self, run: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
+    def _compute(self, run: Callable[..., Tensor], large: bool, *inputs: Tensor) -> Tensor:
         """run(*inputs); what lies inside is not kept for backward but computed again, where that is asked for.
+
+        `large`: it keeps much, so that it is among the selected.
 
         The reentrant form: with the other one, ZeRO stage 3 hands out released parameters, of another shape than were
         recorded, and torch refuses them.
         """
-        if not (self.checkpoint_activations and torch.is_grad_enabled()):
+        again = self.checkpoint_activations == "full" or (self.checkpoint_activations == "selective" and large)
+        if not (again and torch.is_grad_enabled()):
             return run(*inputs)
         return checkpoint(run, *inputs, use_reentrant=True, preserve_rng_state=self.config.dropout > 0)
 
@@ -174,7 +179,7 @@ class UNet(UNetEncoder):
         for level in reversed(range(len(self.up))):
             blocks = cast(Level, self.up[level])
             for index in range(len(blocks.blocks)):
-                x = self._run_block(blocks, index, torch.cat([x, skips.pop()], dim=1), time, context_kv)
+                x = self._run_block(blocks, index, level == 0, torch.cat([x, skips.pop()], dim=1), time, context_kv)
             if level > 0:
                 x = _resampled(self.upsamples[level - 1], x, time)
         return self.conv_out(self.norm_out(x))  # type: ignore[no-any-return]

@@ -80,9 +80,9 @@ def reference(folder: Path) -> tuple[list[float], dict[str, float]]:
     [
         (1, 2, {"micro_batch": 2}),
         (2, 0, {}),
-        (2, 1, {"activation_checkpointing": True}),
+        (2, 1, {"activation_checkpointing": "selective"}),
         (2, 2, {"micro_batch": 2}),
-        (2, 3, {"activation_checkpointing": True}),
+        (2, 3, {"activation_checkpointing": "full"}),
     ],
 )
 def test_nothing_depends_on_ranks_stage_accumulation_or_checkpointing(

@@ -34,13 +34,13 @@ def network(seed: int = 11) -> Network:
     return build_seeded(Network, seed)
 
 
-def sharded(module: nn.Module, stage: int, precision: str = "fp32") -> ShardedModel:
-    """The network under ZeRO on this rank, whose process group it starts."""
+def sharded(module: nn.Module, stage: int, precision: str = "fp32", **zero: bool) -> ShardedModel:
+    """The network under ZeRO on this rank, whose process group it starts; `zero` are fields of `ZeroConfig`."""
     environment = env.start(env.read_launch(), TrainConfig(device="cpu", precision=precision))  # type: ignore[arg-type]
     return ShardedModel(
         module,
         optimizer=OPTIMIZER,
-        zero=ZeroConfig(),
+        zero=ZeroConfig(**zero),
         stage=stage,
         micro_batch=BATCH // environment.world_size // ACCUMULATION,
         accumulation_steps=ACCUMULATION,

@@ -182,8 +182,8 @@ def test_what_the_kinds_allow() -> None:
     validate(load_config([*AUTOENCODER, "latents.statistics=per_channel"]), world_size=2)
     options = ("codebook_update=ema", "dead_code_images=64", "learned_variance=true")
     validate(load_config([*AUTOENCODER, *VQ, *(f"autoencoder_loss.{option}" for option in options)]), world_size=2)
-    validate(load_config([*AUTOENCODER, "train.activation_checkpointing=true"]), world_size=1)
-    validate(load_config([*TEXT, "train.activation_checkpointing=true"]), world_size=1)
+    validate(load_config([*AUTOENCODER, "train.activation_checkpointing=full"]), world_size=1)
+    validate(load_config([*TEXT, "train.activation_checkpointing=selective"]), world_size=1)
 
 
 def test_identity_is_for_plans_exports_and_stage_2() -> None:

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from ldm_scale.config.schema import ClassifierConfig, UNetConfig
+from ldm_scale.config.schema import ClassifierConfig, Recomputation, UNetConfig
 from ldm_scale.models.build import build_seeded
 from ldm_scale.models.classifier import AttentionPool, LatentClassifier
 from tests.helpers.runs import UNET, set_random_outputs
@@ -58,7 +58,8 @@ def test_logits_of_any_size_depend_on_latents_and_time(unet: UNetConfig, side: i
 def test_every_weight_has_a_gradient_with_activations_kept_or_not(unet: UNetConfig) -> None:
     z, t = _inputs()
     gradients = []
-    for again in (False, True):
+    modes: tuple[Recomputation, ...] = ("none", "selective", "full")
+    for again in modes:
         network = _classifier(unet)
         network.body.checkpoint_activations = again
         nn.functional.cross_entropy(network(z, t), torch.tensor([0, 3, 4])).backward()
@@ -67,3 +68,4 @@ def test_every_weight_has_a_gradient_with_activations_kept_or_not(unet: UNetConf
         assert not missing
         gradients.append(found)
     torch.testing.assert_close(gradients[1], gradients[0])
+    torch.testing.assert_close(gradients[2], gradients[0])

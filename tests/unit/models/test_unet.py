@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from ldm_scale.config.schema import UNetConfig
+from ldm_scale.config.schema import Recomputation, UNetConfig
 from ldm_scale.models.attention import image_from_tokens, tokens_from_image
 from ldm_scale.models.embedding import sinusoidal_embedding
 from ldm_scale.models.unet import UNet, UNetEncoder, num_heads
@@ -105,20 +105,22 @@ def test_gradients_do_not_depend_on_checkpointing(config: UNetConfig, dropout: f
     calls: list[str] = []
     unet.middle.block1.register_forward_hook(lambda *_: calls.append("middle"))
     found = []
-    for checkpointing in (False, True):
-        unet.checkpoint_activations = checkpointing
+    modes: tuple[Recomputation, ...] = ("none", "full", "selective")
+    for mode in modes:
+        unet.checkpoint_activations = mode
         torch.manual_seed(3)
         y = unet(*inputs)
         y.square().sum().backward()
         found.append([y.detach(), *(tensor.grad for tensor in watched)])
         for tensor in watched:
             tensor.grad = None
-    for plain, again in zip(*found, strict=True):
-        torch.testing.assert_close(again, plain, rtol=1e-9, atol=1e-9)
-    assert len(calls) == 3, "with checkpointing the middle is computed twice"
+    for plain, *again in zip(*found, strict=True):
+        for other in again:
+            torch.testing.assert_close(other, plain, rtol=1e-9, atol=1e-9)
+    assert len(calls) == 4, "with full checkpointing alone the middle is computed twice"
     with torch.no_grad():
         unet(*inputs)
-    assert len(calls) == 4
+    assert len(calls) == 5
 
 
 def test_the_encoder_half_stands_alone() -> None:
