@@ -13,6 +13,8 @@ With several micro-batches a step, backward stands for everything from the first
 from __future__ import annotations
 
 import time
+from functools import partial
+from typing import Any
 
 import torch
 
@@ -32,7 +34,7 @@ class Phases:
         self.alone_s: dict[str, float] = {}  # of the step that has just ended
         self._begun_s = self.since_s  # of the phase
         self._meets = True  # whether the ranks have met in this step
-        self._events: list[torch.Event] = []
+        self._events: list[Any] = []
 
     def enter(self, phase: str, step: int | None = None) -> None:
         """Nothing; the phase begins. Within a step a phase that follows itself does not count."""
@@ -64,7 +66,8 @@ class Phases:
         if phase == FORWARD:
             self.alone_s = {FIRST: now - self._begun_s}
             if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
-                self._events = self._events or [torch.Event("cuda", enable_timing=True) for _ in range(2)]
+                make = partial(torch.cuda.Event, enable_timing=True)
+                self._events = self._events or [make(), make()]
                 self._events[0].record()
         elif phase == BACKWARD:
             self.meet()
