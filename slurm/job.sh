@@ -18,12 +18,13 @@ fi
 for name in partition account; do
     wanted="SBATCH_${name^^}" given="SLURM_JOB_${name^^}"
     if [ -n "${!wanted:-}" ] && [ "${!wanted}" != "${!given:-}" ]; then
-        echo "note: $wanted=${!wanted} of slurm/settings.sh was not in effect when this was submitted (${!given:-none});" \
-            "run slurm/$SLURM_JOB_NAME.sh itself, or 'source slurm/settings.sh' before sbatch"
+        echo "note: $wanted=${!wanted} of slurm/settings.sh was not in effect when this was submitted" \
+            "(${!given:-none}); run the script itself without sbatch, or 'source slurm/settings.sh' before"
     fi
 done
 if [ ! -x "${python[0]}" ] && ! command -v "${python[0]}" > /dev/null; then
-    echo "error: $(pwd)/${python[0]} is missing; run 'make env' in this folder on a node that reaches the package index" >&2
+    echo "error: $(pwd)/${python[0]} is missing; run 'make env' in this folder on a node that reaches the package" \
+        "index, or name another Python in slurm/settings.sh" >&2
     exit 1
 fi
 
@@ -52,7 +53,9 @@ export LDM_RESTART_MARK="$PWD/slurm/logs/.restart-$SLURM_JOB_ID"
 
 # Slurm's signals go to the ranks. Those that reach this script as well (scancel --full, TERM at a job's end) must not
 # end it before the ranks have saved.
-trap : TERM USR1 USR2
+is_ending=""
+trap 'is_ending=yes' TERM
+trap : USR1 USR2
 
 # start_again REASON: puts this job back into the queue, under its own number.
 start_again() {
@@ -78,13 +81,20 @@ run_ranks() {
     shift
     prepare_job
     rm -f "$LDM_RESTART_MARK"
-    echo "$(date -Is) job $SLURM_JOB_ID (start $((${SLURM_RESTART_COUNT:-0} + 1))): $SLURM_NTASKS ranks on" \
+    echo "$(date -Is) job $SLURM_JOB_ID (start $((${SLURM_RESTART_COUNT:-0} + 1))): ${SLURM_NTASKS:-?} ranks on" \
         "$SLURM_JOB_NODELIST, rendezvous at $MASTER_ADDR:$MASTER_PORT"
     # --cpus-per-task: since Slurm 22.05 srun no longer takes it over from the job.
     # --label: each line of the log begins with its rank.
     srun --label --cpus-per-task="${SLURM_CPUS_PER_TASK:-1}" "${options[@]}" "${srun_options[@]}" \
         bash slurm/rank.sh "${python[@]}" "$@" || status=$?
     [ "$status" -ne 0 ] || exit 0
+    if [ -n "$is_ending" ]; then
+        # Slurm brings the job back if it is preempted, requeued or has lost a node; a requeue of ours would bring it
+        # back to life after scancel, too.
+        rm -f "$LDM_RESTART_MARK"
+        echo "$(date -Is) job $SLURM_JOB_ID: ended by Slurm; the ranks' status is $status"
+        exit "$status"
+    fi
     if [ -e "$LDM_RESTART_MARK" ]; then
         rm -f "$LDM_RESTART_MARK"
         start_again "its ranks stopped to be started again"
@@ -93,7 +103,8 @@ run_ranks() {
         # Ranks that lost their peers end before Slurm knows that a node is lost. Slurm then requeues the job by itself,
         # without that node; a job that asked for it now could get the dead node again.
         limit_s=$(scontrol show config | sed -n 's/^SlurmdTimeout *= *\([0-9]*\).*/\1/p')
-        echo "$(date -Is) job $SLURM_JOB_ID: a node does not answer; waiting for Slurm to notice (SlurmdTimeout=$limit_s s)"
+        echo "$(date -Is) job $SLURM_JOB_ID: a node does not answer; waiting for Slurm to notice" \
+            "(SlurmdTimeout=$limit_s s)"
         sleep $((${limit_s:-300} + 60)) &
         wait $! || exit "$status" # Slurm's TERM
         start_again "a node did not answer"

@@ -13,7 +13,8 @@ if [ -z "${GLOO_SOCKET_IFNAME:-}" ] || [ -z "${NCCL_SOCKET_IFNAME:-}" ]; then
         echo "note: no interface towards $MASTER_ADDR found; Gloo and NCCL choose theirs (set GLOO_SOCKET_IFNAME," \
             "NCCL_SOCKET_IFNAME in slurm/settings.sh)"
     else
-        export GLOO_SOCKET_IFNAME="${GLOO_SOCKET_IFNAME:-$interface}" NCCL_SOCKET_IFNAME="${NCCL_SOCKET_IFNAME:-$interface}"
+        export GLOO_SOCKET_IFNAME="${GLOO_SOCKET_IFNAME:-$interface}"
+        export NCCL_SOCKET_IFNAME="${NCCL_SOCKET_IFNAME:-$interface}"
     fi
 fi
 

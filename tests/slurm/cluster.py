@@ -62,8 +62,8 @@ SlurmdLogFile={folder}/%n.log
 SlurmdSpoolDir={folder}/spool-%n
 GresTypes=gpu
 {nodes}
-PartitionName=normal Nodes=ALL Default=YES PriorityTier=1 GraceTime={grace_s} MaxTime=60 State=UP
-PartitionName=urgent Nodes=ALL PriorityTier=10 PreemptMode=OFF MaxTime=60 State=UP
+PartitionName=normal Nodes=ALL Default=YES PriorityTier=1 GraceTime={grace_s} MaxTime=UNLIMITED State=UP
+PartitionName=urgent Nodes=ALL PriorityTier=10 PreemptMode=OFF MaxTime=UNLIMITED State=UP
 """
 # Resources as a cluster's nodes have them; nobody looks whether they are there.
 NODE = "NodeName={name} NodeAddr={address} CPUs=96 RealMemory=1000 Gres=gpu:8 State=UNKNOWN"

@@ -27,7 +27,7 @@ TWO_NODES = ("--nodes=2", "--ntasks-per-node=1", "--gpus-per-node=1", "--cpus-pe
 # Makes steps long enough for a signal to come between two of them.
 SLOW = "sleep:at=step.forward,times=1000000,seconds={seconds}"
 # What is compared: enough steps to be disturbed some times.
-IMAGES = ("train.total_images=240", "train.checkpoint_every_images=16")
+IMAGES = ("train.total_images=200", "train.checkpoint_every_images=16")
 # Daemons begin sessions of their own; jobs are to give way to others as whoever started the tests does.
 SETTINGS = """\
 python=(sh -c 'echo {niceness} > /proc/self/autogroup; exec "$0" "$@"' .venv/bin/python)

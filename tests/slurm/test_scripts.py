@@ -128,3 +128,60 @@ def test_a_rank_that_dies_ends_the_job_at_once(desk: Desk, tmp_path: Path) -> No
     assert time.monotonic() - started < 20
     assert job.starts == 1
     assert "the ranks ended with status 137" in job.log
+
+
+def test_a_job_that_was_warned_stays_cancelled(desk: Desk, tmp_path: Path) -> None:
+    """Both signals come before its ranks have ended a step."""
+    job = desk.submit("train_ldm", f"run_dir={tmp_path / 'run'}", "steps=1000", "seconds=4")
+    desk.cluster.wait_for(lambda: (tmp_path / "run" / "count").exists(), 60, f"no count: {job.log}")
+    job.signal("USR1")
+    job.cancel()
+    job.wait_for_end("CANCELLED")
+    assert set(_signals(tmp_path / "run", 0)) == {"SIGUSR1", "SIGTERM"}
+    time.sleep(8)  # longer than a requeued job waits here
+    assert (job.state, job.starts) == ("CANCELLED", 1)
+
+
+def test_the_script_submits_itself_with_the_settings(desk: Desk, tmp_path: Path, clone: Path) -> None:
+    """With the resources that stand in it, which the test's cluster seems to have."""
+    settings = clone / "slurm" / "settings.sh"
+    before = settings.read_text()
+    settings.write_text(before + "export SBATCH_PARTITION=urgent\nprepare_job() { echo modules loaded; }\n")
+    arguments = (f"run_dir={tmp_path / 'run'}", "steps=1", "seconds=0.1")
+    try:
+        answer = desk.cluster.run("slurm/train_ldm.sh", *arguments, cwd=clone)
+        number = answer.split()[-1]
+        job = Job(desk.cluster, number, clone / "slurm" / "logs" / f"train_ldm-{number}.out")
+        job.wait_for_end()
+        plain = desk.submit("train_ldm", *arguments)
+        plain.wait_for_end()
+    finally:
+        settings.write_text(before)
+    assert (job.facts["Partition"], plain.facts["Partition"]) == ("urgent", "normal")
+    assert "note:" not in job.log
+    assert "modules loaded" in job.log
+    assert "16 ranks on n[1-2]" in job.log
+    assert "note: SBATCH_PARTITION=urgent of slurm/settings.sh was not in effect when" in plain.log
+
+
+def test_from_another_folder_the_job_says_where_it_belongs(desk: Desk, clone: Path, tmp_path: Path) -> None:
+    script = str(clone / "slurm" / "train_ldm.sh")
+    log = tmp_path / "log"
+    options = ("sbatch", "--parsable", *TWO_NODES, f"--output={log}")
+    number = desk.cluster.run(*options, script, "steps=1", cwd=tmp_path).strip()
+    Job(desk.cluster, number, log).wait_for_end("FAILED")
+    assert log.read_text() == f"error: {tmp_path} is not the root of ldm-scale; run sbatch there\n"
+
+
+def test_python_that_is_missing_is_named(desk: Desk, clone: Path, tmp_path: Path) -> None:
+    settings = clone / "slurm" / "settings.sh"
+    before = settings.read_text()
+    settings.write_text("")
+    (clone / ".venv").rename(clone / "elsewhere")
+    try:
+        job = _submit(desk, tmp_path / "run")
+        job.wait_for_end("FAILED")
+    finally:
+        (clone / "elsewhere").rename(clone / ".venv")
+        settings.write_text(before)
+    assert f"error: {clone}/.venv/bin/python is missing; run 'make env' in this folder" in job.log
