@@ -120,10 +120,7 @@ class ShardedModel:
         return square if self.stage == 0 else square * self.environment.world_size
 
     def discard(self) -> None:
-        """Forgets the accumulated gradient; weights, moments and Adam's step count stay as they are, bit for bit.
-
-        Collective: all ranks.
-        """
+        """Forgets the accumulated gradient; weights and Adam's state stay, bit for bit. Collective: all ranks."""
         if self._holds_gradient:
             forget_gradient(self.engine, self._adam)
         self._holds_gradient, self._local_norm = False, None

@@ -69,15 +69,16 @@ class _Watched(Trainer):
     def _now_and_then(self, *args: Any) -> None:
         """Nothing to look at and nothing to save."""
 
-    _save = _finish = _now_and_then
+    _finish = _now_and_then
 
 
 class _Saving(_Watched):
     """Writes the checkpoints that fall due; the step at SPIKE looks a hundred times as bad as it is."""
 
     def _now_and_then(self, *args: Any) -> None:
-        if self._save_is_due():
-            Trainer._save(self)
+        self.saving.settle()
+        if self.saving.is_due(self._due(self.config.train.checkpoint_every_images)):
+            self.saving.save(self.task.trained, self.state)
 
     def _reduce(self, *args: Any) -> Any:
         means, *rest = super()._reduce(*args)
@@ -97,6 +98,7 @@ def _train(
     task = AutoencoderTask if config.stage == "autoencoder" else DiffusionTask
     trainer = kind(config, task(config, batch_plan(config, environment.world_size), environment), environment)
     trainer.left_out = left_out
+    trainer.saving.save_last = lambda *_: trainer.saving.complete()  # type: ignore[method-assign]
     trainer.run()
     return trainer
 
