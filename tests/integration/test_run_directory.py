@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import contextlib
-import multiprocessing
 import os
 import signal
 import socket
 import threading
 import time
-from multiprocessing.queues import Queue
-from multiprocessing.synchronize import Event
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +16,7 @@ import pytest
 from ldm_scale.config.fit import batch_plan
 from ldm_scale.config.schema import Config, TrainConfig
 from ldm_scale.engine import env
+from ldm_scale.engine.collectives import gather_objects
 from ldm_scale.engine.run_lock import RunLock
 from ldm_scale.errors import ConfigError
 from ldm_scale.training.autoencoder_step import AutoencoderTask
@@ -38,17 +36,17 @@ def _run(config: Config) -> tuple[bool, int]:
     return trainer.run(), trainer.state.cur_images
 
 
-def _hold(run_dir: Path, ready: Event, pids: Queue[int], release: Event) -> None:
+def _hold(run_dir: Path, pids: Path) -> None:
+    """Holds the directory until it is killed; writes down the ranks' processes and a child of rank 0's."""
     environment = env.start(env.read_launch(), TrainConfig(device="cpu"))
     with RunLock(run_dir, environment.rank):
-        if environment.rank == 0:
-            pids.put(os.getpid())
-            child = os.fork()  # as a loader's process
-            if child == 0:
-                time.sleep(600)
-            pids.put(child)
-        ready.set()
-        release.wait(60)
+        child = os.fork() if environment.rank == 0 else -1
+        if child != 0:
+            processes = [process for pair in gather_objects((os.getpid(), child)) for process in pair]
+            if environment.rank == 0:
+                pids.with_suffix(".new").write_text(" ".join(map(str, processes)))
+                pids.with_suffix(".new").rename(pids)
+        time.sleep(600)
 
 
 def _refusal(run_dir: Path) -> str:
@@ -64,28 +62,29 @@ def test_a_second_run_is_refused_on_all_ranks_until_the_first_is_killed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("SLURM_JOB_ID", "4711")
-    context = multiprocessing.get_context("fork")
-    ready, release, pids = context.Event(), context.Event(), context.Queue()
-    holding = threading.Thread(target=lambda: _ignoring_failure(tmp_path / "run", ready, pids, release))
+    pids = tmp_path / "pids"
+    holding = threading.Thread(target=_ignoring_failure, args=(tmp_path / "run", pids))
     holding.start()
-    assert ready.wait(60)
-    owner, child = pids.get(timeout=60), pids.get(timeout=60)
+    while not pids.exists():
+        time.sleep(0.02)
+    owner, child, other, _ = map(int, pids.read_text().split())
     try:
         for message in run_ranks(_refusal, 2, tmp_path / "run"):
             assert f"in use by another run (process {owner} on {socket.gethostname()}, Slurm job 4711)" in message
         os.kill(owner, signal.SIGKILL)
         while "zombie" not in Path(f"/proc/{owner}/status").read_text():
-            time.sleep(0.01)
+            time.sleep(0.02)
         os.kill(child, 0)  # it still lives, and does not hold the directory
         assert run_ranks(_refusal, 2, tmp_path / "run") == ["", ""]
     finally:
-        release.set()
-        os.kill(child, signal.SIGKILL)
+        for process in (owner, child, other):
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(process, signal.SIGKILL)
         holding.join()
 
 
 def _ignoring_failure(*args: Any) -> None:
-    with contextlib.suppress(AssertionError):  # rank 0 is killed
+    with contextlib.suppress(AssertionError):  # the ranks are killed
         run_ranks(_hold, 2, *args)
 
 
