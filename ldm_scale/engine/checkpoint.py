@@ -96,7 +96,7 @@ def save_checkpoint(
     """
     rank = _rank(trained)
     final = write_folder(root, images, rank, _pieces(trained, rank), _content(trained, state, config))
-    _retire_older(final, images, rank, keep)
+    retire_older(final, images, rank, keep)
     return final
 
 
@@ -119,7 +119,7 @@ def finish_save(save: BackgroundSave, rank: int, keep: int) -> Path:
     Collective: all ranks.
     """
     final = save.publish()
-    _retire_older(final, save.images, rank, keep)
+    retire_older(final, save.images, rank, keep)
     return final
 
 
@@ -171,7 +171,7 @@ def _content(trained: Mapping[str, Trained], state: dict[str, Any], config: dict
     return {"models": models, "state": state, "config": config}
 
 
-def _retire_older(final: Path, images: int, rank: int, keep: int) -> None:
+def retire_older(final: Path, images: int, rank: int, keep: int) -> None:
     """Nothing; the run's record knows of the checkpoint, and those before it beyond `keep` are gone.
 
     Only now: each rank has read the new one back from the disk. What is newer than it is not of this run's making.
