@@ -14,10 +14,11 @@ from pathlib import Path
 
 from ldm_scale.config.convert import config_to_dict
 from ldm_scale.config.schema import Config
-from ldm_scale.engine import phases
+from ldm_scale.engine import collectives, phases
 from ldm_scale.engine.background_save import BackgroundSave
 from ldm_scale.engine.checkpoint import Trained, finish_save, save_checkpoint, start_save
 from ldm_scale.errors import CheckpointError
+from ldm_scale.planning.checkpoint_interval import best_interval_s, mean_time_between_failures_s
 from ldm_scale.telemetry.log import get_logger
 from ldm_scale.training.state import TrainingState
 
@@ -37,6 +38,8 @@ class Saving:
         self._retry_s: float | None = None
         self._pause_s = FIRST_PAUSE_S
         self._is_overdue = self._is_written = False  # as the ranks agreed
+        self._still_s = 0.0  # that training stood still for the save begun last
+        self._has_advised = False
 
     def resumed_at(self, images: int) -> None:
         """Nothing; the run stands where its checkpoint of so many images was written."""
@@ -61,7 +64,10 @@ class Saving:
         """Nothing; completes a save of which all ranks have written their part. Collective: all ranks."""
         if self._pending is not None and self._is_written:
             phases.enter("save")
+            begun_s = time.monotonic()
             self.complete()
+            self._still_s += time.monotonic() - begun_s
+            self._advise()
 
     def save(self, trained: Mapping[str, Trained], state: TrainingState) -> None:
         """Nothing; writes a checkpoint, or begins to. A run that cannot goes on. Collective: all ranks."""
@@ -71,6 +77,7 @@ class Saving:
         if self._saved_images == images:
             return
         self._last_s, self._retry_s = time.monotonic(), None
+        begun_s = time.monotonic()
         try:
             if self._config.train.async_checkpoints:
                 values = state.to_dict(), config_to_dict(self._config)
@@ -79,6 +86,8 @@ class Saving:
                 self._write(trained, state)
         except CheckpointError as error:
             self._failed(error)
+        self._still_s = time.monotonic() - begun_s
+        self._advise()
 
     def complete(self) -> None:
         """Nothing; no save is pending: the newest checkpoint is the one that was begun last. Collective: all ranks."""
@@ -124,6 +133,20 @@ class Saving:
     def _succeeded(self, images: int) -> None:
         self._saved_images = images
         self._retry_s, self._pause_s = None, FIRST_PAUSE_S
+
+    def _advise(self) -> None:
+        """Nothing; says once, after the first save, what saves cost and how often they are worth it."""
+        if self._has_advised or self._pending is not None or self._retry_s is not None:
+            return
+        self._has_advised = True
+        ranks = collectives.world_size()
+        mtbf_s = mean_time_between_failures_s(ranks)
+        self._log.info(
+            f"a checkpoint holds training up for {self._still_s:.2g} s; if devices fail as Llama 3's did, {ranks} of "
+            f"them run {mtbf_s / 3600:,.0f} h between failures, and train.checkpoint_every_s="
+            f"{best_interval_s(self._still_s, mtbf_s):.0f} loses the least time (given: "
+            f"{self._config.train.checkpoint_every_s:.0f})"
+        )
 
     def _failed(self, error: CheckpointError) -> None:
         self._log.error(f"{error}; training goes on, the next attempt is in {self._pause_s:.0f} s")

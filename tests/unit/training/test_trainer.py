@@ -276,3 +276,17 @@ def test_ranks_are_compared_before_the_first_step_and_at_intervals(
     timed = dataclasses.replace(config, train=dataclasses.replace(config.train, check_ranks_every_images=every_images))
     assert Trainer(timed, NotingTask(timed), ENVIRONMENT).run()
     assert seen == [(images, list(range(images, images + BATCH)), 12) for images in compared]
+
+
+def test_the_first_save_tells_how_often_saves_are_worth_it(
+    config: Config, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(trainer.get_logger(0), "propagate", True)
+    keeper = saving.Saving(config, Path(config.run_dir) / "checkpoints", 0)
+    keeper._still_s = 20.0
+    monkeypatch.setattr(saving.collectives, "world_size", lambda: 16_384)
+    for _ in range(2):
+        keeper._advise()
+    (line,) = [record.getMessage() for record in caplog.records if "loses the least" in record.getMessage()]
+    assert "16384 of them run 3 h between failures" in line
+    assert "train.checkpoint_every_s=65" in line  # Young: sqrt(2 x 20 s x 3.09 h) = 667 s, less Daly's correction
