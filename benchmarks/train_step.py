@@ -38,10 +38,12 @@ from ldm_scale.config.fit import batch_plan
 from ldm_scale.config.schema import AutoencoderConfig, ClassConditioningConfig, ConditioningConfig, Config, ZeroConfig
 from ldm_scale.data import Batch
 from ldm_scale.engine import collectives, env
-from ldm_scale.engine.health import RankBatch, check_ranks, require_finite
+from ldm_scale.engine.health import RankBatch, check_ranks
 from ldm_scale.interchange.artifact import write_artifact
 from ldm_scale.models.autoencoder import LatentStatistics
 from ldm_scale.training.diffusion_step import DiffusionTask
+from ldm_scale.training.skipping import StepGuard
+from ldm_scale.training.state import TrainingState
 
 GOAL = 1.05
 WARMUP_PAIRS = 3
@@ -187,6 +189,8 @@ class Steps:
     def __init__(self, task: DiffusionTask, batch: Batch) -> None:
         self.task, self.batch = task, batch
         self._images = 0
+        self._state = TrainingState()
+        self._guard = StepGuard(task.config, self._state, task.environment.rank)
         self._inputs = task.inputs(batch)  # of the bare step: prepared once
         self._z = task.encode(batch)
 
@@ -202,11 +206,12 @@ class Steps:
         task, batch = self.task, self.batch
         # The images of the next global batch, as the loader would number them.
         numbers = batch.image_numbers + self._images
-        metrics = task.accumulate([replace(batch, image_numbers=numbers)], self._images)
+        metrics = task.accumulate([replace(batch, image_numbers=numbers)], self._images) | task.observations()
         names = sorted(metrics)
         values = torch.stack([metrics[name].double() for name in names]).to(task.environment.device)
         means = collectives.mean_over_ranks(values).tolist()
-        require_finite(dict(zip(names, means, strict=True)), 0, self._images)
+        trouble = self._guard.judge(dict(zip(names, means, strict=True)), [])
+        assert trouble is None or not trouble.skips, trouble
         task.update(self._images)
         self._images += task.plan.global_batch
 

@@ -12,8 +12,9 @@ from torch import Tensor
 from ldm_scale import __main__ as program
 from ldm_scale.config.convert import config_to_dict
 from ldm_scale.config.schema import Config, DataConfig
+from ldm_scale.engine.folder_write import write_folder
 from ldm_scale.engine.power_profiles import exponent_of
-from ldm_scale.engine.rank_files import Piece, write_folder
+from ldm_scale.engine.rank_files import Piece
 from ldm_scale.errors import CheckpointError, ConfigError
 from ldm_scale.interchange.artifact import Artifact, read_artifact, write_artifact
 from ldm_scale.interchange.load import load_autoencoder, read_source
