@@ -39,6 +39,7 @@ from ldm_scale.config.schema import AutoencoderConfig, ClassConditioningConfig, 
 from ldm_scale.data import Batch
 from ldm_scale.engine import collectives, env
 from ldm_scale.engine.health import RankBatch, check_ranks
+from ldm_scale.errors import NumericsError
 from ldm_scale.interchange.artifact import write_artifact
 from ldm_scale.models.autoencoder import LatentStatistics
 from ldm_scale.training.diffusion_step import DiffusionTask
@@ -211,7 +212,8 @@ class Steps:
         values = torch.stack([metrics[name].double() for name in names]).to(task.environment.device)
         means = collectives.mean_over_ranks(values).tolist()
         trouble = self._guard.judge(dict(zip(names, means, strict=True)), [])
-        assert trouble is None or not trouble.skips, trouble
+        if trouble is not None and trouble.skips:
+            raise NumericsError(trouble.words)
         task.update(self._images)
         self._images += task.plan.global_batch
 
