@@ -18,10 +18,9 @@ def test_comes_back_from_everything_that_asks_for_it(
     job = desk.submit("train_ldm", *stage2(inputs, tmp_path / "run", *IMAGES), slow_s=1.0)
     job.wait_for_images(8)
     for number, disturb in enumerate((_warn_all, _warn_one, _requeue, _reach_time_limit, _preempt), start=1):
-        images = job.images
         disturb(desk, job, tmp_path)
         job.wait_for_start(number + 1)
-        job.wait_for_images(images + 8, starts=number + 1)
+        job.wait_for_images(job.images + 8, starts=number + 1)
     job.wait_for_end()
     assert job.log.count("(start ") == job.starts >= 6
     assert digest(tmp_path / "run") == undisturbed

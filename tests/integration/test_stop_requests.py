@@ -1,0 +1,59 @@
+"""One rank alone is asked to stop: all save the same step, and all leave in the same way."""
+
+from __future__ import annotations
+
+import os
+import signal
+from pathlib import Path
+
+import pytest
+
+from ldm_scale.config.fit import batch_plan
+from ldm_scale.config.schema import Config
+from ldm_scale.engine import env
+from ldm_scale.engine.checkpoint import latest_checkpoint
+from ldm_scale.engine.rank_files import images_of
+from ldm_scale.errors import Restart
+from ldm_scale.training.autoencoder_step import AutoencoderTask
+from ldm_scale.training.trainer import Trainer
+from tests.helpers.ranks import run_ranks
+from tests.helpers.runs import tiny_config
+from tests.helpers.shards import make_dataset
+
+
+def _stopped(config: Config, numbers: dict[int, signal.Signals]) -> tuple[str, int]:
+    """How the run ended and where; `numbers` are the signals that ranks get during the second step."""
+    launch = env.read_launch()
+    environment = env.start(launch, config.train)
+    task = AutoencoderTask(config, batch_plan(config, launch.world_size), environment)
+    trainer = Trainer(config, task, environment)
+    accumulate = task.accumulate
+
+    def interrupted(batches: list[object], images: int) -> object:
+        if images == 8 and environment.rank in numbers:
+            os.kill(os.getpid(), numbers[environment.rank])
+        return accumulate(batches, images)  # type: ignore[arg-type]
+
+    task.accumulate = interrupted  # type: ignore[method-assign,assignment]
+    try:
+        ending = "finished" if trainer.run() else "stopped"
+    except Restart:
+        ending = "to be started again"
+    return ending, trainer.state.cur_images
+
+
+@pytest.mark.parametrize(
+    ("numbers", "ending"),
+    [
+        ({1: signal.SIGTERM}, "stopped"),
+        ({1: signal.SIGUSR1}, "to be started again"),
+        ({0: signal.SIGTERM, 1: signal.SIGUSR2}, "to be started again"),
+    ],
+)
+def test_ranks_follow_the_one_that_was_asked(tmp_path: Path, numbers: dict[int, signal.Signals], ending: str) -> None:
+    manifest = make_dataset(tmp_path / "data", num_samples=16, resolution=20)
+    config = tiny_config("autoencoder", manifest, tmp_path / "run")
+    assert run_ranks(_stopped, 2, config, numbers) == [(ending, 16), (ending, 16)]
+    newest = latest_checkpoint(tmp_path / "run" / "checkpoints")
+    assert newest is not None
+    assert images_of(newest) == 16
