@@ -100,6 +100,7 @@ _RANGES: tuple[_Range, ...] = (
             "data.block_chunks",
             "data.max_consecutive_bad",
             "zero.bucket_elements",
+            "zero.live_elements",
             "train.total_images",
             "train.global_batch",
             "train.micro_batch",

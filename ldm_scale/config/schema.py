@@ -309,6 +309,9 @@ class ZeroConfig:
     discriminator_stage: int = 0  # 0 or 1 (stage 3 cannot switch the discriminator's gradients off)
     bucket_elements: int = 50_000_000  # elements per all-reduce, reduce-scatter and all-gather bucket
     overlap_comm: bool = True  # CUDA only; on CPU it is off
+    # Stage 3: parameters beyond these are given back right after their use and gathered again for the backward pass.
+    # DeepSpeed's default keeps networks of up to a billion parameters whole on every rank from use to use.
+    live_elements: int = 1_000_000_000
     # For networks that do not fit otherwise, at the price of copies between GPU and CPU in every step.
     offload_optimizer: bool = False  # stages 1 to 3: masters and Adam's moments lie, and step, in the CPU's memory
     offload_parameters: bool = False  # stage 3: so do the parameters that are not being computed with

@@ -34,11 +34,18 @@ def forget_gradient(engine: Any, adam: torch.optim.Optimizer) -> None:
         engine.step()
 
 
-def offload_settings(zero: ZeroConfig, stage: int, on_cuda: bool) -> dict[str, Any]:
-    """DeepSpeed's keys for what lies in the CPU's memory."""
+def memory_settings(zero: ZeroConfig, stage: int, on_cuda: bool) -> dict[str, Any]:
+    """DeepSpeed's keys for what lies in the CPU's memory, and for what stage 3 keeps gathered."""
     on_cpu = {"device": "cpu", "pin_memory": on_cuda}
-    optimizer = {"offload_optimizer": on_cpu} if zero.offload_optimizer and stage > 0 else {}
-    return optimizer | ({"offload_param": on_cpu} if zero.offload_parameters and stage == 3 else {})
+    settings: dict[str, Any] = {
+        "stage3_max_live_parameters": zero.live_elements,
+        "stage3_max_reuse_distance": zero.live_elements,
+    }
+    if zero.offload_optimizer and stage > 0:
+        settings["offload_optimizer"] = on_cpu
+    if zero.offload_parameters and stage == 3:
+        settings["offload_param"] = on_cpu
+    return settings
 
 
 def _gradients(engine: Any, stage: int) -> list[Tensor]:

@@ -30,7 +30,7 @@ from ldm_scale import faults
 from ldm_scale.config.schema import OptimizerConfig, ZeroConfig
 from ldm_scale.engine import phases
 from ldm_scale.engine.env import Environment
-from ldm_scale.engine.gradients import forget_gradient, gradient_norm, offload_settings
+from ldm_scale.engine.gradients import forget_gradient, gradient_norm, memory_settings
 from ldm_scale.errors import NumericsError
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -312,7 +312,7 @@ def _initialize(
         "bf16": {"enabled": environment.dtype == torch.bfloat16},
         "zero_optimization": {
             "stage": stage,
-            **offload_settings(zero, stage, on_cuda),
+            **memory_settings(zero, stage, on_cuda),
             "overlap_comm": zero.overlap_comm and on_cuda,
             "contiguous_gradients": on_cuda,
             "reduce_bucket_size": zero.bucket_elements,

@@ -1,0 +1,76 @@
+"""A UNet that one rank cannot hold trains on four at ZeRO stage 3: each process may have so much memory and no more."""
+
+from __future__ import annotations
+
+import resource
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from ldm_scale.config.schema import OptimizerConfig, TrainConfig, UNetConfig, ZeroConfig
+from ldm_scale.engine import env
+from ldm_scale.engine.collectives import barrier
+from ldm_scale.engine.zero import ShardedModel
+from ldm_scale.models.build import build_seeded, build_unet
+from tests.helpers.ranks import run_ranks
+
+UNET = UNetConfig(base_channels=512, channel_multipliers=(1,), num_res_blocks=1, attention_levels=(), attention="self")
+BATCH, STEPS = 4, 2
+LIMIT_MIB = 1050.0  # of writable memory that a rank may add to what it has before there is a network
+
+
+def _data_mib() -> float:
+    """This process's private writable memory, which RLIMIT_DATA bounds."""
+    (line,) = [line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmData")]
+    return int(line.split()[1]) / 1024
+
+
+def _train(stage: int) -> dict[str, Any]:
+    environment = env.start(env.read_launch(), TrainConfig(device="cpu", precision="fp32"))
+    barrier()
+    before = _data_mib()
+    limit = int((before + LIMIT_MIB) * 2**20)
+    resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
+    try:
+        return {"losses": _losses(environment, stage), "used_mib": _data_mib() - before}
+    except (MemoryError, RuntimeError) as error:
+        return {"error": str(error)}
+
+
+def _losses(environment: env.Environment, stage: int) -> list[float]:
+    """Means over the ranks of a few steps on the same global batches, whatever the ranks."""
+    model = ShardedModel(
+        build_seeded(lambda: build_unet(UNET, 4, 4, None), 0),
+        optimizer=OptimizerConfig(),
+        zero=ZeroConfig(bucket_elements=200_000, live_elements=200_000),
+        stage=stage,
+        micro_batch=BATCH // environment.world_size,
+        accumulation_steps=1,
+        environment=environment,
+    )
+    losses = []
+    for step in range(STEPS):
+        z = torch.randn(BATCH, 4, 4, 4, generator=torch.Generator().manual_seed(step))
+        mine = z.chunk(environment.world_size)[environment.rank]
+        loss = (model(mine, torch.full((len(mine),), 5)).float() - mine).square().mean()
+        model.backward(loss)
+        model.step(1e-3)
+        mean = loss.detach() / environment.world_size
+        if environment.world_size > 1:
+            torch.distributed.all_reduce(mean)
+        losses.append(float(mean))
+    return losses
+
+
+@pytest.mark.faults
+@pytest.mark.timeout(400)
+def test_four_ranks_train_what_one_cannot_hold() -> None:
+    (alone,) = run_ranks(_train, 1, 3)
+    assert "memory" in alone["error"].lower(), alone
+    together = run_ranks(_train, 4, 3, timeout_s=300.0)
+    assert all("losses" in report for report in together), together
+    assert max(report["used_mib"] for report in together) < LIMIT_MIB
+    assert all(report["losses"] == together[0]["losses"] for report in together)
+    assert together[0]["losses"][1] != together[0]["losses"][0]
