@@ -5,6 +5,8 @@ from __future__ import annotations
 import gc
 import os
 import signal
+import threading
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +19,10 @@ from ldm_scale.config.schema import Config, EmaConfig
 from ldm_scale.engine import env
 from ldm_scale.engine.checkpoint import Trained, finish_save, save_checkpoint, start_save
 from ldm_scale.engine.ema import ShardedEma
-from ldm_scale.engine.rank_files import complete_folders, read_manifest
+from ldm_scale.engine.folder_write import FolderWrite
+from ldm_scale.engine.rank_files import Piece, complete_folders, read_manifest
 from ldm_scale.operations.train import train
 from ldm_scale.training import saving
-from tests.helpers.faulty import faults_set
 from tests.helpers.ranks import run_ranks
 from tests.helpers.runs import tiny_artifact, tiny_config
 from tests.helpers.sharded import network, sharded, train_step
@@ -39,13 +41,20 @@ def _saved(root: Path, in_background: bool, stage: int, precision: str) -> tuple
     if not in_background:
         save_checkpoint(root, 16, trained, *values, 9)
         return False, before, _tensor_bytes()
-    with faults_set("sleep:at=save.write,seconds=1.5", rank):
-        save = start_save(root, 16, trained, *values)
-        train_step(model, 2, 1e-1)
-        train_step(model, 3, 1e-1)
-        item.buffers["counts"] += 1
-        was_writing = save.is_writing
-        finish_save(save, rank, 9)
+    gate, write = threading.Event(), FolderWrite.write
+
+    def write_late(folder: FolderWrite, pieces: Iterable[Piece]) -> None:
+        assert gate.wait(60)
+        write(folder, pieces)
+
+    setattr(FolderWrite, "write", write_late)  # noqa: B010  # in this rank's own process
+    save = start_save(root, 16, trained, *values)
+    train_step(model, 2, 1e-1)
+    train_step(model, 3, 1e-1)
+    item.buffers["counts"] += 1
+    was_writing = save.is_writing
+    gate.set()
+    finish_save(save, rank, 9)
     return was_writing, before, _tensor_bytes()
 
 
