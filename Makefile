@@ -28,7 +28,7 @@ PIP_PROGRESS := sed -un 's/^ *\(Downloading\|Using cached\) \([^ ]*\) \(([0-9.]*
 .PHONY: help env lint types test test-faults test-slurm test-slurm-quick slurm-programs aot demo bench data-soak gpu-proof gpu-demo clean
 
 help: ## this list
-	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 18
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 26
 
 env: $(STAMP) ## the environment in .venv/ (about 3 minutes and 6 GB; at once when nothing changed)
 
