@@ -1,0 +1,80 @@
+"""A run that goes on with other ranks and at other ZeRO stages: the same batches and counters, losses to rounding."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ldm_scale.engine.rank_files import folder_of, read_manifest
+from tests.helpers.resumptions import Setting, config_of, logged, run_to_end, seen
+
+BATCH = 12  # a batch that 1, 2, 3 and 4 ranks divide
+CHAIN = ((4, 2), (2, 3), (1, 0), (3, 2), (4, 3))  # ranks and stage, each for an equal part of the steps
+SHORT = ((2, 2), (1, 0))
+
+
+def _config(tmp_path: Path, name: str, setting: Setting, steps: int) -> Any:
+    keys = {
+        "global_batch": BATCH,
+        "micro_batch": BATCH // setting.ranks,
+        "total_images": steps * BATCH,
+        "checkpoint_every_images": 4 * BATCH,
+    }
+    config = config_of(setting, tmp_path, name, **keys)
+    # What depends on the length of the run would differ between a run to the end and one that ends in between.
+    return dataclasses.replace(config, optimizer=dataclasses.replace(config.optimizer, decay="constant"))
+
+
+def _loss(row: dict[str, str], name: str) -> float:
+    return float.fromhex(row[name])
+
+
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize(
+    ("chained", "steps", "precision", "tolerance"),
+    [
+        (SHORT, 8, "fp32", 1e-5),
+        pytest.param(CHAIN, 20, "fp32", 1e-5, marks=pytest.mark.faults),
+        pytest.param(CHAIN, 20, "bf16", 1e-3, marks=pytest.mark.faults),
+    ],
+)
+def test_stage_2_goes_on_with_any_ranks_and_any_zero_stage(
+    tmp_path: Path, chained: Sequence[tuple[int, int]], steps: int, precision: str, tolerance: float
+) -> None:
+    first = Setting("diffusion", chained[0][1], precision, chained[0][0], 1, 0)
+    run_to_end(_config(tmp_path, "unbroken", first, steps), first.ranks)
+    for part, (ranks, zero) in enumerate(chained, start=1):
+        setting = dataclasses.replace(first, ranks=ranks, zero=zero)
+        run_to_end(_config(tmp_path, "chain", setting, 4 * part), ranks)
+    unbroken, chain = tmp_path / "unbroken", tmp_path / "chain"
+    batches = seen(unbroken)
+    assert [len(batch) for batch in batches.values()] == [BATCH] * steps
+    assert seen(chain) == batches
+    losses, others = logged(unbroken), logged(chain)
+    assert sorted(others) == sorted(losses) == [step * BATCH for step in range(1, steps + 1)]
+    worst = max(abs(_loss(others[i], "loss") / _loss(losses[i], "loss") - 1) for i in losses)
+    assert 0 < worst <= tolerance, worst
+    ends = [read_manifest(folder_of(run / "checkpoints", steps * BATCH)) for run in (unbroken, chain)]
+    states = [{key: value for key, value in end["state"].items() if key != "training_s"} for end in ends]
+    assert states[1] == states[0]
+    for end in ends:
+        assert {model["optimizer_steps"] for model in end["models"].values()} == {steps}
+
+
+@pytest.mark.faults
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize(("ranks", "zero"), [(2, 3), (1, 0), (3, 1)])
+def test_the_next_step_of_stage_1_is_the_same_on_other_ranks(tmp_path: Path, ranks: int, zero: int) -> None:
+    # An adversarial run amplifies rounding step by step; one step from the same checkpoint does not.
+    first = Setting("autoencoder", 2, "fp32", 4, 1, 0)
+    run_to_end(_config(tmp_path, "unbroken", first, 8), 4)
+    run_to_end(_config(tmp_path, "chain", first, 4), 4)
+    run_to_end(_config(tmp_path, "chain", dataclasses.replace(first, ranks=ranks, zero=zero), 5), ranks)
+    expected, found = (logged(tmp_path / name)[5 * BATCH] for name in ("unbroken", "chain"))
+    for name in ("loss/l1", "loss/reconstruction", "loss/discriminator"):
+        assert _loss(found, name) == pytest.approx(_loss(expected, name), rel=1e-5), name
+    assert seen(tmp_path / "chain")[4 * BATCH] == seen(tmp_path / "unbroken")[4 * BATCH]
