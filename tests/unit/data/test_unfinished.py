@@ -185,7 +185,8 @@ def test_a_kill_within_a_shard(tmp_path: Path, undisturbed: dict[str, bytes]) ->
 
 
 SLOW = """
-import os, sys, time
+import os, signal, sys, time
+signal.signal(signal.SIGINT, signal.default_int_handler)  # where tests run in the background, it is ignored by all
 from ldm_scale.__main__ import main
 from ldm_scale.data.sources import openmoji_scenes
 plain = openmoji_scenes.make_scene
