@@ -1,15 +1,15 @@
 """A checkpoint that is written while training goes on.
 
-The step that asks for it copies the tensors to host memory, which is all that it waits for; a thread of each rank
-writes, syncs and reads back. Nothing there talks to other ranks: the trainer learns with its per-step reduction when
-all threads are done, and `publish` then does the short rest on the main threads.
+The step that asks for it copies the tensors to host memory, nearly all that it waits for. A thread of each rank
+then writes, syncs and reads back; when the trainer's per-step reduction says that all are done, the ranks exchange
+sizes and checksums, and rank 0's thread publishes the folder and removes older ones. The threads talk to no other rank.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import threading
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -18,30 +18,44 @@ from ldm_scale.engine.rank_files import Piece
 
 
 class BackgroundSave:
-    """A folder that a thread of this rank is writing. Collective: all ranks construct it.
+    """A folder that threads are writing. Collective: all ranks construct it.
 
     Raises: CheckpointError on all ranks if the folder cannot be made.
     """
 
-    def __init__(self, root: Path, images: int, rank: int, pieces: Iterable[Piece], content: dict[str, Any]) -> None:
+    def __init__(
+        self,
+        root: Path,
+        images: int,
+        rank: int,
+        pieces: Iterable[Piece],
+        content: dict[str, Any],
+        after: Callable[[], None],
+    ) -> None:
         self.images = images
         self._folder = FolderWrite(root, images, rank)
-        self._content = content
+        self._content, self._after = content, after
+        self._is_exchanged = False
         self._failure: BaseException | None = None
         self._folder.begin()
         # A copy even of what lies in host memory already: training is about to change it.
         copies = [dataclasses.replace(p, values=p.values.detach().to("cpu", copy=True)) for p in pieces]
-        # A daemon: a run that ends by an error does not wait for a folder that nobody will publish.
-        self._thread = threading.Thread(target=self._write, args=(copies,), name="checkpoint", daemon=True)
-        self._thread.start()
+
+        def write() -> None:
+            try:
+                self._folder.write(copies)
+            finally:
+                copies.clear()  # the memory is needed no longer, though this object lives on
+
+        self._thread = self._started(write)
 
     @property
-    def is_writing(self) -> bool:
+    def is_working(self) -> bool:
         """Whether this rank's thread has something left to do."""
         return self._thread.is_alive()
 
-    def publish(self) -> Path:
-        """The folder, complete; waits for this rank's thread.
+    def advance(self) -> Path | None:
+        """The folder if it is complete now, None if one more call is needed; waits for this rank's thread.
 
         Raises: CheckpointError on all ranks if any rank could not write; nothing half-written stays.
         Collective: all ranks.
@@ -49,12 +63,21 @@ class BackgroundSave:
         self._thread.join()
         if self._failure is not None:
             raise self._failure
-        return self._folder.publish(self._content)
+        if self._is_exchanged:
+            return self._folder.confirm()
+        self._folder.exchange(self._content)
+        self._is_exchanged = True
+        self._thread = self._started(lambda: self._folder.publish(self._after))
+        return None
 
-    def _write(self, copies: list[Piece]) -> None:
-        try:
-            self._folder.write(copies)
-        except BaseException as failure:  # a defect of ours: told where the run can be ended
-            self._failure = failure
-        finally:
-            copies.clear()  # the memory is needed no longer, though this object may live on
+    def _started(self, action: Callable[[], None]) -> threading.Thread:
+        def run() -> None:
+            try:
+                action()
+            except BaseException as failure:  # a defect of ours: told where the run can be ended
+                self._failure = failure
+
+        # A daemon: a run that ends by an error does not wait for a folder that nobody will publish.
+        thread = threading.Thread(target=run, name="checkpoint", daemon=True)
+        thread.start()
+        return thread

@@ -21,7 +21,7 @@ from ldm_scale import faults
 from ldm_scale.engine.background_save import BackgroundSave
 from ldm_scale.engine.ema import EMA, ShardedEma
 from ldm_scale.engine.folder_write import remove_folder, write_folder
-from ldm_scale.engine.rank_files import Piece, Reader, complete_folders, read_manifest
+from ldm_scale.engine.rank_files import Piece, Reader, complete_folders, folder_of, read_manifest
 from ldm_scale.engine.tensor_file import sync_folder
 from ldm_scale.engine.zero import Fragment, ShardedModel
 from ldm_scale.errors import CheckpointError
@@ -95,32 +95,21 @@ def save_checkpoint(
     Collective: all ranks.
     """
     rank = _rank(trained)
-    final = write_folder(root, images, rank, _pieces(trained, rank), _content(trained, state, config))
-    retire_older(final, images, rank, keep)
-    return final
+    values = _pieces(trained, rank), _content(trained, state, config)
+    return write_folder(root, images, rank, *values, after=lambda: retire_older(root, images, rank, keep))
 
 
 def start_save(
-    root: Path, images: int, trained: Mapping[str, Trained], state: dict[str, Any], config: dict[str, Any]
+    root: Path, images: int, trained: Mapping[str, Trained], state: dict[str, Any], config: dict[str, Any], keep: int
 ) -> BackgroundSave:
-    """A save of what the tensors hold now, which a thread writes; `finish_save` completes it.
+    """A save of what the tensors hold now, by threads; it ends as `save_checkpoint` does.
 
     Raises: CheckpointError on all ranks if the folder cannot be made.
     Collective: all ranks.
     """
     rank = _rank(trained)
-    return BackgroundSave(root, images, rank, _pieces(trained, rank), _content(trained, state, config))
-
-
-def finish_save(save: BackgroundSave, rank: int, keep: int) -> Path:
-    """Folder of the checkpoint, as `save_checkpoint` would have left it; waits until it is written.
-
-    Raises: CheckpointError on all ranks if any rank could not write; nothing half-written stays.
-    Collective: all ranks.
-    """
-    final = save.publish()
-    retire_older(final, save.images, rank, keep)
-    return final
+    values = _pieces(trained, rank), _content(trained, state, config)
+    return BackgroundSave(root, images, rank, *values, after=lambda: retire_older(root, images, rank, keep))
 
 
 def latest_checkpoint(root: Path) -> Path | None:
@@ -171,7 +160,7 @@ def _content(trained: Mapping[str, Trained], state: dict[str, Any], config: dict
     return {"models": models, "state": state, "config": config}
 
 
-def retire_older(final: Path, images: int, rank: int, keep: int) -> None:
+def retire_older(root: Path, images: int, rank: int, keep: int) -> None:
     """Nothing; the run's record knows of the checkpoint, and those before it beyond `keep` are gone.
 
     Only now: each rank has read the new one back from the disk. What is newer than it is not of this run's making.
@@ -180,10 +169,10 @@ def retire_older(final: Path, images: int, rank: int, keep: int) -> None:
     if rank > 0:
         return
     try:
-        _record_progress(final.parent.parent, images)
+        _record_progress(root.parent, images)
     except OSError as error:
-        get_logger(rank).error(f"{final.parent.parent / PROGRESS} not written ({error}); {final} is complete")
-    older = [folder for folder in complete_folders(final.parent) if folder < final]
+        get_logger(rank).error(f"{root.parent / PROGRESS} not written ({error}); the checkpoint is complete")
+    older = [folder for folder in complete_folders(root) if folder < folder_of(root, images)]
     for folder in older[: max(0, len(older) - max(keep, 1) + 1)]:
         remove_folder(folder)
 

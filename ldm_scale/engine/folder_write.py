@@ -2,10 +2,13 @@
 
     begin     rank 0 makes the folder under a temporary name
     write     each rank writes its file, has it put on the disk, and reads it back from there
-    publish   the ranks exchange sizes and checksums; rank 0 writes the manifest and renames the folder
+    exchange  the ranks tell each other sizes and checksums
+    publish   rank 0 writes the manifest and renames the folder
+    confirm   all know that it is there
 
-`begin` and `publish` are for all ranks together and short. `write` is for each alone, in whatever thread. What ends
-before the rename leaves a temporary folder, which does not count and goes when the next one begins.
+`begin`, `exchange` and `confirm` are for all ranks together and short; `write` and `publish` are for each alone, in
+whatever thread. What ends before the rename leaves a temporary folder, which does not count and goes when the next one
+begins.
 """
 
 from __future__ import annotations
@@ -47,6 +50,7 @@ class FolderWrite:
         self._temporary = root / f"{TEMPORARY}{self.final.name}"
         self._rank = rank
         self._report: dict[str, Any] = {}
+        self._manifest: dict[str, Any] = {}
 
     def begin(self) -> None:
         """Nothing; the temporary folder is there. Raises: CheckpointError on all ranks. Collective: all ranks."""
@@ -62,7 +66,7 @@ class FolderWrite:
         self._agree(_attempt(prepare))
 
     def write(self, pieces: Iterable[Piece]) -> None:
-        """Nothing; this rank's file is on the disk and was read back, or `publish` tells why not."""
+        """Nothing; this rank's file is on the disk and was read back, or `exchange` tells why not."""
 
         def write() -> dict[str, Any]:
             listed = list(pieces)
@@ -75,19 +79,37 @@ class FolderWrite:
 
         self._report = _attempt(write)
 
-    def publish(self, content: dict[str, Any]) -> Path:
-        """The folder, complete and on the disk; `content` is the manifest's and has a dictionary "models" by name.
+    def exchange(self, content: dict[str, Any]) -> None:
+        """Nothing; all ranks have written. `content` is the manifest's and has a dictionary "models" by name.
 
-        Raises: CheckpointError on all ranks if any rank could not write; nothing half-written stays.
+        Raises: CheckpointError on all ranks if any could not write; nothing half-written stays.
         Collective: all ranks, after `write`.
         """
         outcome = _attempt(lambda: faults.reach("save.reports"))
         reports = self._agree(outcome or self._report)
-        self._report = {}
-        manifest = _manifest(reports, {"images": self.images} | content) if self._rank == 0 else {}
-        # Rank 0 acts; the others only pass the points at which they may be killed.
-        outcome = _attempt(lambda: self._publish(manifest))
-        self._agree(outcome if self._rank == 0 else {})
+        self._manifest = _manifest(reports, {"images": self.images} | content) if self._rank == 0 else {}
+
+    def publish(self, after: Callable[[], None] | None = None) -> None:
+        """Nothing; the folder has its name and `after` was called, or `confirm` tells why not.
+
+        Rank 0 acts; the others only pass the points at which they may be killed.
+        """
+
+        def publish() -> None:
+            self._publish(self._manifest)
+            if after is not None:
+                after()
+
+        outcome = _attempt(publish)
+        self._report = outcome if self._rank == 0 else {}
+
+    def confirm(self) -> Path:
+        """The folder, complete and on the disk.
+
+        Raises: CheckpointError on all ranks if it could not be published; nothing half-written stays.
+        Collective: all ranks, after `publish`.
+        """
+        self._agree(self._report)
         return self.final
 
     def _publish(self, manifest: dict[str, Any]) -> None:
@@ -127,8 +149,15 @@ class FolderWrite:
         )
 
 
-def write_folder(root: Path, images: int, rank: int, pieces: Iterable[Piece], content: dict[str, Any]) -> Path:
-    """The written folder, while all ranks wait.
+def write_folder(
+    root: Path,
+    images: int,
+    rank: int,
+    pieces: Iterable[Piece],
+    content: dict[str, Any],
+    after: Callable[[], None] | None = None,
+) -> Path:
+    """The written folder, while all ranks wait; `after` is called on each when it is there.
 
     Raises: CheckpointError on all ranks if any rank could not write; nothing half-written stays.
     Collective: all ranks.
@@ -136,7 +165,9 @@ def write_folder(root: Path, images: int, rank: int, pieces: Iterable[Piece], co
     folder = FolderWrite(root, images, rank)
     folder.begin()
     folder.write(pieces)
-    return folder.publish(content)
+    folder.exchange(content)
+    folder.publish(after)
+    return folder.confirm()
 
 
 def remove_folder(folder: Path) -> None:

@@ -16,7 +16,7 @@ from ldm_scale.config.convert import config_to_dict
 from ldm_scale.config.schema import Config
 from ldm_scale.engine import collectives, phases
 from ldm_scale.engine.background_save import BackgroundSave
-from ldm_scale.engine.checkpoint import Trained, finish_save, save_checkpoint, start_save
+from ldm_scale.engine.checkpoint import Trained, save_checkpoint, start_save
 from ldm_scale.errors import CheckpointError
 from ldm_scale.planning.checkpoint_interval import best_interval_s, mean_time_between_failures_s
 from ldm_scale.telemetry.log import get_logger
@@ -37,7 +37,7 @@ class Saving:
         self._last_s = time.monotonic()
         self._retry_s: float | None = None
         self._pause_s = FIRST_PAUSE_S
-        self._is_overdue = self._is_written = False  # as the ranks agreed
+        self._is_overdue = self._is_at_rest = False  # as the ranks agreed
         self._still_s = 0.0  # that training stood still for the save begun last
         self._has_advised = False
 
@@ -46,26 +46,26 @@ class Saving:
         self._saved_images = images
 
     def flags(self) -> tuple[float, float]:
-        """What this rank has to say: whether the clock asks for a save, whether its thread is still writing."""
+        """What this rank has to say: whether the clock asks for a save, whether its thread is at work."""
         now_s, every_s = time.monotonic(), self._config.train.checkpoint_every_s
         overdue = every_s > 0 and now_s - self._last_s > every_s
         overdue |= self._retry_s is not None and now_s >= self._retry_s
-        return float(overdue), float(self._pending is not None and self._pending.is_writing)
+        return float(overdue), float(self._pending is not None and self._pending.is_working)
 
-    def agree(self, overdue: float, writing: float) -> None:
+    def agree(self, overdue: float, working: float) -> None:
         """Nothing; takes the flags as averaged over the ranks."""
-        self._is_overdue, self._is_written = overdue > 0, writing == 0
+        self._is_overdue, self._is_at_rest = overdue > 0, working == 0
 
     def is_due(self, by_images: bool) -> bool:
         """Whether a checkpoint is to be written now; the same on all ranks."""
         return by_images or self._is_overdue
 
     def settle(self) -> None:
-        """Nothing; completes a save of which all ranks have written their part. Collective: all ranks."""
-        if self._pending is not None and self._is_written:
+        """Nothing; takes a save further whose threads have all done their part. Collective: all ranks."""
+        if self._pending is not None and self._is_at_rest:
             phases.enter("save")
             begun_s = time.monotonic()
-            self.complete()
+            self._advance_pending()
             self._still_s += time.monotonic() - begun_s
             self._advise()
 
@@ -81,7 +81,7 @@ class Saving:
         try:
             if self._config.train.async_checkpoints:
                 values = state.to_dict(), config_to_dict(self._config)
-                self._pending = start_save(self._root, images, trained, *values)
+                self._pending = start_save(self._root, images, trained, *values, self._config.train.keep_checkpoints)
             else:
                 self._write(trained, state)
         except CheckpointError as error:
@@ -91,15 +91,8 @@ class Saving:
 
     def complete(self) -> None:
         """Nothing; no save is pending: the newest checkpoint is the one that was begun last. Collective: all ranks."""
-        if self._pending is None:
-            return
-        pending, self._pending = self._pending, None
-        try:
-            finish_save(pending, self._rank, self._config.train.keep_checkpoints)
-        except CheckpointError as error:
-            self._failed(error)
-        else:
-            self._succeeded(pending.images)
+        while self._pending is not None:
+            self._advance_pending()
 
     def save_last(self, trained: Mapping[str, Trained], state: TrainingState) -> None:
         """Nothing; a checkpoint of this very step is on the disk.
@@ -129,6 +122,18 @@ class Saving:
         save_checkpoint(self._root, state.cur_images, trained, *values, self._config.train.keep_checkpoints)
         self._succeeded(state.cur_images)
         self._last_s = time.monotonic()
+
+    def _advance_pending(self) -> None:
+        pending = self._pending
+        assert pending is not None, "nothing is pending"
+        try:
+            if pending.advance() is None:
+                return
+        except CheckpointError as error:
+            self._failed(error)
+        else:
+            self._succeeded(pending.images)
+        self._pending = None
 
     def _succeeded(self, images: int) -> None:
         self._saved_images = images

@@ -241,10 +241,10 @@ class Trainer:
         values = [metrics[name].double() for name in names]
         flags = (stop == Stop.END, stop == Stop.RESTART, *counts, *self.saving.flags())
         values += [torch.tensor(float(value)).double() for value in flags]
-        *means, ends, restarts, bad, cut, overdue, writing = collectives.mean_over_ranks(
+        *means, ends, restarts, bad, cut, overdue, working = collectives.mean_over_ranks(
             torch.stack(values).to(self.environment.device)
         ).tolist()
-        self.saving.agree(overdue, writing)
+        self.saving.agree(overdue, working)
         self.state.truncated += round(cut * self.environment.world_size)
         self._stop = Stop.RESTART if restarts > 0 else Stop.END if ends > 0 else Stop.NONE
         return dict(zip(names, means, strict=True)), round(bad * self.environment.world_size)

@@ -17,7 +17,7 @@ from ldm_scale import faults
 from ldm_scale.config.convert import config_to_dict
 from ldm_scale.config.schema import Config, EmaConfig
 from ldm_scale.engine import env
-from ldm_scale.engine.checkpoint import Trained, finish_save, save_checkpoint, start_save
+from ldm_scale.engine.checkpoint import Trained, save_checkpoint, start_save
 from ldm_scale.engine.ema import ShardedEma
 from ldm_scale.engine.folder_write import FolderWrite
 from ldm_scale.engine.rank_files import Piece, complete_folders, read_manifest
@@ -33,7 +33,7 @@ def _saved(root: Path, in_background: bool, stage: int, precision: str) -> tuple
     """Whether it was still writing after two more steps; bytes of this process's tensors before and after."""
     model = sharded(network(), stage, precision)
     item = Trained(model, ShardedEma(model, EmaConfig(half_life_images=10.0)), {"counts": torch.arange(3.0)})
-    trained, rank = {"net": item}, model.environment.rank
+    trained = {"net": item}
     train_step(model, 0, 1e-2)
     train_step(model, 1, 1e-2)
     before = _tensor_bytes()
@@ -48,13 +48,14 @@ def _saved(root: Path, in_background: bool, stage: int, precision: str) -> tuple
         write(folder, pieces)
 
     setattr(FolderWrite, "write", write_late)  # noqa: B010  # in this rank's own process
-    save = start_save(root, 16, trained, *values)
+    save = start_save(root, 16, trained, *values, 9)
     train_step(model, 2, 1e-1)
     train_step(model, 3, 1e-1)
     item.buffers["counts"] += 1
-    was_writing = save.is_writing
+    was_writing = save.is_working
     gate.set()
-    finish_save(save, rank, 9)
+    assert save.advance() is None
+    assert save.advance() is not None
     return was_writing, before, _tensor_bytes()
 
 

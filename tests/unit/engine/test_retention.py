@@ -54,9 +54,12 @@ class Disk:
         self._until_kill = until_kill
         values = torch.rand(self.random.randint(1, 40), generator=torch.Generator().manual_seed(self.images))
         pieces = [Piece("net", kind, "weight", (len(values),), 0, values) for kind in ("weight", "ema")]
+
+        def retire() -> None:
+            retire_older(self.root, self.images, 0, keep=self.random.randint(1, 3))
+
         try:
-            folder = write_folder(self.root, self.images, 0, pieces, {"models": {"net": {}}})
-            retire_older(folder, self.images, 0, keep=self.random.randint(1, 3))
+            write_folder(self.root, self.images, 0, pieces, {"models": {"net": {}}}, after=retire)
         except Killed as kill:
             self.history[-1] += f" at {kill}"
         self._until_kill = -1

@@ -1,0 +1,211 @@
+"""Checkpoints: writing, verifying and loading ours against DeepSpeed's own, of the same engine's state.
+
+In turns, in one process: our save (written, synced, read back from the disk, published); DeepSpeed's save_checkpoint
+followed by an fsync of each of its files and folders, without which it is not on the disk; our background save, of
+which the stall is timed, the part that training waits for. Then, with the files' pages forgotten by the system, our
+verification and load, and DeepSpeed's load_checkpoint. Which of both goes first changes from round to round.
+
+The state is weights, AdamW's moments and no average, which DeepSpeed does not know. It also writes the weights that
+compute beside the masters; the result has the bytes of both.
+
+    python -m benchmarks.checkpoint [--device cuda] [--case mid] [--stage 1] [--rounds 20] [--folder DIR]
+    torchrun --nproc-per-node 2 -m benchmarks.checkpoint --case mid
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import sys
+import tempfile
+import time
+import zlib
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch.nn.functional as F
+from tqdm import tqdm
+
+from benchmarks.measured import command_line, is_trial, parse, spread, write_results
+from benchmarks.unet_step import Case, cases, random_batch
+from ldm_scale.config.schema import OptimizerConfig, TrainConfig, ZeroConfig
+from ldm_scale.engine import collectives, env
+from ldm_scale.engine.checkpoint import Trained, load_checkpoint, save_checkpoint, start_save
+from ldm_scale.engine.rank_files import check_file, read_manifest
+from ldm_scale.engine.tensor_file import sync_folder
+from ldm_scale.engine.verification import newest_verified
+from ldm_scale.engine.zero import ShardedModel
+from ldm_scale.models.build import build_seeded, build_unet
+
+LEARNING_RATE = 1e-5
+WARMUP_ROUNDS = 1
+
+
+def main(argv: Sequence[str]) -> int:
+    """0."""
+    parser = command_line("Checkpoints: ours against DeepSpeed's.", cases(), "rounds", 20)
+    parser.add_argument("--stage", type=int, choices=(1, 2), default=1, help="of ZeRO")
+    parser.add_argument("--folder", type=Path, help="where to write, on the disk that is meant (default: a temporary)")
+    arguments = parse(parser, argv)
+    here = env.start(env.read_launch(), TrainConfig(device=arguments.device))
+    results: dict[str, Any] = {}
+    for name in arguments.case or cases():
+        made = tempfile.mkdtemp(prefix="checkpoints-", dir=arguments.folder) if here.is_main else None
+        folder = Path(collectives.broadcast_object(made))
+        case = cases()[name]
+        try:
+            measured = Measurement(case, here, arguments.stage, folder).run(arguments.rounds, name)
+            results[name] = {"case": asdict(case)} | measured
+        finally:
+            collectives.barrier()
+            shutil.rmtree(folder, ignore_errors=True)
+    if here.is_main:
+        print(table(results))
+        if not is_trial(arguments.rounds, "rounds"):
+            write_results(arguments.out, "checkpoint", here.device, results)
+    env.stop()
+    return 0
+
+
+class Measurement:
+    """One engine with a state, and the two ways to save and load it."""
+
+    def __init__(self, case: Case, here: env.Environment, stage: int, folder: Path) -> None:
+        self._here, self._stage = here, stage
+        self._ours, self._theirs = folder / "ours" / "checkpoints", folder / "theirs"
+        module = build_seeded(
+            lambda: build_unet(case.unet, case.latent_channels, case.latent_channels, case.context_width), seed=0
+        )
+        self._model = ShardedModel(
+            module.train(),
+            optimizer=OptimizerConfig(),
+            zero=ZeroConfig(),
+            stage=stage,
+            micro_batch=case.batch,
+            accumulation_steps=1,
+            environment=here,
+        )
+        batch = random_batch(case, here.device)
+        prediction = self._model(batch.z_t, batch.t, batch.context)
+        self._model.backward(F.mse_loss(prediction.float(), batch.noise))
+        self._model.step(LEARNING_RATE)  # moments that are not zero
+        self._trained = {"unet": Trained(self._model)}
+        self._seconds: dict[str, list[float]] = {}
+        self._images = 0
+
+    def run(self, num_rounds: int, name: str) -> dict[str, Any]:
+        """Times, ratios and bytes."""
+        for turn in tqdm(range(WARMUP_ROUNDS + num_rounds), desc=name, unit="round", disable=not self._here.is_main):
+            if turn == WARMUP_ROUNDS:
+                self._seconds.clear()
+            pairs = [(self._save_ours, self._save_theirs), (self._load_ours, self._load_theirs)]
+            for pair in pairs:
+                for action in pair if turn % 2 == 0 else reversed(pair):
+                    action()
+            self._save_in_background()
+        seconds = self._seconds
+        ratios = {
+            "save_ours_to_deepspeed_synced": ("save", "deepspeed_save_and_sync"),
+            "read_back_share_of_save": ("read_back", "save"),
+            "checksum_share_of_save": ("checksum", "save"),
+            "verify_and_load_to_deepspeed_load": ("verify_and_load", "deepspeed_load"),
+            "stall_share_of_save": ("stall", "save"),
+        }
+        return {
+            "zero_stage": self._stage,
+            "ranks": self._here.world_size,
+            "rounds": num_rounds,
+            "bytes": {"ours": _bytes(self._ours), "deepspeed": _bytes(self._theirs)},
+            "seconds": {what: spread(values) for what, values in seconds.items()},
+            "ratios": {
+                what: spread([a / b for a, b in zip(seconds[one], seconds[other], strict=True)])
+                for what, (one, other) in ratios.items()
+            },
+        }
+
+    def _timed(self, what: str, action: Callable[[], Any]) -> Any:
+        collectives.barrier()
+        begin_s = time.perf_counter()
+        value = action()
+        collectives.barrier()
+        self._seconds.setdefault(what, []).append(time.perf_counter() - begin_s)
+        return value
+
+    def _save_ours(self) -> None:
+        self._images += 1
+        folder = self._timed("save", lambda: save_checkpoint(self._ours, self._images, self._trained, {}, {}, 1))
+        manifest = read_manifest(folder)
+        mine = f"rank-{self._here.rank:05d}.safetensors"
+        self._timed("read_back", lambda: check_file(folder, manifest, mine, from_disk=True))
+        content = (folder / mine).read_bytes()
+        self._timed("checksum", lambda: zlib.crc32(content))
+
+    def _save_theirs(self) -> None:
+        if self._here.is_main:
+            shutil.rmtree(self._theirs, ignore_errors=True)
+
+        def save() -> None:
+            self._model.engine.save_checkpoint(str(self._theirs), tag="t")
+            collectives.barrier()
+            if self._here.is_main:
+                for path in [*self._theirs.rglob("*"), self._theirs, self._theirs.parent]:
+                    sync_folder(path)  # a file as well
+
+        self._timed("deepspeed_save_and_sync", save)
+
+    def _load_ours(self) -> None:
+        _forget(self._ours)
+
+        def load() -> None:
+            found = newest_verified(self._ours, self._here.rank)
+            assert found is not None, "just written"
+            load_checkpoint(found.path, self._trained, verified=True)
+
+        self._timed("verify_and_load", load)
+
+    def _load_theirs(self) -> None:
+        _forget(self._theirs)
+        self._timed("deepspeed_load", lambda: self._model.engine.load_checkpoint(str(self._theirs), tag="t"))
+
+    def _save_in_background(self) -> None:
+        self._images += 1
+        save = self._timed("stall", lambda: start_save(self._ours, self._images, self._trained, {}, {}, 1))
+        folder = None
+        while folder is None:
+            while collectives.any_rank(save.is_working, self._here.device):
+                time.sleep(0.01)
+            begin_s = time.perf_counter()
+            folder = save.advance()
+            self._seconds["stall"][-1] += time.perf_counter() - begin_s
+
+
+def table(results: dict[str, Any]) -> str:
+    """Lines per case: seconds, then ratios."""
+    lines = [f"{'':<44}{'median':>9}{'quartiles':>20}"]
+    for name, result in results.items():
+        sizes = ", ".join(f"{who} {size / 2**20:.1f} MiB" for who, size in result["bytes"].items())
+        lines.append(f"{name}: ZeRO {result['zero_stage']}, {result['ranks']} rank(s); {sizes}")
+        for what, values in (result["seconds"] | result["ratios"]).items():
+            unit = " (s)" if what in result["seconds"] else ""
+            quartiles = f"{values['lower_quartile']:.3f} .. {values['upper_quartile']:.3f}"
+            lines.append(f"  {what + unit:<42}{values['median']:>9.3f}{quartiles:>20}")
+    return "\n".join(lines)
+
+
+def _bytes(folder: Path) -> int:
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+
+
+def _forget(folder: Path) -> None:
+    """Nothing; the system holds no pages of the folder's files, so that the disk answers."""
+    for path in folder.rglob("*"):
+        if path.is_file():
+            descriptor = os.open(path, os.O_RDONLY)
+            os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+            os.close(descriptor)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
