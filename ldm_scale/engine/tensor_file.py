@@ -21,6 +21,7 @@ from ldm_scale import faults
 from ldm_scale.errors import CheckpointError
 
 CHUNK_BYTES = 1 << 22
+_BEGIN_BYTES = 1 << 25
 _NAMES = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
 
 
@@ -38,7 +39,7 @@ def write_tensors(path: Path, tensors: Sequence[Stored]) -> int:
     Raises: OSError; CheckpointError if a value does not fit the type it is to be written in.
     """
     header = _header(tensors)
-    checksum = zlib.crc32(header)
+    checksum, begun = zlib.crc32(header), 0
     with path.open("wb") as file:
         file.write(header)
         for tensor in tensors:
@@ -50,6 +51,11 @@ def write_tensors(path: Path, tensors: Sequence[Stored]) -> int:
                 chunk = memoryview(values.cpu().contiguous().view(torch.uint8).numpy())  # type: ignore[arg-type]
                 checksum = zlib.crc32(chunk, checksum)
                 file.write(chunk)
+                if file.tell() - begun >= _BEGIN_BYTES:
+                    file.flush()
+                    # The kernel begins to write these pages out, so that the disk works while the next are summed.
+                    os.posix_fadvise(file.fileno(), begun, file.tell() - begun, os.POSIX_FADV_DONTNEED)
+                    begun = file.tell()
         file.flush()
         faults.reach("save.sync", path)
         os.fsync(file.fileno())

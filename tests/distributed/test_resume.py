@@ -110,7 +110,7 @@ def _require_equal_snapshots(unbroken: Path, resumed: Path) -> None:
 
 def _train_under_faults(config: Config, rules: str) -> bool:
     os.environ[faults.VARIABLE] = rules  # of this rank's process alone
-    saving.FIRST_PAUSE_S = 0.0
+    saving.FIRST_PAUSE_S, saving.LAST_PAUSES_S = 0.0, (0.0, 0.0)
     return _train_run(config)
 
 

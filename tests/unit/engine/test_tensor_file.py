@@ -1,0 +1,50 @@
+"""Files that safetensors reads, with the checksum of their very bytes."""
+
+from __future__ import annotations
+
+import zlib
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from ldm_scale.engine import tensor_file
+from ldm_scale.engine.tensor_file import Stored, file_crc32, write_tensors
+from ldm_scale.errors import CheckpointError
+
+
+@pytest.mark.parametrize("chunk_bytes", [64, 1 << 22])
+def test_safetensors_reads_what_was_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, chunk_bytes: int) -> None:
+    monkeypatch.setattr(tensor_file, "CHUNK_BYTES", chunk_bytes)
+    monkeypatch.setattr(tensor_file, "_BEGIN_BYTES", 100)
+    generator = torch.Generator().manual_seed(1)
+    values = torch.randn(7, 30, generator=generator)
+    tensors = [
+        Stored("net/weight/a", values, torch.float32),
+        Stored("net/ema/a", values.T, torch.float16),  # not contiguous
+        Stored('net/weight/with "quotes" and ä', values[0, :1].bfloat16(), torch.bfloat16),
+        Stored("net/weight/none", torch.empty(0), torch.float32),
+        Stored("net/weight/last", values.requires_grad_(), torch.float64),
+    ]
+    path, again = tmp_path / "file", tmp_path / "again"
+    checksum = write_tensors(path, tensors)
+    assert checksum == zlib.crc32(path.read_bytes()) == file_crc32(path) == file_crc32(path, from_disk=True)
+    read = load_file(path)
+    assert read.keys() == {tensor.name for tensor in tensors}
+    for name, stored, dtype in tensors:
+        assert read[name].dtype == dtype
+        assert torch.equal(read[name], stored.detach().reshape(-1).to(dtype)), name
+    assert write_tensors(again, tensors) == checksum
+    assert again.read_bytes() == path.read_bytes()
+
+
+def test_a_value_beyond_the_type_of_the_file_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match=r"net/ema=0\.1/a does not fit float16; set ema\.snapshot_dtype=fp32"):
+        write_tensors(tmp_path / "file", [Stored("net/ema=0.1/a", torch.tensor([1.0, 1e5]), torch.float16)])
+
+
+def test_no_second_tensor_takes_a_name(tmp_path: Path) -> None:
+    twice = [Stored("a", torch.ones(1), torch.float32)] * 2
+    with pytest.raises(AssertionError, match="a twice in a file"):
+        write_tensors(tmp_path / "file", twice)
