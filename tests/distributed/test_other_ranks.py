@@ -60,6 +60,10 @@ def test_stage_2_goes_on_with_any_ranks_and_any_zero_stage(
     assert 0 < worst <= tolerance, worst
     ends = [read_manifest(folder_of(run / "checkpoints", steps * BATCH)) for run in (unbroken, chain)]
     states = [{key: value for key, value in end["state"].items() if key != "training_s"} for end in ends]
+    spikes = [state.pop("spikes") for state in states]  # of losses, which differ in the last digits
+    assert spikes[1].keys() == spikes[0].keys()
+    for name, values in spikes[0].items():
+        assert spikes[1][name] == pytest.approx(values, rel=100 * tolerance, abs=100 * tolerance), name
     assert states[1] == states[0]
     for end in ends:
         assert {model["optimizer_steps"] for model in end["models"].values()} == {steps}

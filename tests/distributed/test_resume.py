@@ -121,12 +121,12 @@ def test_training_goes_on_after_a_save_that_failed_and_soon_tries_again(
 ) -> None:
     manifest = make_dataset(tmp_path / "data", num_samples=16, resolution=20)
     tiny_artifact(tmp_path / "artifact")
-    cadence = {"total_images": 88, "checkpoint_every_images": 48, "keep_checkpoints": 9}
+    cadence = {"total_images": 392, "checkpoint_every_images": 200, "keep_checkpoints": 9}
     config = tiny_config("diffusion", manifest, tmp_path / "run", train=cadence | {"async_checkpoints": in_background})
     assert run_ranks(_train_under_faults, 1, config, fault) == [True]
     names = sorted(path.name for path in (tmp_path / "run" / "checkpoints").iterdir())
-    assert names[-1] == "images-0000000088"
-    assert "images-0000000048" not in names
+    assert names[-1] == "images-0000000392"
+    assert "images-0000000200" not in names
     assert len(names) == 2, "not tried again before the end"
 
 
