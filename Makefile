@@ -71,7 +71,7 @@ slurm-programs:
 		apt-get update -q && DEBIAN_FRONTEND=noninteractive apt-get install -y -q --no-install-recommends slurm-wlm munge iproute2; \
 	fi
 
-test-slurm: $(STAMP) slurm-programs ## as root: jobs on a real Slurm cluster in namespaces, disturbed in every way (about 20 minutes)
+test-slurm: $(STAMP) slurm-programs ## as root: jobs on a real Slurm cluster in namespaces, disturbed in every way (20 to 30 minutes)
 	$(BIN)/python -m pytest tests/slurm
 
 test-slurm-quick: $(STAMP) slurm-programs ## as root: both stages over two nodes, one requeue, one lost node (at most 6 minutes)

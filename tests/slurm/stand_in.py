@@ -27,6 +27,7 @@ rank, run_dir = int(os.environ["SLURM_PROCID"]), Path(values["run_dir"])
 run_dir.mkdir(parents=True, exist_ok=True)
 for caught in (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2):
     signal.signal(caught, note)
+(run_dir / f"rank-{rank}").touch()
 count = run_dir / "count"
 done = int(count.read_text()) if count.exists() else 0
 node, interface = os.environ["SLURMD_NODENAME"], os.environ.get("GLOO_SOCKET_IFNAME")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from pathlib import Path
 
@@ -17,7 +18,7 @@ pytestmark = pytest.mark.timeout(300)
 def clone(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """One whose Python is the stand-in."""
     path = fresh_clone(tmp_path_factory.mktemp("clone"))
-    (path / "slurm" / "settings.sh").write_text(f"python=(python3 {STAND_IN})\n")
+    (path / "slurm" / "settings.sh").write_text(f"python=({sys.executable} {STAND_IN})\n")
     return path
 
 
@@ -28,7 +29,8 @@ def _submit(desk: Desk, run_dir: Path, steps: int = 100000, options: tuple[str, 
 
 def _started(desk: Desk, run_dir: Path, options: tuple[str, ...] = TWO_NODES) -> Job:
     job = _submit(desk, run_dir, options=options)
-    desk.cluster.wait_for(lambda: (run_dir / "count").exists(), 60, f"no count: {job.log}")
+    ready = [run_dir / "count", run_dir / "rank-0", run_dir / "rank-1"]
+    desk.cluster.wait_for(lambda: all(path.exists() for path in ready), 60, f"ranks did not start: {job.log}")
     return job
 
 
@@ -39,7 +41,7 @@ def _signals(run_dir: Path, rank: int) -> list[str]:
 
 def _rank(desk: Desk, node: str) -> int:
     """The stand-in's process there."""
-    (pid,) = desk.cluster.pids(node, "python3")
+    (pid,) = desk.cluster.pids(node, sys.executable)
     return pid
 
 
@@ -78,7 +80,7 @@ def test_a_requeue_by_the_operator(desk: Desk, tmp_path: Path) -> None:
 
 def test_a_preemption_brings_the_job_back(desk: Desk, tmp_path: Path) -> None:
     job = _started(desk, tmp_path / "run")
-    options = ("--partition=urgent", "--nodes=2", "--exclusive", "--ntasks-per-node=1", "--time=30")
+    options = ("--partition=urgent", "--nodes=4", "--exclusive", "--ntasks-per-node=1", "--time=30")
     urgent = _submit(desk, tmp_path / "urgent", 10, options)
     job.wait_for_state("PENDING")
     urgent.wait_for_end()
@@ -91,7 +93,7 @@ def test_scancel_ends_the_job_after_its_ranks(desk: Desk, tmp_path: Path) -> Non
     job.cancel()
     job.wait_for_end("CANCELLED")
     assert [_signals(tmp_path / "run", rank) for rank in (0, 1)] == [["SIGTERM"]] * 2
-    desk.cluster.wait_for(lambda: not job.cluster.pids("n1", "python3"), 30, "ranks stayed")
+    desk.cluster.wait_for(lambda: not job.cluster.pids("n1", sys.executable), 30, "ranks stayed")
 
 
 @pytest.mark.parametrize("node", [0, 1])
@@ -133,7 +135,7 @@ def test_a_rank_that_dies_ends_the_job_at_once(desk: Desk, tmp_path: Path) -> No
 def test_a_job_that_was_warned_stays_cancelled(desk: Desk, tmp_path: Path) -> None:
     """Both signals come before its ranks have ended a step."""
     job = desk.submit("train_ldm", f"run_dir={tmp_path / 'run'}", "steps=1000", "seconds=4")
-    desk.cluster.wait_for(lambda: (tmp_path / "run" / "count").exists(), 60, f"no count: {job.log}")
+    desk.cluster.wait_for(lambda: (tmp_path / "run" / "count").exists(), 60, f"no step: {job.log}")
     job.signal("USR1")
     job.cancel()
     job.wait_for_end("CANCELLED")
