@@ -87,16 +87,30 @@ class Trained:
 
 
 def save_checkpoint(
-    root: Path, images: int, trained: Mapping[str, Trained], state: dict[str, Any], config: dict[str, Any], keep: int
+    root: Path,
+    images: int,
+    trained: Mapping[str, Trained],
+    state: dict[str, Any],
+    config: dict[str, Any],
+    keep: int | None,
 ) -> Path:
     """Folder of the written checkpoint; older ones beyond the newest `keep` are removed afterwards.
+
+    With None it is not read back, and so none is removed: where there is no time, and the next start looks at it.
 
     Raises: CheckpointError on all ranks if any rank could not write; nothing half-written stays.
     Collective: all ranks.
     """
     rank = _rank(trained)
     values = _pieces(trained, rank), _content(trained, state, config)
-    return write_folder(root, images, rank, *values, after=lambda: retire_older(root, images, rank, keep))
+    return write_folder(
+        root,
+        images,
+        rank,
+        *values,
+        after=lambda: retire_older(root, images, rank, keep),
+        read_back=keep is not None,
+    )
 
 
 def start_save(
@@ -160,8 +174,8 @@ def _content(trained: Mapping[str, Trained], state: dict[str, Any], config: dict
     return {"models": models, "state": state, "config": config}
 
 
-def retire_older(root: Path, images: int, rank: int, keep: int) -> None:
-    """Nothing; the run's record knows of the checkpoint, and those before it beyond `keep` are gone.
+def retire_older(root: Path, images: int, rank: int, keep: int | None) -> None:
+    """Nothing; the run's record knows of the checkpoint, and those before it beyond `keep` are gone (None: all stay).
 
     Only now: each rank has read the new one back from the disk. What is newer than it is not of this run's making.
     """
@@ -172,6 +186,8 @@ def retire_older(root: Path, images: int, rank: int, keep: int) -> None:
         _record_progress(root.parent, images)
     except OSError as error:
         get_logger(rank).error(f"{root.parent / PROGRESS} not written ({error}); the checkpoint is complete")
+    if keep is None:
+        return
     older = [folder for folder in complete_folders(root) if folder < folder_of(root, images)]
     for folder in older[: max(0, len(older) - max(keep, 1) + 1)]:
         remove_folder(folder)

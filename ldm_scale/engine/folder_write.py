@@ -1,7 +1,7 @@
 """Writing a folder of `rank_files`: all of it or nothing, whatever kills a rank or fails in between.
 
     begin     rank 0 makes the folder under a temporary name
-    write     each rank writes its file, has it put on the disk, and reads it back from there
+    write     each rank writes its file, has it put on the disk, and reads it back from there if it is to
     exchange  the ranks tell each other sizes and checksums
     publish   rank 0 writes the manifest and renames the folder
     confirm   all know that it is there
@@ -44,11 +44,11 @@ _REPLACED = ".replaced-"
 class FolderWrite:
     """A folder of so many images on its way to the disk."""
 
-    def __init__(self, root: Path, images: int, rank: int) -> None:
+    def __init__(self, root: Path, images: int, rank: int, read_back: bool = True) -> None:
         self.final = folder_of(root, images)
         self.images = images
         self._temporary = root / f"{TEMPORARY}{self.final.name}"
-        self._rank = rank
+        self._rank, self._read_back = rank, read_back
         self._report: dict[str, Any] = {}
         self._manifest: dict[str, Any] = {}
 
@@ -72,7 +72,7 @@ class FolderWrite:
             listed = list(pieces)
             path = self._temporary / f"rank-{self._rank:05d}.safetensors"
             checksum = write_tensors(path, [Stored(f"{p.model}/{p.kind}/{p.name}", p.values, p.dtype) for p in listed])
-            if file_crc32(path, from_disk=True) != checksum:
+            if self._read_back and file_crc32(path, from_disk=True) != checksum:
                 raise DamagedError(f"{path} reads back from the disk as other bytes than were written")
             records = [(p.model, p.kind, p.name, p.shape, p.offset, p.values.numel()) for p in listed]
             return {"file": path.name, "bytes": path.stat().st_size, "crc32": checksum, "pieces": records}
@@ -156,13 +156,14 @@ def write_folder(
     pieces: Iterable[Piece],
     content: dict[str, Any],
     after: Callable[[], None] | None = None,
+    read_back: bool = True,
 ) -> Path:
     """The written folder, while all ranks wait; `after` is called on each when it is there.
 
     Raises: CheckpointError on all ranks if any rank could not write; nothing half-written stays.
     Collective: all ranks.
     """
-    folder = FolderWrite(root, images, rank)
+    folder = FolderWrite(root, images, rank, read_back)
     folder.begin()
     folder.write(pieces)
     folder.exchange(content)

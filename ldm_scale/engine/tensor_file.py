@@ -11,6 +11,8 @@ import json
 import os
 import zlib
 from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from itertools import cycle
 from pathlib import Path
 from typing import NamedTuple
 
@@ -21,7 +23,7 @@ from ldm_scale import faults
 from ldm_scale.errors import CheckpointError
 
 CHUNK_BYTES = 1 << 22
-_BEGIN_BYTES = 1 << 25
+_BEGIN_BYTES, _SMALL_BYTES = 1 << 25, 1 << 16
 _NAMES = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
 
 
@@ -39,8 +41,9 @@ def write_tensors(path: Path, tensors: Sequence[Stored]) -> int:
     Raises: OSError; CheckpointError if a value does not fit the type it is to be written in.
     """
     header = _header(tensors)
-    checksum, begun = zlib.crc32(header), 0
-    with path.open("wb") as file:
+    begun = written = 0
+    with path.open("wb") as file, _Checksum() as checksum:
+        checksum.add(header)
         file.write(header)
         for tensor in tensors:
             faults.reach("save.write", path)
@@ -49,29 +52,60 @@ def write_tensors(path: Path, tensors: Sequence[Stored]) -> int:
                 if tensor.dtype == torch.float16 and not values.isfinite().all():
                     raise CheckpointError(f"{tensor.name} does not fit float16; set ema.snapshot_dtype=fp32")
                 chunk = memoryview(values.cpu().contiguous().view(torch.uint8).numpy())  # type: ignore[arg-type]
-                checksum = zlib.crc32(chunk, checksum)
+                checksum.add(chunk)
                 file.write(chunk)
-                if file.tell() - begun >= _BEGIN_BYTES:
+                written += len(chunk)
+                if written - begun >= _BEGIN_BYTES:
                     file.flush()
                     # The kernel begins to write these pages out, so that the disk works while the next are summed.
-                    os.posix_fadvise(file.fileno(), begun, file.tell() - begun, os.POSIX_FADV_DONTNEED)
-                    begun = file.tell()
+                    os.posix_fadvise(file.fileno(), begun, written - begun, os.POSIX_FADV_DONTNEED)
+                    begun = written
         file.flush()
         faults.reach("save.sync", path)
         os.fsync(file.fileno())
-    return checksum
+        return checksum.value
 
 
 def file_crc32(path: Path, from_disk: bool = False) -> int:
     """CRC-32 of a file; `from_disk` has the system forget the pages that it holds of it, so that the disk answers."""
-    value = 0
-    buffer = memoryview(bytearray(CHUNK_BYTES))
-    with path.open("rb", buffering=0) as file:
+    buffers = cycle([memoryview(bytearray(CHUNK_BYTES)) for _ in range(2)])  # one is filled while the other is summed
+    with path.open("rb", buffering=0) as file, _Checksum() as checksum:
         if from_disk:
             os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-        while count := file.readinto(buffer):
-            value = zlib.crc32(buffer[:count], value)
-    return value
+        for buffer in buffers:
+            count = file.readinto(buffer)
+            if not count:
+                break
+            checksum.add(buffer[:count])
+        return checksum.value
+
+
+class _Checksum:
+    """CRC-32 of the chunks that are added, by a thread beside the one that writes or reads them; a context manager."""
+
+    def __init__(self) -> None:
+        self._thread = ThreadPoolExecutor(1, "crc32")
+        self._running: Future[int] | None = None
+        self._value = 0
+
+    def __enter__(self) -> _Checksum:
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self._thread.shutdown()
+
+    def add(self, chunk: bytes | memoryview) -> None:
+        """Nothing; the chunk before is summed, and this one's bytes must stay until the next call."""
+        before = self.value
+        if len(chunk) < _SMALL_BYTES:  # handing it over would take longer
+            self._running, self._value = None, zlib.crc32(chunk, before)
+        else:
+            self._running = self._thread.submit(zlib.crc32, chunk, before)
+
+    @property
+    def value(self) -> int:
+        """Of all chunks so far; waits for it."""
+        return self._value if self._running is None else self._running.result()
 
 
 def sync_folder(path: Path) -> None:

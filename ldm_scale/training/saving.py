@@ -94,8 +94,8 @@ class Saving:
         while self._pending is not None:
             self._advance_pending()
 
-    def save_last(self, trained: Mapping[str, Trained], state: TrainingState) -> None:
-        """Nothing; a checkpoint of this very step is on the disk.
+    def save_last(self, trained: Mapping[str, Trained], state: TrainingState, hurried: bool) -> None:
+        """Nothing; a checkpoint of this very step is on the disk. Hurried: whoever stops the run may not wait long.
 
         Raises: CheckpointError on all ranks if it cannot be written, after a few attempts.
         Collective: all ranks.
@@ -106,7 +106,7 @@ class Saving:
             if self._saved_images == state.cur_images:
                 return
             try:
-                self._write(trained, state)
+                self._write(trained, state, hurried)
             except CheckpointError as error:
                 if pause_s is None:
                     newest = f"of {self._saved_images} images" if self._saved_images >= 0 else "not there"
@@ -117,9 +117,10 @@ class Saving:
                 self._log.error(f"{error}; once more in {pause_s:g} s")
                 time.sleep(pause_s)
 
-    def _write(self, trained: Mapping[str, Trained], state: TrainingState) -> None:
+    def _write(self, trained: Mapping[str, Trained], state: TrainingState, hurried: bool = False) -> None:
         values = state.to_dict(), config_to_dict(self._config)
-        save_checkpoint(self._root, state.cur_images, trained, *values, self._config.train.keep_checkpoints)
+        keep = None if hurried else self._config.train.keep_checkpoints
+        save_checkpoint(self._root, state.cur_images, trained, *values, keep)
         self._succeeded(state.cur_images)
         self._last_s = time.monotonic()
 

@@ -109,7 +109,7 @@ class Trainer:
                 for batches in self._steps(loader):
                     if self._step(batches, loader, writer, progress, stop):
                         writer.flush()
-                        self.saving.save_last(self.task.trained, self.state)
+                        self.saving.save_last(self.task.trained, self.state, hurried=True)
                         cause = stop.signal_name or "another rank"
                         self.log.info(
                             f"stopped by {cause} at {self.state.cur_images} images; the same command continues there"
@@ -118,7 +118,7 @@ class Trainer:
         finally:
             progress.close()
             writer.close()
-        self.saving.save_last(self.task.trained, self.state)
+        self.saving.save_last(self.task.trained, self.state, hurried=False)
         self._finish()
         return True
 
