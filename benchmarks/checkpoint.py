@@ -32,6 +32,7 @@ from benchmarks.measured import command_line, is_trial, parse, spread, write_res
 from benchmarks.unet_step import Case, cases, random_batch
 from ldm_scale.config.schema import OptimizerConfig, TrainConfig, ZeroConfig
 from ldm_scale.engine import collectives, env
+from ldm_scale.engine.background_save import HostMemory
 from ldm_scale.engine.checkpoint import Trained, load_checkpoint, save_checkpoint, start_save
 from ldm_scale.engine.rank_files import complete_folders
 from ldm_scale.engine.tensor_file import sync_folder
@@ -52,6 +53,8 @@ def main(argv: Sequence[str]) -> int:
     arguments = parse(parser, argv)
     here = env.start(env.read_launch(), TrainConfig(device=arguments.device))
     results: dict[str, Any] = {}
+    if arguments.folder:
+        arguments.folder.mkdir(parents=True, exist_ok=True)
     for name in arguments.case or cases():
         made = tempfile.mkdtemp(prefix="checkpoints-", dir=arguments.folder) if here.is_main else None
         folder = Path(collectives.broadcast_object(made))
@@ -95,6 +98,8 @@ class Measurement:
         self._trained = {"unet": Trained(self._model)}
         self._seconds: dict[str, list[float]] = {}
         self._images = 0
+        self._memory = HostMemory()
+        self._memory = HostMemory()
 
     def run(self, num_rounds: int, name: str) -> dict[str, Any]:
         """Times, ratios and bytes."""
@@ -176,7 +181,9 @@ class Measurement:
 
     def _save_in_background(self) -> None:
         self._images += 1
-        save = self._timed("stall", lambda: start_save(self._ours, self._images, self._trained, {}, {}, MANY))
+        save = self._timed(
+            "stall", lambda: start_save(self._ours, self._images, self._trained, {}, {}, MANY, self._memory)
+        )
         folder = None
         while folder is None:
             while collectives.any_rank(save.is_working, self._here.device):

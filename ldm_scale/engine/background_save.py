@@ -13,12 +13,45 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
+import torch
+from torch import Tensor
+
 from ldm_scale.engine.folder_write import FolderWrite
 from ldm_scale.engine.rank_files import Piece
 
 
+class HostMemory:
+    """Where a rank's values are copied to, the same at every save of a run.
+
+    Making it costs more than the copy: fresh pages on a CPU, pinned ones on CUDA.
+    """
+
+    def __init__(self) -> None:
+        self._kept: list[Tensor] = []
+
+    def copies(self, pieces: Iterable[Piece]) -> list[Piece]:
+        """The pieces with copies of their values, which hold until the next call."""
+        copied, is_on_device = [], False
+        for number, piece in enumerate(pieces):
+            values = piece.values.detach()
+            is_on_device |= values.is_cuda
+            copied.append(
+                dataclasses.replace(piece, values=self._room(number, values).copy_(values, non_blocking=True))
+            )
+        if is_on_device:
+            torch.cuda.current_stream().synchronize()
+        return copied
+
+    def _room(self, number: int, values: Tensor) -> Tensor:
+        if number == len(self._kept):
+            self._kept.append(torch.empty(0))
+        if self._kept[number].shape != values.shape or self._kept[number].dtype != values.dtype:
+            self._kept[number] = torch.empty(values.shape, dtype=values.dtype, pin_memory=values.is_cuda)
+        return self._kept[number]
+
+
 class BackgroundSave:
-    """A folder that threads are writing. Collective: all ranks construct it.
+    """A folder that threads are writing; only one at a time from a `memory`. Collective: all ranks construct it.
 
     Raises: CheckpointError on all ranks if the folder cannot be made.
     """
@@ -31,6 +64,7 @@ class BackgroundSave:
         pieces: Iterable[Piece],
         content: dict[str, Any],
         after: Callable[[], None],
+        memory: HostMemory,
     ) -> None:
         self.images = images
         self._folder = FolderWrite(root, images, rank)
@@ -39,15 +73,8 @@ class BackgroundSave:
         self._failure: BaseException | None = None
         self._folder.begin()
         # A copy even of what lies in host memory already: training is about to change it.
-        copies = [dataclasses.replace(p, values=p.values.detach().to("cpu", copy=True)) for p in pieces]
-
-        def write() -> None:
-            try:
-                self._folder.write(copies)
-            finally:
-                copies.clear()  # the memory is needed no longer, though this object lives on
-
-        self._thread = self._started(write)
+        copies = memory.copies(pieces)
+        self._thread = self._started(lambda: self._folder.write(copies))
 
     @property
     def is_working(self) -> bool:

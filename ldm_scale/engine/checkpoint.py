@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from ldm_scale import faults
-from ldm_scale.engine.background_save import BackgroundSave
+from ldm_scale.engine.background_save import BackgroundSave, HostMemory
 from ldm_scale.engine.ema import EMA, ShardedEma
 from ldm_scale.engine.folder_write import remove_folder, write_folder
 from ldm_scale.engine.rank_files import Piece, Reader, complete_folders, folder_of, read_manifest
@@ -114,16 +114,24 @@ def save_checkpoint(
 
 
 def start_save(
-    root: Path, images: int, trained: Mapping[str, Trained], state: dict[str, Any], config: dict[str, Any], keep: int
+    root: Path,
+    images: int,
+    trained: Mapping[str, Trained],
+    state: dict[str, Any],
+    config: dict[str, Any],
+    keep: int,
+    memory: HostMemory,
 ) -> BackgroundSave:
-    """A save of what the tensors hold now, by threads; it ends as `save_checkpoint` does.
+    """A save of what the tensors hold now, by threads, from copies in `memory`; it ends as `save_checkpoint` does.
 
     Raises: CheckpointError on all ranks if the folder cannot be made.
     Collective: all ranks.
     """
     rank = _rank(trained)
     values = _pieces(trained, rank), _content(trained, state, config)
-    return BackgroundSave(root, images, rank, *values, after=lambda: retire_older(root, images, rank, keep))
+    return BackgroundSave(
+        root, images, rank, *values, after=lambda: retire_older(root, images, rank, keep), memory=memory
+    )
 
 
 def latest_checkpoint(root: Path) -> Path | None:

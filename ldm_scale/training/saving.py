@@ -15,7 +15,7 @@ from pathlib import Path
 from ldm_scale.config.convert import config_to_dict
 from ldm_scale.config.schema import Config
 from ldm_scale.engine import collectives, phases
-from ldm_scale.engine.background_save import BackgroundSave
+from ldm_scale.engine.background_save import BackgroundSave, HostMemory
 from ldm_scale.engine.checkpoint import Trained, save_checkpoint, start_save
 from ldm_scale.errors import CheckpointError
 from ldm_scale.planning.checkpoint_interval import best_interval_s, mean_time_between_failures_s
@@ -33,6 +33,7 @@ class Saving:
         self._config, self._root, self._rank = config, root, rank
         self._log = get_logger(rank)
         self._pending: BackgroundSave | None = None
+        self._memory = HostMemory()
         self._saved_images = -1
         self._last_s = time.monotonic()
         self._retry_s: float | None = None
@@ -81,7 +82,8 @@ class Saving:
         try:
             if self._config.train.async_checkpoints:
                 values = state.to_dict(), config_to_dict(self._config)
-                self._pending = start_save(self._root, images, trained, *values, self._config.train.keep_checkpoints)
+                keep = self._config.train.keep_checkpoints
+                self._pending = start_save(self._root, images, trained, *values, keep, self._memory)
             else:
                 self._write(trained, state)
         except CheckpointError as error:

@@ -1,4 +1,4 @@
-"""Saves beside training: the bytes of a save that training waits for, none lost at a stop, memory given back."""
+"""Saves beside training: the bytes of a save that training waits for, none lost at a stop, always the same memory."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from ldm_scale import faults
 from ldm_scale.config.convert import config_to_dict
 from ldm_scale.config.schema import Config, EmaConfig
 from ldm_scale.engine import env
+from ldm_scale.engine.background_save import HostMemory
 from ldm_scale.engine.checkpoint import Trained, save_checkpoint, start_save
 from ldm_scale.engine.ema import ShardedEma
 from ldm_scale.engine.folder_write import FolderWrite
@@ -30,17 +31,16 @@ from tests.helpers.shards import make_dataset
 
 
 def _saved(root: Path, in_background: bool, stage: int, precision: str) -> tuple[bool, int, int]:
-    """Whether it was still writing after two more steps; bytes of this process's tensors before and after."""
+    """Whether it was still writing after two more steps; bytes of this process's tensors before and after the next."""
     model = sharded(network(), stage, precision)
     item = Trained(model, ShardedEma(model, EmaConfig(half_life_images=10.0)), {"counts": torch.arange(3.0)})
     trained = {"net": item}
     train_step(model, 0, 1e-2)
     train_step(model, 1, 1e-2)
-    before = _tensor_bytes()
     values = {"cur_images": 16}, config_to_dict(Config())
     if not in_background:
         save_checkpoint(root, 16, trained, *values, 9)
-        return False, before, _tensor_bytes()
+        return False, 0, 0
     gate, write = threading.Event(), FolderWrite.write
 
     def write_late(folder: FolderWrite, pieces: Iterable[Piece]) -> None:
@@ -48,12 +48,17 @@ def _saved(root: Path, in_background: bool, stage: int, precision: str) -> tuple
         write(folder, pieces)
 
     setattr(FolderWrite, "write", write_late)  # noqa: B010  # in this rank's own process
-    save = start_save(root, 16, trained, *values, 9)
+    memory = HostMemory()
+    save = start_save(root, 16, trained, *values, 9, memory)
     train_step(model, 2, 1e-1)
     train_step(model, 3, 1e-1)
     item.buffers["counts"] += 1
     was_writing = save.is_working
     gate.set()
+    assert save.advance() is None
+    assert save.advance() is not None
+    before = _tensor_bytes()
+    save = start_save(root.parent / "next", 32, trained, *values, 9, memory)
     assert save.advance() is None
     assert save.advance() is not None
     return was_writing, before, _tensor_bytes()
@@ -74,12 +79,24 @@ def test_a_save_beside_training_has_the_bytes_of_one_that_training_waits_for(
     run_ranks(_saved, 2, tmp_path / "waiting" / "checkpoints", False, stage, precision)
     for was_writing, before, after in run_ranks(_saved, 2, tmp_path / "beside" / "checkpoints", True, stage, precision):
         assert was_writing, "training did not go on meanwhile: the test shows nothing"
-        assert after < before + 1_000, "the copies are still held"  # of megabytes; small tensors come and go
+        assert after < before + 1_000, "each save takes memory of its own"  # megabytes; small tensors come and go
     (waiting,), (beside,) = (complete_folders(tmp_path / name / "checkpoints") for name in ("waiting", "beside"))
     files = sorted(path.name for path in waiting.iterdir())
     assert files == ["manifest.json", "rank-00000.safetensors", "rank-00001.safetensors"]
     for name in files:
         assert (beside / name).read_bytes() == (waiting / name).read_bytes(), name
+
+
+def test_copies_go_to_the_same_memory_unless_they_do_not_fit() -> None:
+    def copied(*values: torch.Tensor) -> list[Piece]:
+        return memory.copies(Piece("net", "weight", str(n), tuple(v.shape), 0, v) for n, v in enumerate(values))
+
+    memory = HostMemory()
+    first = [piece.values.data_ptr() for piece in copied(torch.ones(3), torch.zeros(2))]
+    long, same = copied(torch.ones(5, dtype=torch.bfloat16), torch.full((2,), 4.0))
+    assert long.values.tolist() == [1.0] * 5
+    assert long.values.dtype == torch.bfloat16
+    assert (same.values.data_ptr(), same.values.tolist()) == (first[1], [4.0, 4.0])
 
 
 def _run(config: Config, rules: str, stop_at_save: bool) -> bool:

@@ -15,6 +15,7 @@ from torch import Tensor
 from ldm_scale.config.convert import config_to_dict
 from ldm_scale.config.schema import Config, EmaConfig
 from ldm_scale.engine import collectives
+from ldm_scale.engine.background_save import HostMemory
 from ldm_scale.engine.checkpoint import Trained, save_checkpoint, start_save
 from ldm_scale.engine.ema import RAW, ShardedEma
 from ldm_scale.engine.verification import newest_verified
@@ -105,7 +106,7 @@ def _save(root: Path, trained: dict[str, Trained], images: int, in_background: b
     if not in_background:
         save_checkpoint(root, images, trained, state, config, keep=1)
         return
-    save = start_save(root, images, trained, state, config, keep=1)
+    save = start_save(root, images, trained, state, config, keep=1, memory=HostMemory())
     train_step(trained["net"].model, 99, 1e-1)  # training changes what is being written
     while save.advance() is None:
         train_step(trained["net"].model, 98, 1e-1)
