@@ -1,10 +1,11 @@
 """Checkpoints: writing, verifying and loading ours against DeepSpeed's own, of the same engine's state.
 
-In turns, in one process: our save (written, synced, published) as a run makes it that is asked to stop; DeepSpeed's
-save_checkpoint followed by an fsync of each of its files and folders, without which it is not on the disk; our save
-that is read back from the disk; and our background save, of which the stall is timed, the part that training waits for.
-Removal of older ones is not timed. Then, with the files' pages forgotten by the system, our
-verification and load, and DeepSpeed's load_checkpoint. Which of both goes first changes from round to round.
+In turns, in one process: our save (written, synced, published) as a run makes it that is asked to stop, and the same
+without checksums; DeepSpeed's save_checkpoint followed by an fsync of each of its files and folders, without which it
+is not on the disk; our save that is read back from the disk; and our background save, of which the stall is timed, the
+part that training waits for. Removal of older ones is not timed. Then, each time with the files' pages forgotten by the
+system, our verification and load, our load alone, and DeepSpeed's load_checkpoint. Who goes first changes from round to
+round.
 
 The state is weights, AdamW's moments and no average, which DeepSpeed does not know. It also writes the weights that
 compute beside the masters; the result has the bytes of both.
@@ -21,9 +22,12 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch.nn.functional as F
 from tqdm import tqdm
@@ -99,7 +103,6 @@ class Measurement:
         self._seconds: dict[str, list[float]] = {}
         self._images = 0
         self._memory = HostMemory()
-        self._memory = HostMemory()
 
     def run(self, num_rounds: int, name: str) -> dict[str, Any]:
         """Times, ratios and bytes."""
@@ -114,7 +117,9 @@ class Measurement:
         seconds = self._seconds
         ratios = {
             "save_ours_to_deepspeed_synced": ("save", "deepspeed_save_and_sync"),
+            "save_to_save_without_checksum": ("save", "save_without_checksum"),
             "save_read_back_to_save": ("save_read_back", "save"),
+            "verify_and_load_to_load": ("verify_and_load", "load"),
             "verify_and_load_to_deepspeed_load": ("verify_and_load", "deepspeed_load"),
             "stall_share_of_save_read_back": ("stall", "save_read_back"),
         }
@@ -139,12 +144,18 @@ class Measurement:
         return value
 
     def _save_ours(self) -> None:
-        self._images += 1
-        self._timed("save", lambda: save_checkpoint(self._ours, self._images, self._trained, {}, {}, None))
-        self._remove_older()
-        self._images += 1
-        self._timed("save_read_back", lambda: save_checkpoint(self._ours, self._images, self._trained, {}, {}, MANY))
-        self._remove_older()
+        without = mock.patch("zlib.crc32", lambda data, value=0: value)
+        kinds = [("save", None, nullcontext()), ("save_without_checksum", None, without)]
+        for what, keep, around in [*self._by_turns(kinds), ("save_read_back", MANY, nullcontext())]:
+            self._images += 1
+            values = self._ours, self._images, self._trained, {}, {}, keep
+            with around:
+                self._timed(what, partial(save_checkpoint, *values))
+            self._remove_older()
+
+    def _by_turns(self, ours: list[Any]) -> list[Any]:
+        """The list, reversed in every other round."""
+        return ours[:: 1 if len(self._seconds.get("stall", ())) % 2 else -1]
 
     def _remove_older(self) -> None:
         collectives.barrier()
@@ -166,14 +177,17 @@ class Measurement:
         self._timed("deepspeed_save_and_sync", save)
 
     def _load_ours(self) -> None:
-        _forget(self._ours)
-
-        def load() -> None:
+        def verify_and_load() -> None:
             found = newest_verified(self._ours, self._here.rank)
             assert found is not None, "just written"
             load_checkpoint(found.path, self._trained, verified=True)
 
-        self._timed("verify_and_load", load)
+        newest = complete_folders(self._ours)[-1]
+        actions = [("verify_and_load", verify_and_load)]
+        actions.append(("load", lambda: load_checkpoint(newest, self._trained, verified=True)))
+        for what, action in self._by_turns(actions):
+            _forget(self._ours)
+            self._timed(what, action)
 
     def _load_theirs(self) -> None:
         _forget(self._theirs)

@@ -23,9 +23,11 @@ def test_all_is_measured(tmp_path: Path) -> None:
     result = run_ranks(_measure, 1, tmp_path)[0]
     assert result["seconds"].keys() == {
         "save",
+        "save_without_checksum",
         "save_read_back",
         "deepspeed_save_and_sync",
         "verify_and_load",
+        "load",
         "deepspeed_load",
         "stall",
     }
