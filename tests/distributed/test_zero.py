@@ -272,3 +272,20 @@ def test_a_gradient_that_is_not_finite_changes_nothing_on_any_rank(stage: int, p
         assert max_difference(report["after"], report["before"]) == 0
         assert torch.equal(report["prediction_after"], report["prediction_before"])
         assert report["steps"] == 1
+
+
+def _start_where_shared_memory_could_be_used() -> bool:
+    import deepspeed
+    from deepspeed.ops.op_builder.cpu import ShareMemCommBuilder
+
+    def load(builder: Any) -> None:
+        raise AssertionError("the op would be compiled, and messages would go around the network")
+
+    ShareMemCommBuilder.load = load
+    deepspeed.ops.__compatible_ops__[ShareMemCommBuilder.NAME] = True
+    sharded(network(), 1)
+    return deepspeed.comm.comm.cdb.shm_comm_op is None
+
+
+def test_deepspeed_sends_its_messages_over_the_network() -> None:
+    assert run_ranks(_start_where_shared_memory_could_be_used, 2) == [True, True]

@@ -10,6 +10,7 @@ A node is a network namespace, joined to the others by a bridge: its link can be
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import stat
@@ -48,7 +49,7 @@ ReturnToService=2
 JobRequeue=1
 SlurmdTimeout={dead_after_s}
 KillWait={kill_wait_s}
-MessageTimeout=30
+MessageTimeout={message_s}
 InactiveLimit=0
 PreemptType=preempt/partition_prio
 PreemptMode=REQUEUE
@@ -112,11 +113,22 @@ class Cluster:
     """
 
     def __init__(
-        self, folder: Path, nodes: int = 3, grace_s: int = 30, dead_after_s: int = 10, kill_wait_s: int = 15
+        self,
+        folder: Path,
+        nodes: int = 3,
+        grace_s: int = 30,
+        dead_after_s: int = 10,
+        kill_wait_s: int = 15,
+        message_s: int = 30,
     ) -> None:
         self.folder = folder
         self.addresses = {f"n{number}": f"{NETWORK}.{10 + number}" for number in range(1, nodes + 1)}
-        self._times = {"grace_s": grace_s, "dead_after_s": dead_after_s, "kill_wait_s": kill_wait_s}
+        self._times = {
+            "grace_s": grace_s,
+            "dead_after_s": dead_after_s,
+            "kill_wait_s": kill_wait_s,
+            "message_s": message_s,
+        }
         self._keeper: subprocess.Popen[bytes] | None = None
         self._init = 0  # the first process of the namespaces
 
@@ -194,6 +206,11 @@ class Cluster:
     def set_link(self, name: str, up: bool) -> None:
         """Nothing; plugs the node's network cable in or pulls it."""
         self.run("ip", "link", "set", name, "up" if up else "down")
+
+    def bytes_sent(self, name: str) -> int:
+        """By the node through its cable, since it was set up."""
+        (link,) = json.loads(self.run("ip", "-netns", name, "-stats", "-json", "link", "show", "eth0"))
+        return int(link["stats64"]["tx"]["bytes"])
 
     def wait_for(self, holds: Callable[[], bool], timeout_s: float, problem: str) -> None:
         """Returns as soon as the condition holds.

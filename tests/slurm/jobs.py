@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import re
 import shutil
 import subprocess
@@ -15,7 +16,7 @@ from safetensors import safe_open
 
 import ldm_scale
 from ldm_scale.engine.checkpoint import latest_checkpoint
-from ldm_scale.engine.rank_files import images_of
+from ldm_scale.engine.rank_files import images_of, read_manifest
 from tests.slurm.cluster import Cluster, ClusterError
 
 ROOT = Path(ldm_scale.__file__).parents[1]
@@ -27,7 +28,7 @@ TWO_NODES = ("--nodes=2", "--ntasks-per-node=1", "--gpus-per-node=1", "--cpus-pe
 # Makes steps long enough for a signal to come between two of them.
 SLOW = "sleep:at=step.forward,times=1000000,seconds={seconds}"
 # What is compared: enough steps to be disturbed some times.
-IMAGES = ("train.total_images=200", "train.checkpoint_every_images=16")
+IMAGES = ("train.total_images=320", "train.checkpoint_every_images=16")
 # Daemons begin sessions of their own; jobs are to give way to others as whoever started the tests does.
 SETTINGS = """\
 python=(sh -c 'echo {niceness} > /proc/self/autogroup; exec "$0" "$@"' .venv/bin/python)
@@ -163,6 +164,14 @@ def digest(run_dir: Path) -> str:
             for name in sorted(file.keys()):
                 total.update(f"{path.name} {name}".encode() + file.get_tensor(name).numpy().tobytes())
     return total.hexdigest()
+
+
+def gradient_bytes(run_dir: Path) -> int:
+    """Of all that the newest checkpoint's networks train, in fp32."""
+    newest = latest_checkpoint(run_dir / "checkpoints")
+    assert newest is not None, run_dir
+    models = read_manifest(newest)["models"].values()
+    return sum(4 * math.prod(tensor["shape"]) for model in models for tensor in model["tensors"]["weight"].values())
 
 
 def _text(path: Path) -> str:

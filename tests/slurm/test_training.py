@@ -7,15 +7,18 @@ from pathlib import Path
 import pytest
 
 from tests.helpers.commands import stage1, stage2
-from tests.slurm.jobs import IMAGES, TWO_NODES, Desk, Job, digest
+from tests.helpers.resumptions import logged
+from tests.slurm.jobs import IMAGES, TWO_NODES, Desk, Job, digest, gradient_bytes
 
 pytestmark = pytest.mark.timeout(3600)
+STEPS = 6
 
 
 def test_comes_back_from_everything_that_asks_for_it(
     desk: Desk, inputs: Path, undisturbed: str, tmp_path: Path
 ) -> None:
-    job = desk.submit("train_ldm", *stage2(inputs, tmp_path / "run", *IMAGES), slow_s=1.0)
+    # Slurm looks at time limits twice a minute: fifteen steps.
+    job = desk.submit("train_ldm", *stage2(inputs, tmp_path / "run", *IMAGES), slow_s=2.0)
     job.wait_for_images(8)
     for number, disturb in enumerate((_warn_all, _warn_one, _requeue, _reach_time_limit, _preempt), start=1):
         disturb(desk, job, tmp_path)
@@ -62,7 +65,7 @@ def test_ends_when_it_is_told_to_and_the_same_command_continues(
     desk.cluster.kill(first.rank_process(first.nodes[1]), "TERM")  # one rank alone
     first.wait_for_end()
     assert "stopped by another rank at" in first.log
-    assert 8 <= first.images < 200
+    assert 8 <= first.images < 320
     second = desk.submit("train_ldm", *arguments, slow_s=1.0)
     second.wait_for_images(first.images + 8)
     second.cancel()
@@ -102,13 +105,33 @@ def test_a_killed_rank_ends_the_job_and_the_next_continues(
     assert digest(tmp_path / "run") == undisturbed
 
 
-def test_the_same_weights_on_one_two_and_four_nodes(desk: Desk, inputs: Path, tmp_path: Path) -> None:
-    digests = {}
+@pytest.mark.parametrize("stage", [1, 2])
+def test_the_same_weights_and_losses_on_one_two_and_four_nodes(
+    desk: Desk, inputs: Path, tmp_path: Path, stage: int
+) -> None:
+    """And what the ranks exchange goes over the network."""
+    script, arguments_of = {1: ("train_autoencoder", stage1), 2: ("train_ldm", stage2)}[stage]
+    keys = (f"train.total_images={8 * STEPS}", "train.log_every_images=8", "zero.stage=2")
+    digests, figures, sent = {}, {}, {}
     for nodes in (1, 2, 4):
         layout = (f"--nodes={nodes}", f"--ntasks-per-node={4 // nodes}", *TWO_NODES[2:])
-        arguments = stage2(inputs, tmp_path / f"on-{nodes}", "train.total_images=48", "zero.stage=2")
-        job = desk.submit("train_ldm", *arguments, options=layout)
+        run_dir = tmp_path / f"on-{nodes}"
+        before = _sent(desk, nodes)
+        job = desk.submit(script, *arguments_of(inputs, run_dir, *keys), options=layout)
         job.wait_for_end()
         assert f"4 ranks on n{'[1-' * (nodes > 1)}{nodes}" in job.log
-        digests[nodes] = digest(tmp_path / f"on-{nodes}")
+        sent[nodes] = [after - was for after, was in zip(_sent(desk, nodes), before, strict=True)]
+        digests[nodes], figures[nodes] = digest(run_dir), logged(run_dir)
     assert len(set(digests.values())) == 1, digests
+    assert sorted(figures[1]) == [8 * step for step in range(1, STEPS + 1)]
+    assert all(any(name.startswith("loss") for name in row) for row in figures[1].values())
+    assert figures[1] == figures[2] == figures[4]
+    # Half of the ranks are elsewhere: of each gradient, and of each weight that came of it, half has to get there.
+    exchanged = STEPS * gradient_bytes(tmp_path / "on-1")
+    assert min(sent[2]) > exchanged > 4 * sent[1][0], (sent, exchanged)
+    assert min(sent[4]) > exchanged / 2, (sent, exchanged)
+
+
+def _sent(desk: Desk, nodes: int) -> list[int]:
+    """Bytes that the first nodes have sent to others."""
+    return [desk.cluster.bytes_sent(f"n{number}") for number in range(1, nodes + 1)]
