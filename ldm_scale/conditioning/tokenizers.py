@@ -10,7 +10,9 @@ import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
+from importlib.util import find_spec, module_from_spec, spec_from_file_location
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -69,16 +71,27 @@ def copy_vocabulary(config: TextConditioningConfig, path: Path) -> None:
 
 @cache
 def clip_tokenizer() -> Tokenizer:
-    """OpenCLIP's byte pairs; imported on first use because open_clip takes seconds to load.
+    """OpenCLIP's byte pairs.
 
     OpenCLIP fills with 0, which is also the token of "!"; filling with the end token, as SD-1 does, lets transformers'
     CLIPTokenizer give the same tokens for every caption.
     """
-    from open_clip.tokenizer import SimpleTokenizer
-
-    byte_pairs = SimpleTokenizer()
+    byte_pairs = _open_clip_tokenizer().SimpleTokenizer()
     start, end = byte_pairs.sot_token_id, byte_pairs.eot_token_id
     return Tokenizer(byte_pairs.encode, start, end, end, byte_pairs.vocab_size)
+
+
+def _open_clip_tokenizer() -> Any:
+    """OpenCLIP's module of that name from its file alone: the package loads transformers and timm, 1.5 s of a start."""
+    package = find_spec("open_clip")
+    assert package is not None, "pyproject.toml asks for open_clip_torch"
+    assert package.origin is not None, "a package with a file"
+    spec = spec_from_file_location("ldm_scale_open_clip_tokenizer", Path(package.origin).with_name("tokenizer.py"))
+    assert spec is not None, "a file of Python's"
+    assert spec.loader is not None, "a file of Python's"
+    module = module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 @cache
