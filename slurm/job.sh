@@ -45,7 +45,8 @@ node_address=$(scontrol show node "$first_node" | sed -n 's/.*NodeAddr=\([^ ]*\)
 export MASTER_ADDR="${MASTER_ADDR:-$node_address}"
 # Jobs that share a host get ports of their own, below the range from which kernels number outgoing connections.
 export MASTER_PORT="${MASTER_PORT:-$((20000 + SLURM_JOB_ID % 12000))}"
-# The interface of collectives, GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME, is chosen on each node: see rank.sh.
+# Each rank takes the interface that leads there for its collectives, unless GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME
+# name another.
 
 # A rank that wants the job to be started again leaves this file: srun's own status is that of the worst rank, and those
 # that it had to kill are worse.

@@ -61,7 +61,7 @@ def meet(
     """The store that the process group starts on, and who came.
 
     `facts` are texts that all ranks must have in common, by their names; `one_host` says that all ranks are on one.
-    Sets GLOO_SOCKET_IFNAME where nobody did.
+    Sets GLOO_SOCKET_IFNAME, and between hosts NCCL_SOCKET_IFNAME, where nobody did.
     Raises: ConfigError as the module says.
     Collective: all ranks.
     """
@@ -73,6 +73,9 @@ def meet(
             "other hosts cannot reach it; set MASTER_ADDR to this host's address in the network"
         )
     interface = _interface(host, address)
+    if interface and not one_host:
+        # NCCL would get in touch through the first one that it finds; data takes InfiniBand where there is any.
+        os.environ.setdefault("NCCL_SOCKET_IFNAME", f"={interface}")
     store = _prefixed(_open_store(rank, host, address, port, wait_s, deadline))
     place = _place(interface)
     who = f"rank {rank} on {place.host}"

@@ -184,6 +184,17 @@ def test_the_store_listens_on_the_address_of_the_rendezvous_alone() -> None:
         assert (interface, total) == ("lo", 2)
 
 
+def _interface_variables(one_host: bool) -> tuple[str | None, str | None]:
+    os.environ["MASTER_ADDR"] = "0.0.0.0"  # this host, and none of the loopback's addresses
+    rendezvous.meet(0, 1, {}, WAIT_S, one_host)
+    return os.environ.get("GLOO_SOCKET_IFNAME"), os.environ.get("NCCL_SOCKET_IFNAME")
+
+
+def test_between_hosts_nccl_takes_the_same_interface() -> None:
+    assert run_ranks(_interface_variables, 1, False) == [("lo", "=lo")]
+    assert run_ranks(_interface_variables, 1, True) == [("lo", None)]
+
+
 def test_interfaces_are_read_from_the_system() -> None:
     assert "127.0.0.1" in network.addresses_of("lo")
     assert network.interface_of("127.0.0.1") == "lo"

@@ -30,8 +30,7 @@ for caught in (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2):
 (run_dir / f"rank-{rank}").touch()
 count = run_dir / "count"
 done = int(count.read_text()) if count.exists() else 0
-node, interface = os.environ["SLURMD_NODENAME"], os.environ.get("GLOO_SOCKET_IFNAME")
-sys.stdout.write(f"at {done} on {node} through {interface}\n")
+sys.stdout.write(f"at {done} on {os.environ['SLURMD_NODENAME']}\n")
 sys.stdout.flush()
 while done < int(values["steps"]):
     time.sleep(float(values["seconds"]))

@@ -22,6 +22,7 @@ def test_both_stages_train_over_two_nodes(desk: Desk, inputs: Path, tmp_path: Pa
     second = desk.submit("train_ldm", *stage2(inputs, run_dir, *IMAGES, "train.total_images=32", artifact))
     second.wait_for_end()
     assert (first.images, second.images) == (32, 32)
+    assert "gloo's messages go through eth0" in first.log
 
 
 def test_comes_back_after_a_warning_and_after_a_lost_node(
