@@ -17,6 +17,7 @@ from safetensors import SafetensorError
 
 from ldm_scale import __version__
 from ldm_scale.errors import LdmScaleError
+from ldm_scale.processes import end_with_launcher
 
 COMMANDS = {
     "prepare": "turn images into webdataset shards and a manifest",
@@ -58,6 +59,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def run_command(command: Callable[[ArgvT], int | None], argv: ArgvT) -> int:
     """The exit status of `command(argv)`, with a user's mistake told in one line on stderr and no traceback."""
+    end_with_launcher()
     try:
         status = command(argv)
         sys.stdout.flush()

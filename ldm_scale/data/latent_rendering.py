@@ -27,7 +27,7 @@ from ldm_scale.data.latents import (
     pack_contexts,
     pack_moments,
 )
-from ldm_scale.data.loader_processes import start_worker
+from ldm_scale.data.loader_processes import worker_starts
 from ldm_scale.data.metadata import member_bytes, read_captions, read_label, read_metadata
 from ldm_scale.data.pictures import Picture
 from ldm_scale.data.policy import BadSample
@@ -135,16 +135,17 @@ def read_pieces(
 
     Raises: DataError as `render_variants`.
     """
-    loader = torch.utils.data.DataLoader(
-        _Pieces(datasets, cache, pieces),
-        batch_size=None,
-        num_workers=num_workers,
-        prefetch_factor=4 if num_workers else None,
-        multiprocessing_context="fork" if num_workers else None,
-        worker_init_fn=start_worker,
-        generator=torch.Generator(),
-    )
-    for item in loader:
-        if isinstance(item, LdmScaleError):
-            raise item
-        yield item
+    with worker_starts(num_workers) as start_worker:
+        loader = torch.utils.data.DataLoader(
+            _Pieces(datasets, cache, pieces),
+            batch_size=None,
+            num_workers=num_workers,
+            prefetch_factor=4 if num_workers else None,
+            multiprocessing_context="fork" if num_workers else None,
+            worker_init_fn=start_worker,
+            generator=torch.Generator(),
+        )
+        for item in loader:
+            if isinstance(item, LdmScaleError):
+                raise item
+            yield item

@@ -5,7 +5,7 @@ from __future__ import annotations
 import queue
 import threading
 import time
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import replace
 from itertools import accumulate, chain, islice
@@ -22,7 +22,12 @@ from ldm_scale.data.annotations import LAYOUT, MAP, TEXT
 from ldm_scale.data.batch import Batch, join
 from ldm_scale.data.decode import DecodeSettings
 from ldm_scale.data.latents import read_moments, read_record
-from ldm_scale.data.loader_processes import ErrorsAsItems, deaths_by_polling, deaths_named, start_worker
+from ldm_scale.data.loader_processes import (
+    ErrorsAsItems,
+    deaths_by_polling,
+    deaths_named,
+    worker_starts,
+)
 from ldm_scale.data.manifest import needs_manifest
 from ldm_scale.data.order import check_batches
 from ldm_scale.data.pipeline import build_pipeline
@@ -64,7 +69,11 @@ class Loader:
         self._pin = torch.cuda.is_available()
 
     def __iter__(self) -> Iterator[Batch]:
-        parts = self._parts()
+        with worker_starts(self._num_workers) as start_worker:
+            yield from self._iterate(start_worker)
+
+    def _iterate(self, start_worker: Callable[[int], None]) -> Iterator[Batch]:
+        parts = self._parts(start_worker)
         started, others = time.perf_counter(), active_children()
         with deaths_by_polling():
             first = list(islice(parts, 1))  # forks the processes, which the caller's thread has to do
@@ -109,7 +118,7 @@ class Loader:
                 parts = []
         assert not parts, "every process makes a part of every micro-batch"
 
-    def _parts(self) -> Iterator[Any]:
+    def _parts(self, start_worker: Callable[[int], None]) -> Iterator[Any]:
         """What the loader processes make, in turn."""
         if self._num_workers == 0:
             return iter(ErrorsAsItems(self._pipeline))

@@ -19,7 +19,7 @@ LAYERS = (
     ("ldm_scale.config.convert", "ldm_scale.config.ranges", "ldm_scale.config.fit"),
     ("ldm_scale.config.networks",),
     ("ldm_kernels", "ldm_scale.diffusion"),
-    ("ldm_scale.telemetry", "ldm_scale.faults"),
+    ("ldm_scale.telemetry", "ldm_scale.faults", "ldm_scale.processes"),
     ("ldm_scale.data", "ldm_scale.engine"),
     ("ldm_scale.models",),
     ("ldm_scale.conditioning",),

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import signal
 import sys
-import threading
 import time
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator
@@ -21,6 +20,7 @@ from typing import Any, TypeVar
 from tqdm import tqdm
 
 from ldm_scale.errors import DataError
+from ldm_scale.processes import end_with_parent
 
 TASKS_PER_WORKER = 2  # handed over at a time: one being done, one waiting
 _AHEAD = 4  # tasks per worker that are done, being done or waiting, where results keep their order
@@ -28,7 +28,6 @@ _CHUNK = 16  # items of a task that is too short to be one
 _DEATH = "a worker process died, most likely for want of memory"
 _GO_ON = "; what is finished stays: run the same command again, with fewer --workers"
 _LOOK_S = 0.5  # between two looks at the counts
-_ORPHAN_S = 0.1  # between two looks at whether the parent lives
 
 Task = TypeVar("Task")
 Result = TypeVar("Result")
@@ -90,16 +89,9 @@ def _pool(num_workers: int, death: str, begin: Callable[..., None] | None = None
 def _begin(parent: int, begin: Callable[..., None] | None, arguments: tuple[Any, ...]) -> None:
     """Nothing; this process is a worker."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
-    threading.Thread(target=_end_with, args=(parent,), name="parent-watch", daemon=True).start()
+    end_with_parent(parent)  # it would wait for tasks for ever, with the parent's locks held
     if begin is not None:
         begin(*arguments)
-
-
-def _end_with(parent: int) -> None:
-    """Ends this process once its parent has died: it would wait for tasks for ever, with the parent's locks held."""
-    while os.getppid() == parent:
-        time.sleep(_ORPHAN_S)
-    os._exit(1)
 
 
 def _share_counts(shared: _Shared, numbers: Any) -> None:
