@@ -26,7 +26,7 @@ from ldm_scale.errors import ConfigError
 
 VARIABLE = "LDM_FAULTS"
 POINTS = (
-    "data.fetch",  # bytes of a sample are about to be read
+    "data.fetch",  # bytes of a shard are about to be read
     "data.batch",  # a micro-batch is about to be taken from the loader
     "step.input",  # with the pixels of a micro-batch
     "step.forward",

@@ -12,7 +12,6 @@ from functools import partial
 
 import webdataset as wds
 
-from ldm_scale import faults
 from ldm_scale.config.schema import DataConfig
 from ldm_scale.data.annotations import MAP, MAP_EXTENSION, TEXT
 from ldm_scale.data.batch import Batch, collate
@@ -82,7 +81,6 @@ class SlotReader:
         """
         dataset, latents = self._dataset, self._dataset.latents
         self._quarantine.check(dataset.locate(sample)[0], position)
-        faults.reach("data.fetch")
         try:
             unwanted = self._unwanted
             if latents is not None and len(latents.variants) > 1:

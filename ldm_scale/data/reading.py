@@ -20,6 +20,7 @@ from typing import Any, TypeVar
 
 from fsspec.asyn import get_loop
 
+from ldm_scale import faults
 from ldm_scale.data.failures import Failure, describe
 from ldm_scale.data.remote import Body, Version, open_range, run
 from ldm_scale.data.urls import public_name
@@ -162,6 +163,7 @@ class Reading:
         limits, more, failure = self._settings, False, None
         try:
             if self._body is None:
+                faults.reach("data.fetch")
                 end = -1 if self._stop is None else self._stop
                 opening = open_range(self._url, self._position, end, self.seen, limits.connect_s, limits.stall_s)
                 self._body = self._patience.wait(opening)

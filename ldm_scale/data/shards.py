@@ -27,6 +27,7 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from ldm_scale import faults
 from ldm_scale.data.annotations import Vocabulary
 from ldm_scale.data.latents import LatentCache
 from ldm_scale.data.manifest import Split, manifest_path, read_split
@@ -280,20 +281,28 @@ class Dataset:
         )
 
     def _pread(self, shard_number: int, start: int, length: int) -> bytes:
-        """Bytes of a shard, through a bounded set of open files."""
-        try:
-            if shard_number not in self._files:
-                if len(self._files) >= self._max_open:
-                    os.close(self._files.popitem(last=False)[1])
-                path = self.shards[shard_number].path
-                self._files[shard_number] = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-            self._files.move_to_end(shard_number)
-            return os.pread(self._files[shard_number], length, start)
-        except OSError as error:
-            path = self.shards[shard_number].path
-            raise UnreadableSample(
-                f"{path}: cannot be read at byte {start} ({error.strerror})", "its shard cannot be read"
-            ) from None
+        """Bytes of a shard, through a bounded set of open files; one that fails is opened anew and read once more."""
+        reason = ""
+        for _ in range(2):
+            try:
+                faults.reach("data.fetch")
+                return os.pread(self._file(shard_number), length, start)
+            except OSError as error:
+                # On a network file system an open file stays stale after its server has changed.
+                reason = str(error.strerror)
+                if shard_number in self._files:
+                    os.close(self._files.pop(shard_number))
+        path = self.shards[shard_number].path
+        raise UnreadableSample(f"{path}: cannot be read at byte {start} ({reason})", "its shard cannot be read")
+
+    def _file(self, shard_number: int) -> int:
+        """The descriptor of a shard. Raises: OSError"""
+        if shard_number not in self._files:
+            if len(self._files) >= self._max_open:
+                os.close(self._files.popitem(last=False)[1])
+            self._files[shard_number] = os.open(self.shards[shard_number].path, os.O_RDONLY | os.O_CLOEXEC)
+        self._files.move_to_end(shard_number)
+        return self._files[shard_number]
 
 
 def _damaged(

@@ -14,7 +14,7 @@ import tempfile
 import time
 import traceback
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import psutil
@@ -108,9 +108,8 @@ class Start:
             self.processes()  # those of now are known from here on
             victims = self._victims(kind)
             if victims:
-                choice.choice(victims).kill()
-                if kind == "group":
-                    for victim in victims:
+                for victim in victims if kind == "group" else [choice.choice(victims)]:
+                    with suppress(psutil.NoSuchProcess):
                         victim.kill()
                 return True
             assert time.monotonic() < given_up, f"no {kind} to kill:\n{self.output}"
@@ -124,7 +123,8 @@ class Start:
             if kind == "group":
                 return [launcher, *launcher.children(recursive=True)]
             if kind == "loader":
-                return [child for rank in ranks for child in rank.children()]
+                # A rank has other children, too, while it starts: compilers and linkers that libraries look for.
+                return [child for rank in ranks for child in rank.children() if child.name() == "pt_data_worker"]
             return [launcher] if kind == "launcher" else ranks
         except psutil.NoSuchProcess:
             return []
