@@ -7,6 +7,9 @@ LDM_FAULTS holds rules, separated by ";", each an action with its conditions:
 `at` is a point (POINTS), `rank` the rank that it happens on (all without it), `nth` the passage of that point from
 which on it happens (1), `times` how often (1). Without the variable a point costs a look at an empty tuple. A run that
 has it says so once per rule.
+
+LDM_FAULTS=/a/path names a file with the rules instead. It is read again whenever it was replaced, so that a fault can be
+ordered while a run goes on; passages then count from the reading on. A file that is not there has no rules.
 """
 
 from __future__ import annotations
@@ -73,6 +76,9 @@ class _Rule:
 
 _rules: tuple[_Rule, ...] = ()
 _rank = 0
+_file: Path | None = None
+_version: tuple[int, int] | None = None  # of the file, as read
+_say: Callable[[str], None] = print
 
 
 def configure(rank: int, say: Callable[[str], None]) -> None:
@@ -80,11 +86,38 @@ def configure(rank: int, say: Callable[[str], None]) -> None:
 
     Raises: ConfigError if a rule cannot be understood.
     """
-    global _rules, _rank
-    _rank = rank
-    _rules = tuple(_parsed(text.strip()) for text in os.environ.get(VARIABLE, "").split(";") if text.strip())
+    global _rank, _file, _version, _say
+    text = os.environ.get(VARIABLE, "")
+    _rank, _say = rank, say
+    _file, _version = (Path(text) if text.startswith("/") else None), None
+    _take("" if _file else text)
+    _read_anew()
+
+
+def _take(text: str) -> None:
+    global _rules
+    _rules = tuple(_parsed(rule.strip()) for rule in text.split(";") if rule.strip())
     for rule in _rules:
-        say(f"{VARIABLE} is set: {rule.action} at {rule.at} (rank {'any' if rule.rank is None else rule.rank})")
+        _say(f"{VARIABLE} is set: {rule.action} at {rule.at} (rank {'any' if rule.rank is None else rule.rank})")
+
+
+def _read_anew() -> None:
+    """Nothing; the rules are those of the file, where the variable names one."""
+    global _version
+    if _file is None:
+        return
+    try:
+        with _file.open(encoding="utf-8") as file:
+            found = os.fstat(file.fileno())
+            version = found.st_ino, found.st_mtime_ns
+            if version == _version:
+                return
+            text = file.read()
+    except FileNotFoundError:
+        version, text = (0, 0), ""
+    if version != _version:
+        _version = version
+        _take(text)
 
 
 def reach(point: str, path: Path | None = None) -> None:
@@ -92,6 +125,7 @@ def reach(point: str, path: Path | None = None) -> None:
 
     Raises: OSError where a rule says so.
     """
+    _read_anew()
     for rule in _rules:
         if rule.action in _VALUES or not rule.is_due(point, _rank):
             continue
@@ -108,6 +142,7 @@ def reach(point: str, path: Path | None = None) -> None:
 
 def poison(point: str, value: Tensor) -> Tensor:
     """The value, its first element spoilt in place where a rule says so. Shapes: any."""
+    _read_anew()
     for rule in _rules if value.numel() else ():
         if rule.action in (*_VALUES, "flip") and rule.is_due(point, _rank):
             with torch.no_grad():

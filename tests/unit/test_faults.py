@@ -17,6 +17,7 @@ from ldm_scale.errors import ConfigError
 @pytest.fixture(autouse=True)
 def off_afterwards(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(faults, "_rules", ())
+    monkeypatch.setattr(faults, "_file", None)
 
 
 def _configure(monkeypatch: pytest.MonkeyPatch, text: str, rank: int = 0) -> list[str]:
@@ -69,6 +70,38 @@ def test_values_and_files_are_damaged_once(monkeypatch: pytest.MonkeyPatch, tmp_
     assert sum(byte.bit_count() for byte in file.read_bytes()) == 1
     faults.reach("load.verify", file)
     assert file.stat().st_size == 50
+
+
+def test_rules_of_a_file_come_and_go_while_the_process_runs(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    file = tmp_path / "faults"
+
+    def order(text: str) -> None:
+        (tmp_path / "new").write_text(text)
+        (tmp_path / "new").replace(file)
+
+    def fails() -> bool:
+        try:
+            faults.reach("save.write")
+        except OSError:
+            return True
+        return False
+
+    said = _configure(monkeypatch, str(file))
+    assert (fails(), said) == (False, [])
+    order("enospc:at=save.write,nth=2; nan:at=step.loss")
+    assert [fails() for _ in range(3)] == [False, True, False]
+    assert torch.isnan(faults.poison("step.loss", torch.tensor(2.0)))
+    assert len(said) == 2
+    order("eio:at=save.write")
+    assert [fails() for _ in range(2)] == [True, False]
+    file.unlink()
+    order("eio:at=save.write")
+    assert fails()
+    file.unlink()
+    assert not fails()
+    order("burn:at=save.write")
+    with pytest.raises(ConfigError, match="is no rule"):
+        fails()
 
 
 def test_a_kill_is_a_kill() -> None:
