@@ -25,7 +25,7 @@ PIP_INSTALL := $(BIN)/python -m pip --disable-pip-version-check install --progre
 # pip's own report reduced to what takes time: large downloads, source builds and the copying at the end.
 PIP_PROGRESS := sed -un 's/^ *\(Downloading\|Using cached\) \([^ ]*\) \(([0-9.]* MB)\)/      \2 \3/p; s/^ *Building [^ ]* for \([^ ]*\) .*started/      building \1/p; s/^Installing collected packages.*/      copying files/p'
 
-.PHONY: help env lint types test test-faults test-slurm test-slurm-quick slurm-programs aot demo bench data-soak gpu-proof gpu-demo clean
+.PHONY: help env lint types test test-faults test-slurm test-slurm-quick slurm-programs soak soak-short aot demo bench data-soak gpu-proof gpu-demo clean
 
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 26
@@ -76,6 +76,12 @@ test-slurm: $(STAMP) slurm-programs ## as root: jobs on a real Slurm cluster in 
 
 test-slurm-quick: $(STAMP) slurm-programs ## as root: both stages over two nodes, one requeue, one lost node (at most 6 minutes)
 	$(BIN)/python -m pytest tests/slurm/test_quick.py
+
+soak: $(STAMP) slurm-programs ## as root: a run on that cluster for two hours, a fault every ten minutes, and what they take (130 minutes)
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.soak
+
+soak-short: $(STAMP) slurm-programs ## as root: five of the faults in ten minutes
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.soak --short
 
 test-faults: $(STAMP) ## kills at every point of a save, resumptions in many settings, other ranks and ZeRO stages (15 minutes)
 	$(BIN)/python -m pytest --numprocesses 2 --dist load -m faults

@@ -8,8 +8,8 @@ LDM_FAULTS holds rules, separated by ";", each an action with its conditions:
 which on it happens (1), `times` how often (1). Without the variable a point costs a look at an empty tuple. A run that
 has it says so once per rule.
 
-LDM_FAULTS=/a/path names a file with the rules instead. It is read again whenever it was replaced, so that a fault can be
-ordered while a run goes on; passages then count from the reading on. A file that is not there has no rules.
+LDM_FAULTS=/a/path names a file with the rules instead. It is read again whenever it was replaced, so that a fault can
+be ordered while a run goes on; passages then count from the reading on. A file that is not there has no rules.
 """
 
 from __future__ import annotations

@@ -71,6 +71,7 @@ NODE = "NodeName={name} NodeAddr={address} CPUs=96 RealMemory=1000 Gres=gpu:8 St
 SET_UP = """\
 set -eu
 mount -t tmpfs tmpfs /run
+mount -t tmpfs tmpfs /dev/shm
 mount --bind {folder}/hosts /etc/hosts
 hostname controller
 ip link set lo up

@@ -1,0 +1,1 @@
+"""`python -m benchmarks.soak`: a run that is disturbed for two hours."""
