@@ -37,7 +37,7 @@ from tests.slurm.cluster import Cluster, ClusterError, missing
 from tests.slurm.jobs import Desk, digest, fresh_clone
 
 ROOT = Path(__file__).resolve().parents[2]
-BATCH, SLOW_S, NODES = 8, 1.0, 3
+BATCH, SLOW_S, NODES = 8, 2.0, 3
 MINUTES, SHORT_MINUTES = 120.0, 6.0
 CONFIGURATION = (
     f"train.global_batch={BATCH}",

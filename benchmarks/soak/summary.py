@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import textwrap
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -150,7 +151,8 @@ def text(name: str, found: Found, environment: Mapping[str, Any]) -> str:
         ]
         for fault, lost_s in zip(found.faults, found.lost_s, strict=True):
             said = (
-                fault.said.replace("|", "/")[:SHOWN_SAID] + f"{' **' + fault.problem + '**' if fault.problem else ''}"
+                textwrap.shorten(fault.said.replace("|", "/"), SHOWN_SAID, placeholder=" ...")
+                + f"{' **' + fault.problem + '**' if fault.problem else ''}"
             )
             minute = (fault.at_s - found.rows[0][0]) / 60
             lines.append(

@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import json
 import random
+import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 from PIL import Image
 
+from benchmarks.soak import __main__ as command
 from benchmarks.soak import summary
 from benchmarks.soak.account import Row, effective_share, image_seconds, lost_seconds
-from benchmarks.soak.kinds import KINDS, SHORT, Orders
+from benchmarks.soak.kinds import KINDS, SHORT, Kind, Orders
 from benchmarks.soak.summary import Fault, Found
+from benchmarks.soak.watch import SoakError
 from ldm_scale import faults
 
 STEP_S, BATCH = 1.25, 10
@@ -150,3 +154,31 @@ def test_twelve_kinds_and_orders_that_can_be_understood(tmp_path: Path, monkeypa
     orders.give("kill:at=save.rename,rank=1")
     faults.reach("save.rename")
     assert len(said) == 3
+
+
+def test_without_root_it_says_so_and_writes_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(command, "missing", lambda: ["root's rights", "slurmd"])
+    assert command.main(["--out", str(tmp_path / "out")]) == 2
+    assert capsys.readouterr().err == "error: no Slurm cluster without root's rights, slurmd; run `make soak` as root\n"
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("end", [KeyboardInterrupt(), SoakError("no step within 300 s")])
+def test_what_ends_it_early_leaves_what_there_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, end: BaseException
+) -> None:
+    def soak(folder: Path, kinds: Sequence[Kind], minutes: float, found: Found) -> None:
+        found.rows += _disturbed()
+        found.faults.append(Fault(kinds[0].name, kinds[0].what, 1120.0, 960))
+        raise end
+
+    monkeypatch.setattr(command, "missing", list)
+    monkeypatch.setattr(command, "soak", soak)
+    monkeypatch.setattr(tempfile, "mkdtemp", lambda prefix: str(tmp_path / prefix))
+    assert command.main(["--short", "--out", str(tmp_path)]) == 1
+    text = (tmp_path / "soak-short-unfinished.md").read_text()
+    assert text.startswith("# Soak: 5 faults in 6 minutes of training: UNFINISHED\n")
+    assert f"unfinished: {str(end) or 'ended by Ctrl-C'}" in text
+    assert "| 2.0 | warning" in text
