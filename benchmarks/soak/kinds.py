@@ -140,20 +140,19 @@ def _kill_in_save(watch: Watch, orders: Orders) -> None:
 
 
 NOT_FINITE, DISK_FULL = "is skipped: not finite", "No space left on device"
+ENDED = "the ranks ended with status"  # 137, or that of the other rank, which srun ended or which lost its peer
 KINDS = (
     Kind("warning", "scancel --signal=USR1", _coming_back(_warn), "stopped by SIGUSR1 at"),
     Kind("not finite", "NaN in a batch of rank 1", _order("nan:at=step.input,rank=1", NOT_FINITE), NOT_FINITE),
     Kind("disk full", "ENOSPC in a save", _order("enospc:at=save.write,rank=0", DISK_FULL), DISK_FULL),
     Kind("damage", "scontrol requeue, and a bit of the newest checkpoint flips", _damage, "DAMAGED CHECKPOINT"),
-    Kind("killed rank", "kill -9 of rank 1", _coming_back(_kill_rank), "ended with status 137", by_itself=False),
+    Kind("killed rank", "kill -9 of rank 1", _coming_back(_kill_rank), ENDED, by_itself=False),
     Kind("preemption", "a job of a higher partition takes all nodes", _coming_back(_preempt), "stopped by SIG"),
     Kind("time limit", "the job's time is over", _reach_time_limit, "stopped by SIGUSR1 at"),
     Kind("lost node", "every process of the first node is killed, slurmd too", _lose_node, "continuing at"),
     Kind("stopped rank", "SIGSTOP of rank 1", _coming_back(_stop_rank), r"hang: culprit: rank 1 "),
     Kind("cut link", "the last node's link goes down", _cut_link, "continuing at"),
     Kind("stopped loader", "SIGSTOP of a loader process of rank 1", _coming_back(_stop_loader), "is stopped"),
-    Kind(
-        "kill in a save", "kill -9 of rank 0 before the rename", _kill_in_save, "ended with status 137", by_itself=False
-    ),
+    Kind("kill in a save", "kill -9 of rank 0 before the rename", _kill_in_save, ENDED, by_itself=False),
 )
 SHORT = ("warning", "not finite", "disk full", "damage", "killed rank")
