@@ -62,8 +62,18 @@ trap : USR1 USR2
 start_again() {
     echo "$(date -Is) job $SLURM_JOB_ID: $1; it is requeued"
     scontrol requeue "$SLURM_JOB_ID" && exit 0
+    # Slurm missed a node in the meantime and has put the job back itself.
+    scontrol show job "$SLURM_JOB_ID" | grep -q JobState=PENDING && exit 0
     echo "error: this cluster does not let jobs requeue themselves; submit the same command again to continue" >&2
     exit 75
+}
+
+# leave_if_ending STATUS: returns if Slurm has not told this job to end. It brings the job back itself if it is
+# preempted, requeued or has lost a node; a requeue of ours would bring it back to life after scancel, too.
+leave_if_ending() {
+    [ -n "$is_ending" ] || return 0
+    echo "$(date -Is) job $SLURM_JOB_ID: ended by Slurm; the ranks' status is $1"
+    exit "$1"
 }
 
 # Whether a process can be started on each of the job's nodes.
@@ -74,7 +84,7 @@ nodes_answer() {
 
 # run_ranks SRUN-OPTION... -- SCRIPT ARGUMENT...: runs the script on every rank; does not return.
 run_ranks() {
-    local options=() status=0 limit_s
+    local options=() status=0 reason="" limit_s
     while [ "$1" != -- ]; do
         options+=("$1")
         shift
@@ -89,18 +99,11 @@ run_ranks() {
     srun --label --cpus-per-task="${SLURM_CPUS_PER_TASK:-1}" "${options[@]}" "${srun_options[@]}" \
         bash slurm/rank.sh "${python[@]}" "$@" || status=$?
     [ "$status" -ne 0 ] || exit 0
-    if [ -n "$is_ending" ]; then
-        # Slurm brings the job back if it is preempted, requeued or has lost a node; a requeue of ours would bring it
-        # back to life after scancel, too.
-        rm -f "$LDM_RESTART_MARK"
-        echo "$(date -Is) job $SLURM_JOB_ID: ended by Slurm; the ranks' status is $status"
-        exit "$status"
-    fi
-    if [ -e "$LDM_RESTART_MARK" ]; then
-        rm -f "$LDM_RESTART_MARK"
-        start_again "its ranks stopped to be started again"
-    fi
+    [ ! -e "$LDM_RESTART_MARK" ] || reason="its ranks stopped to be started again"
+    rm -f "$LDM_RESTART_MARK"
+    leave_if_ending "$status"
     if ! nodes_answer; then
+        leave_if_ending "$status"
         # Ranks that lost their peers end before Slurm knows that a node is lost. Slurm then requeues the job by itself,
         # without that node; a job that asked for it now could get the dead node again.
         limit_s=$(scontrol show config | sed -n 's/^SlurmdTimeout *= *\([0-9]*\).*/\1/p')
@@ -108,8 +111,10 @@ run_ranks() {
             "(SlurmdTimeout=$limit_s s)"
         sleep $((${limit_s:-300} + 60)) &
         wait $! || exit "$status" # Slurm's TERM
-        start_again "a node did not answer"
+        reason="a node did not answer"
     fi
+    leave_if_ending "$status"
+    [ -z "$reason" ] || start_again "$reason"
     echo "$(date -Is) job $SLURM_JOB_ID: the ranks ended with status $status" >&2
     exit "$status"
 }

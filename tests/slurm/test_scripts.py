@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -35,6 +37,18 @@ def _started(desk: Desk, run_dir: Path, options: tuple[str, ...] = TWO_NODES) ->
     return job
 
 
+@contextmanager
+def _settings(clone: Path, more: str) -> Iterator[None]:
+    """Lines added to the clone's settings."""
+    path = clone / "slurm" / "settings.sh"
+    before = path.read_text()
+    path.write_text(before + more)
+    try:
+        yield
+    finally:
+        path.write_text(before)
+
+
 def _signals(run_dir: Path, rank: int) -> list[str]:
     path = run_dir / f"rank-{rank}"
     return path.read_text().split() if path.exists() else []
@@ -61,7 +75,8 @@ def test_a_warning_brings_the_job_back(desk: Desk, tmp_path: Path, name: str) ->
     job = _started(desk, tmp_path / "run")
     job.signal(name)
     job.wait_for_start(2)
-    assert [_signals(tmp_path / "run", rank) for rank in (0, 1)] == [[f"SIG{name}"]] * 2
+    # The first rank that leaves makes srun send TERM to the other.
+    assert [_signals(tmp_path / "run", rank)[0] for rank in (0, 1)] == [f"SIG{name}"] * 2
     desk.cluster.wait_for(lambda: "(start 2)" in job.log, 60, "no second start")
 
 
@@ -109,15 +124,19 @@ def test_a_lost_node_brings_the_job_back_on_others(desk: Desk, tmp_path: Path, n
         desk.cluster.start_node(lost)
 
 
-def test_ranks_that_lose_their_peer_first_wait_for_slurm_to_notice(clone: Path, tmp_path: Path) -> None:
-    """Where srun gives a message up before Slurm misses the node, as on real clusters."""
-    with Cluster(tmp_path / "cluster", dead_after_s=60, message_s=10) as cluster:
+@pytest.mark.parametrize("name", ["KILL", "USR1"])
+def test_ranks_that_lose_their_peer_first_wait_for_slurm_to_notice(clone: Path, tmp_path: Path, name: str) -> None:
+    """Where srun gives up before Slurm misses the node, as on real clusters: after seconds here, not a minute."""
+    with (
+        Cluster(tmp_path / "cluster", dead_after_s=60, kill_wait_s=3, message_s=10) as cluster,
+        _settings(clone, "srun_options=(--wait=3)\n"),
+    ):
         desk = Desk(cluster, clone)
         job = _started(desk, tmp_path / "run")
         first, lost = job.nodes
         cluster.kill_node(lost)
-        # What a broken connection does to a rank: it fails, seconds before Slurm misses the node.
-        cluster.kill(_rank(desk, first), "KILL")
+        # A broken connection makes a rank fail, or its watchdog ends it, before Slurm misses the node.
+        cluster.kill(_rank(desk, first), name)
         job.wait_for_start(2)
         assert "a node does not answer; waiting for Slurm to notice" in job.log
         assert lost not in job.nodes
@@ -135,7 +154,7 @@ def test_a_rank_that_dies_ends_the_job_at_once(desk: Desk, tmp_path: Path) -> No
 
 def test_a_job_that_was_warned_stays_cancelled(desk: Desk, tmp_path: Path) -> None:
     """Both signals come before its ranks have ended a step."""
-    job = desk.submit("train_ldm", f"run_dir={tmp_path / 'run'}", "steps=1000", "seconds=4")
+    job = desk.submit("train_ldm", f"run_dir={tmp_path / 'run'}", "steps=1000", "seconds=8")
     desk.cluster.wait_for(lambda: (tmp_path / "run" / "count").exists(), 60, f"no step: {job.log}")
     job.signal("USR1")
     job.cancel()
@@ -147,19 +166,14 @@ def test_a_job_that_was_warned_stays_cancelled(desk: Desk, tmp_path: Path) -> No
 
 def test_the_script_submits_itself_with_the_settings(desk: Desk, tmp_path: Path, clone: Path) -> None:
     """With the resources that stand in it, which the test's cluster seems to have."""
-    settings = clone / "slurm" / "settings.sh"
-    before = settings.read_text()
-    settings.write_text(before + "export SBATCH_PARTITION=urgent\nprepare_job() { echo modules loaded; }\n")
     arguments = (f"run_dir={tmp_path / 'run'}", "steps=1", "seconds=0.1")
-    try:
+    with _settings(clone, "export SBATCH_PARTITION=urgent\nprepare_job() { echo modules loaded; }\n"):
         answer = desk.cluster.run("slurm/train_ldm.sh", *arguments, cwd=clone)
         number = answer.split()[-1]
         job = Job(desk.cluster, number, clone / "slurm" / "logs" / f"train_ldm-{number}.out")
         job.wait_for_end()
         plain = desk.submit("train_ldm", *arguments)
         plain.wait_for_end()
-    finally:
-        settings.write_text(before)
     assert (job.facts["Partition"], plain.facts["Partition"]) == ("urgent", "normal")
     assert "note:" not in job.log
     assert "modules loaded" in job.log
