@@ -31,6 +31,7 @@ from ldm_scale.config.schema import OptimizerConfig, ZeroConfig
 from ldm_scale.engine import phases
 from ldm_scale.engine.env import Environment
 from ldm_scale.engine.gradients import forget_gradient, gradient_norm, memory_settings
+from ldm_scale.engine.imports import import_uncompiled
 from ldm_scale.errors import NumericsError
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -327,8 +328,7 @@ def _initialize(
 def import_deepspeed(environment: Environment) -> Any:
     """The deepspeed module, imported on first use, told the accelerator, kept from printing and from compiling.
 
-    On CPU DeepSpeed would compile a shared-memory communication op at start-up (a minute, and it goes around the
-    network); gloo gives the same results.
+    On CPU it would compile an op of shared memory (a minute, and it goes around the network); gloo gives the same.
     """
     device = environment.device
     os.environ.setdefault("DS_ACCELERATOR", "cuda" if device.type == "cuda" else "cpu")
@@ -345,5 +345,6 @@ def import_deepspeed(environment: Environment) -> Any:
         import deepspeed.ops
 
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    import_uncompiled("deepspeed.runtime.zero.muon.original_muon")  # ZeRO's optimizers ask whether they are given it
     deepspeed.init_distributed(dist_backend="nccl" if device.type == "cuda" else "gloo", verbose=False)
     return deepspeed
