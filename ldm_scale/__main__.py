@@ -18,6 +18,7 @@ from safetensors import SafetensorError
 from ldm_scale import __version__
 from ldm_scale.errors import LdmScaleError
 from ldm_scale.processes import end_with_launcher
+from ldm_scale.redaction import public_urls
 
 COMMANDS = {
     "prepare": "turn images into webdataset shards and a manifest",
@@ -64,7 +65,7 @@ def run_command(command: Callable[[ArgvT], int | None], argv: ArgvT) -> int:
         status = command(argv)
         sys.stdout.flush()
     except LdmScaleError as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        print(f"error: {_in_one_line(error)}", file=sys.stderr)
         return error.exit_code
     except (OSError, SafetensorError) as error:
         if isinstance(error, BrokenPipeError):
@@ -72,7 +73,7 @@ def run_command(command: Callable[[ArgvT], int | None], argv: ArgvT) -> int:
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             return EXIT_CLOSED_PIPE
         print(
-            f"error: {' '.join(str(error).split())}; check that the path exists, is writable and has space",
+            f"error: {_in_one_line(error)}; check that the path exists, is writable and has space",
             file=sys.stderr,
         )
         return EXIT_FILES
@@ -80,6 +81,10 @@ def run_command(command: Callable[[ArgvT], int | None], argv: ArgvT) -> int:
         print("interrupted", file=sys.stderr)
         return EXIT_INTERRUPTED
     return 0 if status is None else int(status)
+
+
+def _in_one_line(error: Exception) -> str:
+    return public_urls(" ".join(str(error).split()))
 
 
 def help_text() -> str:

@@ -3,7 +3,7 @@
 Written by hand rather than by a schema library: the type hints of `schema.py` are the only schema, and an error is
 one line that names the key, the value, the rule and the fix. Missing keys take their defaults, so a file that an
 older version wrote still opens; unknown keys and wrong types are refused, so a typo never passes. This module sees
-the standard library and `errors` alone, because artifacts and checkpoints (far below Hydra) need it.
+the standard library, `errors` and `redaction` alone, because artifacts and checkpoints (far below Hydra) need it.
 """
 
 from __future__ import annotations
@@ -17,13 +17,17 @@ from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_
 
 from ldm_scale.config.schema import Config
 from ldm_scale.errors import ConfigError
+from ldm_scale.redaction import public_urls
 
 T = TypeVar("T")
 PlainDict = dict[str, Any]  # what json and yaml can hold
 
 
 def config_to_dict(config: object) -> PlainDict:
-    """The configuration (or one of its sections) as plain dictionaries, lists and scalars, ready for JSON."""
+    """The configuration (or one of its sections) as plain dictionaries, lists and scalars, ready for JSON.
+
+    It is stored and shown, so its URLs are without users, passwords and queries.
+    """
     assert dataclasses.is_dataclass(config), f"not a section: {config!r}"
     return {f.name: _to_plain(getattr(config, f.name)) for f in dataclasses.fields(config)}
 
@@ -109,7 +113,7 @@ def _to_plain(value: object) -> Any:
         return config_to_dict(value)
     if isinstance(value, tuple):
         return [_to_plain(item) for item in value]
-    return value
+    return public_urls(value) if isinstance(value, str) else value
 
 
 def _convert(value: object, hint: Any, key: str) -> Any:

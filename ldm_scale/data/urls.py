@@ -1,4 +1,4 @@
-"""Names of shards: which are allowed, how patterns become names, and what of a name may be shown.
+"""Names of shards: which are allowed, and how patterns become names.
 
 A name is a path or a `file://`, `http(s)://`, `s3://` or `gs://` URL. Everything else is refused: a scheme that runs a
 command or unpacks archives (`pipe:`, fsspec's chains) would turn a manifest from a stranger into code. Nothing of the
@@ -17,6 +17,9 @@ from itertools import islice
 from braceexpand import braceexpand
 
 from ldm_scale.errors import DataError
+from ldm_scale.redaction import public_name, redact
+
+__all__ = ["expand_names", "local_path", "names_shards", "public_name", "redact", "scheme_of", "shard_stem"]
 
 SCHEMES = ("file", "http", "https", "s3", "gs")
 MAX_NAMES = 10_000_000  # of one pattern: a slip of the finger in a brace range must not fill the memory
@@ -24,18 +27,6 @@ MAX_NAMES = 10_000_000  # of one pattern: a slip of the finger in a brace range 
 _SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*):")
 _RANGE = re.compile(r"\{(-?\d+)\.\.(-?\d+)(?:\.\.-?(\d+))?\}")
 _GLOB = re.compile(r"[*?\[]")
-_DELIMITER = re.compile(r"[/?#;]")
-# Of a URL without user and password, up to its parameters, query or fragment: host and port, and what follows them.
-_HOST = r"(?:\[[^\]/@]*\]|[^/?#;@:\[]+)(?::\d+(?=/|$))?"
-_PLACE = re.compile(_HOST + r"(?:/[^@?#;]*)?(?=[?#;]|$)")
-_AFTER_USER = re.compile(rf"@({_HOST}/[^@?#;]*)(?=[?#;]|$)")
-_URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://[^\s'\"<>\\^`|]*")
-# Credentials that stand in a text without their URL; the value goes, the name stays.
-_SECRET = re.compile(
-    r"(?i)\b((?:x-(?:amz|goog)-[a-z-]+|awsaccesskeyid|googleaccessid|signature|sig|policy|key-pair-id"
-    r"|aws_(?:secret_access_key|session_token)|(?:access_|refresh_|id_)?token|password|secret)\s*[=:]\s*)[^\s&,;'\"<>)}]+"
-)
-_AUTHORIZATION = re.compile(r"(?i)\b(authorization['\"]?\s*[=:]\s*['\"]?|(?:basic|bearer)\s+)[^\r\n'\"<>]+")
 _Lister = Callable[[str], list[str]]
 
 
@@ -70,31 +61,6 @@ def local_path(name: str) -> str | None:
     return slash + path
 
 
-def public_name(name: str) -> str:
-    """The name without user, password, parameters, query and fragment: what may stand in a log or a file name.
-
-    Passwords that should have been quoted (`p#ss`, `p/ss`) are taken out too. Where it cannot be told whether an at
-    sign ends one or belongs to the query, neither host nor path is shown.
-    """
-    if "://" not in name:
-        return name
-    scheme, _, rest = name.partition("://")
-    if scheme.lower() == "file":
-        return name
-    if ":" not in rest.rpartition("@")[0]:
-        rest = rest[_DELIMITER.split(rest, maxsplit=1)[0].rfind("@") + 1 :]
-    elif _PLACE.match(rest) is None:
-        # A signature may hold an at sign too, so that the last one need not be that before the host.
-        after_user = _AFTER_USER.search(rest)
-        if after_user is not None:
-            rest = after_user[1]
-        elif re.search(r"[?#;]", rest):
-            rest = "..."
-        else:
-            rest = rest.rpartition("@")[2]
-    return f"{scheme}://{re.split('[?#;]', rest, maxsplit=1)[0]}"
-
-
 def shard_stem(name: str) -> str:
     """The first part of the keys of a shard's samples: its file name without ending."""
     return public_name(name).rpartition("/")[2].removesuffix(".tar")
@@ -103,12 +69,6 @@ def shard_stem(name: str) -> str:
 def names_shards(name: str) -> bool:
     """Whether a name is that of a tar or a pattern of tars, where a manifest or its folder is expected."""
     return public_name(name).endswith(".tar") and not os.path.isdir(name)
-
-
-def redact(text: str) -> str:
-    """The text with every URL in it made public, and without values of signatures, tokens and passwords."""
-    text = _URL.sub(lambda match: public_name(match[0]), text)
-    return _SECRET.sub(r"\1...", _AUTHORIZATION.sub(r"\1...", text))
 
 
 def expand_names(patterns: Sequence[str], list_remote: _Lister | None = None) -> list[str]:

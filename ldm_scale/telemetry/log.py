@@ -11,6 +11,8 @@ import sys
 
 from tqdm import tqdm
 
+from ldm_scale.redaction import public_urls
+
 _NAME = "ldm_scale"
 _said: set[str] = set()
 
@@ -20,7 +22,7 @@ class _BesideProgressBars(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         try:
-            tqdm.write(self.format(record), file=sys.stderr)
+            tqdm.write(public_urls(self.format(record)), file=sys.stderr)
             sys.stderr.flush()
         except Exception:  # a full disk or a closed pipe must not stop training: logging's own way to report it
             self.handleError(record)

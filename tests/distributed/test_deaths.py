@@ -24,10 +24,10 @@ from tests.helpers.deaths import (
     can_listen,
     ended,
     is_locked,
+    port_for_rank_0,
     shared_memory_of,
     wait_to_end,
 )
-from tests.helpers.ranks import free_port
 from tests.helpers.resumptions import left_by
 from tests.helpers.shards import make_dataset
 
@@ -86,7 +86,8 @@ def _check_nothing_is_left(start: Start, temporary: Path, run_dir: Path, port: i
 
 @pytest.mark.timeout(180)
 def test_a_kill_leaves_nothing(tmp_path: Path, temporary: Path) -> None:
-    arguments, port, choice = _arguments(tmp_path, tmp_path / "run"), free_port(), random.Random(1)
+    choice = random.Random(1)
+    arguments, port = _arguments(tmp_path, tmp_path / "run"), port_for_rank_0(random.Random())
     for kind in ("launcher", "loader", "group"):
         with ended(Start(arguments, temporary, port)) as start:
             _killed(start, kind, 1.0, choice)
@@ -96,7 +97,7 @@ def test_a_kill_leaves_nothing(tmp_path: Path, temporary: Path) -> None:
 @pytest.mark.faults
 @pytest.mark.timeout(2400)
 def test_fifty_kills_leave_nothing_and_change_nothing(tmp_path: Path, temporary: Path) -> None:
-    run_dir, port, choice = tmp_path / "run", free_port(), random.Random(7)
+    run_dir, port, choice = tmp_path / "run", port_for_rank_0(random.Random()), random.Random(7)
     arguments = _arguments(tmp_path, run_dir)
     with ended(Start(arguments, temporary, port)) as start:
         first_s = start.wait_for_steps(1)

@@ -198,8 +198,13 @@ def is_locked(run_dir: Path) -> bool:
     return False
 
 
+def port_for_rank_0(choice: random.Random) -> int:
+    """A free port that the kernel does not give to outgoing connections, as a job script chooses one."""
+    return next(port for port in iter(lambda: choice.randrange(20000, 32000), 0) if can_listen(port))
+
+
 def can_listen(port: int) -> bool:
-    """Whether a server could be started at the port, as ours is."""
+    """Whether a server can be started at the port, as ours is."""
     with socket.socket() as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
@@ -218,8 +223,11 @@ def shared_memory_of(pids: set[int]) -> list[str]:
 
 def _is_alive(process: psutil.Process) -> bool:
     try:
-        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
-    except psutil.NoSuchProcess:
+        if not process.is_running():
+            return False
+        # Its files are closed when the last of its threads has ended, and the first may be the first to end.
+        return process.status() != psutil.STATUS_ZOMBIE or len(os.listdir(f"/proc/{process.pid}/task")) > 1
+    except (psutil.NoSuchProcess, OSError):
         return False
 
 

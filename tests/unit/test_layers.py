@@ -15,7 +15,7 @@ ROOT = Path(__file__).resolve().parents[2]
 # From the lowest to the highest. A module may import what stands in lower rows and what belongs to its own entry;
 # neighbours in a row do not know each other. An entry stands for the module or the package of that name.
 LAYERS = (
-    ("ldm_scale.errors", "ldm_scale.config.schema"),
+    ("ldm_scale.errors", "ldm_scale.redaction", "ldm_scale.config.schema"),
     ("ldm_scale.config.convert", "ldm_scale.config.ranges", "ldm_scale.config.fit"),
     ("ldm_scale.config.networks",),
     ("ldm_kernels", "ldm_scale.diffusion"),
@@ -52,6 +52,7 @@ CLOSED = {
     "ldm_kernels": {"torch", "triton", "xformers"},
     "ldm_scale.diffusion": {"torch", "ldm_scale.errors", "ldm_scale.config.schema"},
     "ldm_scale.errors": set(),
+    "ldm_scale.redaction": set(),
     "ldm_scale.config.schema": set(),
     "ldm_scale.config.convert": {"ldm_scale"},
     "ldm_scale.config.ranges": {"ldm_scale"},

@@ -1,0 +1,186 @@
+"""No secret of the environment or of a URL stands in what a run writes, says or shows in the list of processes.
+
+Shards lie on a server and are named with user, password and signature, in a manifest (as `prepare index` was told
+them) and in a configuration. The server answers some requests with what they were, as some do.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import numpy as np
+import psutil
+import pytest
+
+from tests.helpers.commands import stage2
+from tests.helpers.runs import tiny_artifact
+from tests.helpers.shards import make_sample, write_tar
+
+ROOT = Path(__file__).parents[2]
+SECRETS = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN", "WANDB_API_KEY")
+CANARY = "canary7secret"
+# The configuration comes from a program's arguments, which everybody sees; a user's own would be a file.
+SCRIPT = """
+import os, sys
+from ldm_scale.__main__ import main
+sys.exit(main([text.replace("THE-URL", os.environ["LDM_TEST_URL"]) for text in sys.argv[1:]]))
+"""
+
+
+class _Handler(BaseHTTPRequestHandler):
+    """Serves the files of `folder`; what is asked of /refused and /broken is answered with the request itself."""
+
+    protocol_version = "HTTP/1.1"
+    folder: Path
+
+    def do_GET(self) -> None:
+        path = self.path.partition("?")[0].lstrip("/")
+        asked = f"{self.path} {self.headers}".encode()
+        file = self.folder / path
+        if "refused" in path or "broken" in path:
+            self._answer(403 if "refused" in path else 500, asked, {})
+        elif not file.is_file():
+            self._answer(404, asked, {})
+        else:
+            content = file.read_bytes()
+            span = self.headers.get("Range", "bytes=0-").removeprefix("bytes=").partition("-")
+            first, last = int(span[0]), min(int(span[2] or len(content)), len(content) - 1)
+            self._answer(206, content[first : last + 1], {"Content-Range": f"bytes {first}-{last}/{len(content)}"})
+
+    def _answer(self, status: int, body: bytes, headers: dict[str, str]) -> None:
+        self.send_response(status)
+        for name, value in {**headers, "Content-Length": str(len(body)), "ETag": '"1"'}.items():
+            self.send_header(name, value)
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, format: str, *args: object) -> None:
+        """Nothing."""
+
+
+@dataclass
+class Said:
+    """What a command has said, and the command lines of its processes."""
+
+    status: int
+    output: str
+    command_lines: set[str] = field(default_factory=set)
+
+    @property
+    def places(self) -> list[str]:
+        """Where the canary is."""
+        lines = [f"output: {line}" for line in self.output.splitlines() if CANARY in line]
+        return lines + [f"process: {line}" for line in self.command_lines if CANARY in line]
+
+
+@dataclass
+class Place:
+    """A folder with shards, and the server that serves them."""
+
+    folder: Path
+    port: int
+
+    def url(self, name: str) -> str:
+        """With user, password and signature."""
+        return f"http://user:{CANARY}@127.0.0.1:{self.port}/{name}?X-Amz-Signature={CANARY}&x=1"
+
+    def run(self, *arguments: str, url: str = "") -> Said:
+        """A command, in an environment of secrets; THE-URL in its arguments stands for `url`."""
+        environment = os.environ | dict.fromkeys(SECRETS, CANARY) | {"PYTHONPATH": f"{ROOT}:{ROOT / 'kernels'}"}
+        log = self.folder / "said"
+        with log.open("w") as output:
+            process = subprocess.Popen(
+                [sys.executable, "-c", SCRIPT, *arguments],
+                stdout=output,
+                stderr=output,
+                cwd=self.folder,
+                env=environment | {"LDM_TEST_URL": url, "OMP_NUM_THREADS": "1"},
+            )
+            lines: set[str] = set()
+            while process.poll() is None:
+                for one in [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]:
+                    with _while_it_lives():
+                        lines.add(" ".join(one.cmdline()))
+                time.sleep(0.1)
+        return Said(process.returncode, log.read_text(), lines)
+
+
+@contextmanager
+def _while_it_lives() -> Iterator[None]:
+    try:
+        yield
+    except psutil.NoSuchProcess:
+        pass
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Place]:
+    folder = tmp_path_factory.mktemp("secrets")
+    samples = [(f"s{n}", make_sample(n, 20, np.random.default_rng(n))) for n in range(16)]
+    write_tar(folder / "good.tar", samples)
+    tiny_artifact(folder / "artifact")
+    handler = type("Handler", (_Handler,), {"folder": folder})
+    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield Place(folder, server.server_address[1])
+        server.shutdown()
+
+
+def _files_with_canary(folder: Path) -> list[str]:
+    return [str(path) for path in folder.rglob("*") if path.is_file() and CANARY.encode() in path.read_bytes()]
+
+
+@pytest.mark.timeout(600)
+def test_no_secret_shows(place: Place) -> None:
+    folder = place.folder
+    manifest, run, cache = folder / "data" / "manifest.json", folder / "run", folder / "cache"
+    indexed = place.run("prepare", "index", "THE-URL", "--out", str(manifest), url=place.url("good.tar"))
+    assert indexed.status == 0, indexed.output
+    assert CANARY in manifest.read_text()  # it would not be found by other URLs
+    training = stage2(folder, run, "train.total_images=16", "data.num_workers=1")
+    said = [indexed, place.run("train", *training)]
+    said += [
+        place.run("encode", str(folder / "artifact"), str(manifest), "--out", str(cache)),
+        place.run("sample", str(run), "--out", str(folder / "samples"), "--prompt", "a"),
+        place.run("export", str(run), "--to", "safetensors", "--out", str(folder / "export")),
+    ]
+    assert [one.status for one in said] == [0] * len(said), "".join(one.output for one in said)
+    assert [one.places for one in said] == [[]] * len(said)
+    assert any("python" in line for one in said for line in one.command_lines)
+    left = [name for name in (run, folder / "samples", folder / "export") if _files_with_canary(name)]
+    assert left == []
+
+
+@pytest.mark.timeout(600)
+def test_no_secret_of_a_configuration_is_stored(place: Place) -> None:
+    """Shards without a manifest are named in the configuration, which checkpoints and exports keep."""
+    run = place.folder / "run-2"
+    arguments = stage2(place.folder, run, "train.total_images=8", "data.num_workers=1", "data.manifest='THE-URL'")
+    # A query after .tar does not end a name of shards, so that the signature cannot be part of such a name.
+    url = f"http://user:{CANARY}@127.0.0.1:{place.port}/good.tar"
+    said = place.run("train", *arguments, url=url)
+    assert said.status == 0, said.output
+    assert said.places == []
+    assert (run / "result.json").exists()
+    assert _files_with_canary(run) == []
+
+
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("name", ["refused.tar", "missing.tar"])
+def test_no_secret_is_in_an_error(place: Place, name: str) -> None:
+    said = [
+        place.run("prepare", "index", "THE-URL", "--out", str(place.folder / "no.json"), url=place.url(name)),
+        place.run("prepare", "index", "THE-URL", "--out", str(place.folder / "no.json"), url=f"gopher:{CANARY}"),
+    ]
+    assert [one.status > 0 for one in said] == [True] * 2
+    assert name in said[0].output
+    assert [one.places for one in said] == [[], []]
