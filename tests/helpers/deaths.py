@@ -60,18 +60,12 @@ class Start:
                     command, env=environment, cwd=ROOT, stdout=log, stderr=log, start_new_session=True
                 ).pid
             return
-        import_before_fork()
-        from torch.utils.tensorboard import SummaryWriter  # noqa: F401
-
-        import ldm_scale.operations.train
-        import ldm_scale.training.autoencoder_step
-        import ldm_scale.training.trainer  # noqa: F401
-
+        import_training()
         sys.stdout.flush()
         self._started_s = time.time()
         parent, self.pid = os.getpid(), os.fork()
         if not self.pid:
-            _exit_with(lambda: _launch(parent, arguments, environment, self._log, port))
+            exit_with(lambda: _launch(parent, arguments, environment, self._log, port))
 
     @property
     def output(self) -> str:
@@ -186,6 +180,16 @@ def wait_to_end(start: Start, timeout_s: float = 240.0) -> int:
     return start.status
 
 
+def import_training() -> None:
+    """Nothing; what a training imports is there in this process and its forks."""
+    import_before_fork()
+    from torch.utils.tensorboard import SummaryWriter  # noqa: F401
+
+    import ldm_scale.operations.train
+    import ldm_scale.training.autoencoder_step
+    import ldm_scale.training.trainer  # noqa: F401
+
+
 def is_locked(run_dir: Path) -> bool:
     """Whether some process holds the run's lock."""
     if not (run_dir / LOCK).exists():
@@ -231,7 +235,7 @@ def _is_alive(process: psutil.Process) -> bool:
         return False
 
 
-def _exit_with(work: Callable[[], int]) -> None:
+def exit_with(work: Callable[[], int]) -> None:
     """Does not return: this is a fork, and what the parent would do next is not to be done."""
     status = 1
     try:
@@ -266,7 +270,7 @@ def _launch(parent: int, arguments: list[str], environment: dict[str, str], log:
         pid = os.fork()
         if not pid:
             os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank)}
-            _exit_with(lambda: run_command(main, arguments))
+            exit_with(lambda: run_command(main, arguments))
         ranks.append(pid)
     living, failed = set(ranks), 0
     while living:

@@ -190,6 +190,21 @@ def test_from_another_folder_the_job_says_where_it_belongs(desk: Desk, clone: Pa
     assert log.read_text() == f"error: {tmp_path} is not the root of ldm-scale; run sbatch there\n"
 
 
+def test_no_name_and_no_argument_is_run(desk: Desk, tmp_path: Path) -> None:
+    """A job's name, its variables and its arguments are full of commands that would leave a file."""
+    canary = "$(touch canary-shell);`touch canary-tick`|touch canary-pipe&'\"\\n"
+    run_dir = tmp_path / f"run {canary}"
+    options = (*TWO_NODES, f"--job-name={canary}", f"--comment={canary}")
+    submitted = desk.submit(
+        "train_ldm", f"run_dir={run_dir}", "steps=1", "seconds=0.1", f"x={canary}", canary, "*", options=options
+    )
+    job = Job(desk.cluster, submitted.number, desk.clone / "slurm" / "logs" / f"{canary}-{submitted.number}.out")
+    job.wait_for_end()
+    assert "2 ranks on" in job.log
+    assert (run_dir / "count").read_text() == "1"
+    assert not [path for folder in (desk.clone, tmp_path, Path.cwd()) for path in folder.rglob("canary-*")]
+
+
 def test_python_that_is_missing_is_named(desk: Desk, clone: Path, tmp_path: Path) -> None:
     settings = clone / "slurm" / "settings.sh"
     before = settings.read_text()
