@@ -37,16 +37,17 @@ from tests.slurm.cluster import Cluster, ClusterError, missing
 from tests.slurm.jobs import Desk, digest, fresh_clone
 
 ROOT = Path(__file__).resolve().parents[2]
-BATCH, SLOW_S, NODES = 8, 2.0, 3
+BATCH, SLOW_S = 8, 2.0
+NODES, DEAD_AFTER_S = 3, 5
 MINUTES, SHORT_MINUTES = 120.0, 6.0
 CONFIGURATION = (
     f"train.global_batch={BATCH}",
     f"train.log_every_images={BATCH}",
     "train.checkpoint_every_images=0",
-    "train.checkpoint_every_s=20",
+    "train.checkpoint_every_s=15",
     "train.validate_every_images=0",
     "train.sample_every_images=0",
-    "watchdog.step_s=10",
+    "watchdog.step_s=8",
     "watchdog.other_s=20",
 )
 
@@ -96,7 +97,7 @@ def soak(folder: Path, kinds: Sequence[Kind], minutes: float, found: summary.Fou
     make_dataset(folder / "data", num_samples=24, samples_per_shard=4, resolution=20)
     tiny_artifact(folder / "artifact")
     total_images = BATCH * max(2 * len(kinds), round(60 * minutes / SLOW_S))
-    with Cluster(folder / "cluster", nodes=NODES) as cluster:
+    with Cluster(folder / "cluster", nodes=NODES, dead_after_s=DEAD_AFTER_S) as cluster:
         desk = Desk(cluster, fresh_clone(folder / "clone"))
         orders = Orders(folder / "faults", SLOW_S)
         run_dir = folder / "disturbed"
@@ -191,8 +192,10 @@ def environment_of(found: summary.Found) -> dict[str, Any]:
     import torch
 
     date = time.strftime("%Y-%m-%d", time.gmtime())
-    settings = {"nodes": NODES, "ranks": 2, "slow_s": SLOW_S, "batch": BATCH, "configuration": CONFIGURATION}
-    return environment(torch.device("cpu"), date) | {"settings": settings, "minutes": found.minutes}
+    settings = {"nodes": NODES, "dead_after_s": DEAD_AFTER_S, "ranks": 2, "slow_s": SLOW_S, "batch": BATCH}
+    return environment(torch.device("cpu"), date) | {
+        "settings": settings | {"minutes": found.minutes, "configuration": CONFIGURATION}
+    }
 
 
 def _arguments(folder: Path, run_dir: Path, total_images: int) -> list[str]:

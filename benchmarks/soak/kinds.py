@@ -151,7 +151,7 @@ KINDS = (
     Kind("time limit", "the job's time is over", _reach_time_limit, "stopped by SIGUSR1 at"),
     Kind("lost node", "every process of the first node is killed, slurmd too", _lose_node, "continuing at"),
     Kind("stopped rank", "SIGSTOP of rank 1", _coming_back(_stop_rank), r"hang: culprit: rank 1 "),
-    Kind("cut link", "the last node's link goes down", _cut_link, "continuing at"),
+    Kind("cut link", "the last node's link goes down", _cut_link, "hang: culprit|NODE FAILURE"),
     Kind("stopped loader", "SIGSTOP of a loader process of rank 1", _coming_back(_stop_loader), "is stopped"),
     Kind("kill in a save", "kill -9 of rank 0 before the rename", _kill_in_save, ENDED, by_itself=False),
 )

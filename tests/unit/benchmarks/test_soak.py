@@ -83,7 +83,7 @@ def _found() -> Found:
 
 
 ENVIRONMENT = {"date": "2026-01-01", "device": "a CPU", "torch": "2", "load_average": 1.0, "settings": {
-    "ranks": 2, "nodes": 3, "slow_s": 1.0}}  # fmt: skip
+    "ranks": 2, "nodes": 3, "slow_s": 1.0, "dead_after_s": 5}}  # fmt: skip
 
 
 def test_a_report_that_passed(tmp_path: Path) -> None:
