@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import json
 import random
+import subprocess
+import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, ClassVar
 
 import pytest
 from PIL import Image
@@ -182,3 +186,46 @@ def test_what_ends_it_early_leaves_what_there_is(
     assert text.startswith("# Soak: 5 faults in 6 minutes of training: UNFINISHED\n")
     assert f"unfinished: {str(end) or 'ended by Ctrl-C'}" in text
     assert "| 2.0 | warning" in text
+
+
+class _Cluster:
+    addresses: ClassVar = {"n1": "10.0.0.1"}
+
+    def __init__(self, clean: bool) -> None:
+        self.clean = clean
+
+    def pids(self, name: str, command: str = "") -> list[int]:
+        return [3] if command or self.clean else [3, 7]
+
+    def run(self, *command: str) -> str:
+        return "" if self.clean else "torch_7\n"
+
+
+def test_whatever_is_left_is_found(tmp_path: Path) -> None:
+    def wait(holds: Callable[[], bool], timeout_s: float, problem: str) -> None:
+        if not holds():
+            raise SoakError(problem)
+
+    run_dir, logs = tmp_path / "run", tmp_path / "slurm" / "logs"
+    (run_dir / "checkpoints" / "images-0000000008").mkdir(parents=True)
+    logs.mkdir(parents=True)
+    desk = SimpleNamespace(clone=tmp_path)
+    watch: Any = SimpleNamespace(cluster=_Cluster(clean=True), run_dir=run_dir, desk=desk, wait=wait)
+    assert command.leftovers(watch) == []
+    watch.cluster.clean = False
+    (run_dir / "checkpoints" / ".tmp-images-0000000016").mkdir()
+    (logs / ".restart-1").touch()
+    script = "import fcntl, sys; f = open(sys.argv[1], 'a'); fcntl.lockf(f, fcntl.LOCK_EX); print(flush=True); input()"
+    arguments = [sys.executable, "-c", script, str(run_dir / ".lock")]
+    with subprocess.Popen(arguments, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as holder:
+        assert holder.stdout is not None
+        holder.stdout.readline()
+        left = command.leftovers(watch)
+        holder.communicate(b"\n")
+    assert [name.removeprefix(f"{tmp_path}/") for name in left] == [
+        "process 7 on n1",
+        "/dev/shm/torch_7",
+        "run/checkpoints/.tmp-images-0000000016",
+        "slurm/logs/.restart-1",
+        "the run folder's lock",
+    ]
