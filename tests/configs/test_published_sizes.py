@@ -243,6 +243,21 @@ def test_json_is_one_object_with_the_promised_keys(capsys: pytest.CaptureFixture
     assert "discriminator_parameters" not in plan
 
 
+def test_the_memory_of_a_rank_is_planned(capsys: pytest.CaptureFixture[str]) -> None:
+    overrides = ["experiment=demo_text", "train.global_batch=16", "zero.stage=3", "zero.offload_optimizer=true"]
+    assert main([*overrides, "--ranks", "4", "--json"]) == 0
+    plan = json.loads(capsys.readouterr().out)
+    memory = plan["memory"]
+    assert (memory["ranks"], memory["zero_stage"], memory["bytes_per_number"]) == (4, 3, 2)
+    assert memory["host"]["held"]["moments"] == 8 * -(-plan["parameters"] // 4)
+    assert memory["device"]["held"]["weights"] == 2 * -(-plan["parameters"] // 4)
+    assert memory["device"]["peak"] > memory["device"]["between_steps"] > 0
+    assert main([*overrides, "--ranks", "4"]) == 0
+    text = capsys.readouterr().out
+    assert "memory of a rank (1 of 4, ZeRO stage 3, bf16, 4 images at once)" in text
+    assert "\nhost" in text
+
+
 def test_table_and_json_tell_the_same() -> None:
     config = load_config(["experiment=demo_autoencoder"])
     size = measure_run(config)
@@ -256,7 +271,7 @@ def test_table_and_json_tell_the_same() -> None:
 def test_the_table_names_the_parts_of_tau_theta(capsys: pytest.CaptureFixture[str]) -> None:
     overrides = ["conditioning=classes", "conditioning.frozen_text.width=512", "conditioning.inpainting.masks=mixed"]
     assert main(["experiment=demo_text", *overrides]) == 0
-    lines = capsys.readouterr().out.splitlines()
+    lines = capsys.readouterr().out.partition("\nmemory")[0].splitlines()
     assert [line[:20].strip() for line in lines[-6:-1]] == [
         "autoencoder decode",
         "frozen text encoder",

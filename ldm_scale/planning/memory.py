@@ -1,0 +1,172 @@
+"""Bytes that a rank holds for the networks that it trains: on its device, and in host memory.
+
+What DeepSpeed 0.19 allocates at each ZeRO stage was read in its sources and counted on real engines (the tests count
+again, byte for byte up to padding). With P parameters, N ranks, c bytes a number of the compute type:
+
+    between steps       stage 0: 4P + 8P masters and moments, cP weights too unless they are the masters (fp32)
+                        1, 2: cP weights, 12P/N masters and moments
+                        3: cP/N weights, cP/N gradients, 12P/N; whole: the parameters below `PERSISTENT` elements
+    offload_optimizer   masters, moments and averages go to the host, and 4P/N of gradients come there; at stages 1
+                        and 2 also cP/N and the largest parameter twice (one on the device) to copy through
+    averages            4P/N each (stage 0: 4P)
+
+A backward pass adds activations, gradients, a bucket of them put side by side for the reduction; at stage 3 gathered
+parameters as `zero.live_elements` allows. A step adds its gradients as one fp32 tensor. The peak is the larger of both.
+
+Not counted: the framework and its kernels (a CUDA context is about half a GiB, a process on a CPU about 0.7), batches,
+frozen text encoders and perceptual nets, what allocators keep in reserve. Of stage 1, activations are not counted.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import nn
+
+from ldm_scale.conditioning.latent_diffusion import LatentDiffusion
+from ldm_scale.config.schema import BatchPlan, Config, ZeroConfig
+from ldm_scale.models.build import build_autoencoder
+from ldm_scale.models.classifier import LatentClassifier
+from ldm_scale.models.discriminator import PatchDiscriminator
+from ldm_scale.planning.activations import backward_peak
+
+PERSISTENT = 100_000  # elements; DeepSpeed's stage3_param_persistence_threshold
+STAGE_0_BUCKET = 500_000_000  # elements of a reduction at stage 0, which no key sets
+MASTER, MOMENTS, FP32 = 4, 8, 4
+
+
+@dataclass
+class Memory:
+    """Bytes of one rank by what they are for, in one place."""
+
+    held: dict[str, int] = field(default_factory=dict)  # between steps
+    backward: dict[str, int] = field(default_factory=dict)  # besides, at the peak of a backward pass
+    update: dict[str, int] = field(default_factory=dict)  # besides, at the peak of the optimizer's step
+
+    @property
+    def total_held(self) -> int:
+        """Between steps."""
+        return sum(self.held.values())
+
+    @property
+    def peak(self) -> int:
+        """The most at once in a step."""
+        return self.total_held + max(sum(self.backward.values()), sum(self.update.values()))
+
+
+@dataclass
+class MemoryPlan:
+    """One rank's memory. On a CPU both places are the same one, and what counts is the sum."""
+
+    ranks: int
+    stage: int  # of ZeRO
+    compute_bytes: int  # a number: 2 in bf16, 4 in fp32
+    activations_are_missing: bool = False  # stage 1: what is said of the device is less than it takes
+    device: Memory = field(default_factory=Memory)
+    host: Memory = field(default_factory=Memory)
+
+
+def plan_memory(config: Config, plan: BatchPlan, ranks: int, latent_shape: tuple[int, int, int]) -> MemoryPlan:
+    """What one of so many ranks holds. Nothing is allocated.
+
+    train.precision=auto counts as bf16, as on CUDA, unless train.device is cpu.
+    """
+    precision, on_cpu = config.train.precision, config.train.device == "cpu"
+    compute = FP32 if precision == "fp32" or (precision == "auto" and on_cpu) else 2
+    averages = len(config.ema.power_stds) + (config.ema.half_life_images > 0)
+    result = MemoryPlan(ranks, config.zero.stage, compute, activations_are_missing=config.stage == "autoencoder")
+    for stage, network, is_averaged in _networks(config, latent_shape[0]):
+        sizes = [parameter.numel() for parameter in network.parameters()] or [0]  # an identity has none
+        zero, accumulates = config.zero, plan.accumulation_steps > 1
+        _add_states(result, sizes, stage, zero, averages if is_averaged else 0, accumulates)
+        _add_buffers(result, sizes, stage, zero, accumulates, on_cpu)
+    if config.stage != "autoencoder":
+        with torch.device("meta"):
+            frozen = build_autoencoder(config.autoencoder)
+        _add(result.device.held, "autoencoder", compute * sum(p.numel() for p in frozen.parameters()))
+        bucket = STAGE_0_BUCKET if config.zero.stage == 0 else config.zero.bucket_elements
+        dtype = torch.float32 if compute == FP32 else torch.bfloat16
+        peak = backward_peak(config, plan.micro_batch, latent_shape, dtype, bucket)
+        _add(result.device.backward, "activations and gradients", peak)
+    if config.train.async_checkpoints:
+        states = ("masters", "moments", "averages")
+        copied = sum(place.held.get(name, 0) for place in (result.device, result.host) for name in states)
+        _add(result.host.held, "copy that is written", copied)
+    return result
+
+
+def _networks(config: Config, latent_channels: int) -> list[tuple[int, nn.Module, bool]]:
+    """ZeRO's stage, the network, and whether it is averaged, of all that are trained."""
+    with torch.device("meta"):
+        if config.stage == "diffusion":
+            network: nn.Module = LatentDiffusion(config.unet, config.conditioning, latent_channels)
+        elif config.stage == "classifier":
+            network = LatentClassifier(config.unet, config.classifier, latent_channels)
+        else:
+            network = build_autoencoder(config.autoencoder)
+        networks = [(config.zero.stage, network, True)]
+        loss = config.autoencoder_loss
+        if config.stage == "autoencoder" and loss.adversarial_weight > 0:
+            rival = PatchDiscriminator(loss.discriminator_base_channels, loss.discriminator_layers)
+            networks.append((config.zero.discriminator_stage, rival, False))
+    return networks
+
+
+def _add_states(
+    plan: MemoryPlan, sizes: Sequence[int], stage: int, zero: ZeroConfig, averages: int, accumulates: bool
+) -> None:
+    """What lies between steps."""
+    compute, total = plan.compute_bytes, sum(sizes)
+    part = total if stage == 0 else -(-total // plan.ranks)
+    device, host = plan.device.held, plan.host.held
+    offloads = zero.offload_optimizer and stage > 0
+    states = host if offloads else device
+    _add(states, "masters", MASTER * part)
+    _add(states, "moments", MOMENTS * part)
+    _add(states, "averages", FP32 * averages * part)
+    if stage == 3:
+        _add(host if zero.offload_parameters else device, "weights", compute * part)
+        _add(states, "gradients", compute * part)
+        if plan.ranks > 1:
+            _add(device, "weights kept whole", compute * sum(size for size in sizes if size < PERSISTENT))
+    elif stage > 0 or compute != FP32:
+        _add(device, "weights", compute * total)
+    if offloads:
+        _add(host, "gradients", FP32 * part)
+        if stage < 3:
+            _add(host, "copies", compute * (part + max(sizes) + (part if accumulates else 0)))
+            _add(device, "copies", compute * max(sizes))
+
+
+def _add_buffers(
+    plan: MemoryPlan, sizes: Sequence[int], stage: int, zero: ZeroConfig, accumulates: bool, on_cpu: bool
+) -> None:
+    """What comes and goes beside activations, and gradients as far as they are not among them."""
+    compute, total = plan.compute_bytes, sum(sizes)
+    part = total if stage == 0 else -(-total // plan.ranks)
+    offloads = zero.offload_optimizer and stage > 0
+    backward, update = plan.device.backward, plan.device.update
+    if stage == 0:
+        _add(update, "gradients", (compute if compute == FP32 else compute + FP32) * total)
+        return
+    bucket = zero.bucket_elements
+    if not on_cpu:  # contiguous_gradients: buckets of that size from the start, two where communication overlaps
+        _add(backward, "buckets", compute * bucket * (2 if zero.overlap_comm else 1))
+    if stage < 3 and total > bucket and not offloads:
+        _add(backward, "gradients kept", compute * part)
+    if stage == 1 and accumulates:
+        _add(backward, "gradients of the micro-batches", compute * total)
+    if stage == 3 and plan.ranks > 1:
+        large = [size for size in sizes if size >= PERSISTENT]
+        gathered = min(sum(large), zero.live_elements + max(large, default=0))
+        _add(backward, "weights gathered", compute * gathered)
+    if not offloads:
+        flat = compute * part if stage == 3 else 2 * compute * part  # as they were kept, and side by side
+        _add(update, "gradients", flat + (0 if compute == FP32 else FP32 * part))
+
+
+def _add(items: dict[str, int], name: str, count: int) -> None:
+    if count:
+        items[name] = items.get(name, 0) + count
