@@ -1,0 +1,208 @@
+"""What all guards together cost of a training step of stage 2, at their default intervals.
+
+Both sides are the trainer's own step on the same network, in one process, on a batch of cached latents; the loader is
+left out of both. On: finite checks with the gradient's norm, losses by noise level and the rule for spikes, phases and
+watchdog, the search for slow ranks, the account of bad samples. Off: each of them replaced by what does nothing.
+Blocks of steps take turns (on, off, off, on, ...), and the figure is the median over pairs of blocks of their times'
+ratio. The comparison of the ranks comes every `train.check_ranks_every_images`: it is timed alone and added as its
+share of a step (with one rank there is nobody to compare with). Goal: at most 1.01.
+
+    python -m benchmarks.guards [--device cuda] [--case demo] [--stage 1] [--pairs 40] [--steps 10]
+    torchrun --nproc-per-node 2 -m benchmarks.guards --case demo
+
+On one CPU thread the clock is the process's own time, the watchdog's thread included.
+"""
+
+from __future__ import annotations
+
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
+from unittest import mock
+
+import torch
+from tqdm import tqdm
+
+from benchmarks.measured import command_line, is_trial, parse, spread, write_results
+from benchmarks.train_step import Case, cases, prepared, random_batch
+from ldm_scale.config.convert import config_to_dict
+from ldm_scale.config.schema import DataConfig
+from ldm_scale.data import Loader
+from ldm_scale.data.policy import LossAccount
+from ldm_scale.engine import collectives, env, phases
+from ldm_scale.engine.preemption import StopRequest
+from ldm_scale.engine.watchdog import Watchdog
+from ldm_scale.telemetry.tensorboard import ScalarWriter
+from ldm_scale.telemetry.throughput import TrainProgress
+from ldm_scale.training import trainer as training
+from ldm_scale.training.diffusion_step import DiffusionTask
+from ldm_scale.training.sample_losses import SampleLosses
+from ldm_scale.training.skipping import StepGuard
+
+GOAL = 1.01
+WARMUP_PAIRS = 2
+CHECKS = 5  # comparisons of the ranks that are timed
+NEVER = 10**12  # images
+
+
+def main(argv: Sequence[str]) -> int:
+    """0; whether the goal is reached is said, and is for a person to judge by the spread."""
+    parser = command_line("All guards together against none.", cases(), "pairs", 40)
+    parser.add_argument("--stage", type=int, choices=range(4), default=1, help="of ZeRO")
+    parser.add_argument("--steps", type=int, default=10, help="of a block (10)")
+    arguments = parse(parser, argv)
+    here = env.start(env.read_launch(), replace(cases()["demo"].config.train, device=arguments.device))
+    results: dict[str, Any] = {}
+    for name in arguments.case or cases():
+        results[name] = measure(cases()[name], here, arguments.stage, arguments.pairs, arguments.steps, name)
+    if here.is_main:
+        print(table(results))
+        if not is_trial(arguments.pairs, "pairs"):
+            write_results(arguments.out, "guards", here.device, results)
+    env.stop()
+    return 0
+
+
+def measure(case: Case, here: env.Environment, stage: int, num_pairs: int, num_steps: int, name: str) -> dict[str, Any]:
+    """Times and ratios of a case. Collective: all ranks."""
+    with prepared(case, here, stage) as steps, tempfile.TemporaryDirectory() as folder:
+        run = Run(steps.task, Path(folder))
+        clock = _clock(here.device)
+        seconds: dict[str, list[float]] = {"on": [], "off": []}
+        pairs = range(WARMUP_PAIRS + num_pairs)
+        for turn in tqdm(pairs, desc=name, unit="pair", mininterval=1.0, disable=not here.is_main):
+            for which in ("on", "off") if turn % 2 == 0 else ("off", "on"):
+                with run.guarded() if which == "on" else run.unguarded():
+                    run.step()  # the first after a change is not counted
+                    begin_s = clock()
+                    for _ in range(num_steps):
+                        run.step()
+                    if turn >= WARMUP_PAIRS:
+                        seconds[which].append((clock() - begin_s) / num_steps)
+        check_s = run.check_s(clock)
+    ratio = spread([a / b for a, b in zip(seconds["on"], seconds["off"], strict=True)])
+    every, batch = case.config.train.check_ranks_every_images, steps.task.plan.global_batch
+    share = check_s * batch / every / spread(seconds["off"])["median"]
+    return {
+        "parameters": sum(parameter.numel() for parameter in steps.task.network.parameters()),
+        "config": config_to_dict(case.config),
+        "zero_stage": stage,
+        "ranks": here.world_size,
+        "pairs": num_pairs,
+        "steps_of_a_block": num_steps,
+        "clock": "process time" if clock is time.process_time else "wall time",
+        "step_s": {which: spread(values) for which, values in seconds.items()},
+        "ratio_on_to_off": ratio,
+        "check_ranks_s": check_s,
+        "check_ranks_share_of_step": share,
+        "overall_ratio": ratio["median"] + share,
+    }
+
+
+class Run:
+    """A trainer whose steps are made one by one, without loader, validation or saves."""
+
+    def __init__(self, task: DiffusionTask, run_dir: Path) -> None:
+        train = replace(
+            task.config.train,
+            total_images=NEVER,
+            log_every_images=NEVER,
+            validate_every_images=NEVER,
+            sample_every_images=NEVER,
+            checkpoint_every_images=0,
+            checkpoint_every_s=0.0,
+            check_ranks_every_images=0,  # timed alone
+        )
+        config = replace(task.config, run_dir=str(run_dir), train=train)
+        self._task, self._config = task, config
+        dataset = SimpleNamespace(digest="", num_samples=NEVER, labels=[], shards=[])
+        with mock.patch.multiple(training, open_unindexed=lambda _: None, open_manifest=lambda *_: dataset):
+            self._trainer = training.Trainer(config, task, task.environment)
+        here = task.environment
+        self._trainer.guard = StepGuard(config, self._trainer.state, here.rank)
+        self._trainer.losses = SampleLosses(LossAccount(), run_dir, cast(Any, dataset), DataConfig(), here.is_main)
+        self._writer = ScalarWriter(run_dir, here.is_main, None)
+        self._progress = TrainProgress(NEVER, 0, False, "guards")
+        self._loader, self._stop = cast(Loader, SimpleNamespace(waited_s=0.0)), StopRequest()
+        self._batch = random_batch(task)
+        self._trainer._compare_ranks([self._batch])  # before the first step, as always
+
+    def step(self) -> None:
+        """One step of the trainer, on the images that the loader would give next."""
+        trainer = self._trainer
+        phases.enter("data", trainer.state.step)
+        numbers = self._batch.image_numbers + trainer.state.cur_images
+        batch = replace(self._batch, image_numbers=numbers)
+        trainer._step([batch], self._loader, self._writer, self._progress, self._stop)
+
+    @contextmanager
+    def guarded(self) -> Iterator[None]:
+        """Everything on, as it is configured by default."""
+        meeting = self._task.environment.meeting
+        assert meeting is not None, "started here"
+        with Watchdog(self._config.watchdog, Path(self._config.run_dir), self._task.environment.rank, meeting):
+            yield
+
+    @contextmanager
+    def unguarded(self) -> Iterator[None]:
+        """None of it. What only serves the guards is not computed either."""
+        trainer, task = self._trainer, self._task
+        nobody: Callable[..., Any] = lambda *_: None  # noqa: E731  # a name for the type
+        with ExitStack() as stack:
+            for owner, name, replacement in (
+                (phases, "enter", nobody),
+                (phases, "meet", nobody),
+                (task, "observations", lambda: {}),
+                (task, "note_losses", nobody),
+                (trainer.guard, "judge", nobody),
+                (trainer._stragglers, "step", lambda *_: {}),
+                (trainer.losses, "named", lambda _: []),
+            ):
+                stack.enter_context(mock.patch.object(owner, name, replacement))
+            yield
+
+    def check_s(self, clock: Callable[[], float]) -> float:
+        """Median seconds of a comparison of the ranks."""
+        durations = []
+        for _ in range(CHECKS):
+            begin_s = clock()
+            self._trainer._compare_ranks([self._batch])
+            durations.append(clock() - begin_s)
+        return spread(durations)["median"]
+
+
+def table(results: dict[str, Any]) -> str:
+    """A line per case."""
+    lines = [
+        f"{'step with all guards / with none':<36}{'median':>8}{'quartiles':>20}{'ranks compared':>16}{'pairs':>7}"
+    ]
+    for name, result in results.items():
+        ratio = result["ratio_on_to_off"]
+        quartiles = f"{ratio['lower_quartile']:.4f} .. {ratio['upper_quartile']:.4f}"
+        label = f"{name} ({result['parameters'] / 1e6:.1f}M, {result['ranks']} rank(s))"
+        compared = f"+{result['check_ranks_share_of_step']:.3%}"
+        lines.append(f"{label:<36}{ratio['median']:>8.4f}{quartiles:>20}{compared:>16}{result['pairs']:>7}")
+    within = all(result["overall_ratio"] <= GOAL for result in results.values())
+    return "\n".join([*lines, f"goal: at most {GOAL}; {'reached' if within else 'missed'}"])
+
+
+def _clock(device: torch.device) -> Callable[[], float]:
+    if device.type == "cuda":
+
+        def synchronized() -> float:
+            torch.cuda.synchronize(device)
+            return time.perf_counter()
+
+        return synchronized
+    alone = torch.get_num_threads() == 1 and collectives.world_size() == 1
+    return time.process_time if alone else time.perf_counter
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
