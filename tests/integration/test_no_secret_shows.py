@@ -21,6 +21,7 @@ import psutil
 import pytest
 
 from ldm_scale.__main__ import main
+from ldm_scale.processes import end_with_parent
 from tests.helpers.commands import stage2
 from tests.helpers.deaths import exit_with, import_training
 from tests.helpers.runs import tiny_artifact
@@ -92,9 +93,9 @@ class Place:
         log = self.folder / "said"
         log.write_text("")
         import_training()
-        pid = os.fork()
+        parent, pid = os.getpid(), os.fork()
         if not pid:
-            exit_with(lambda: self._main(log, arguments))
+            exit_with(lambda: self._main(parent, log, arguments))
         lines: set[str] = set()
         while (ended := os.waitpid(pid, os.WNOHANG))[0] == 0:
             with suppress(psutil.NoSuchProcess):
@@ -103,7 +104,8 @@ class Place:
             time.sleep(0.05)
         return Said(os.waitstatus_to_exitcode(ended[1]), log.read_text(), lines)
 
-    def _main(self, log: Path, arguments: tuple[str, ...]) -> int:
+    def _main(self, parent: int, log: Path, arguments: tuple[str, ...]) -> int:
+        end_with_parent(parent)
         fd = os.open(log, os.O_WRONLY | os.O_APPEND)
         os.dup2(fd, 1)
         os.dup2(fd, 2)
