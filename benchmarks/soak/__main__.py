@@ -40,11 +40,12 @@ ROOT = Path(__file__).resolve().parents[2]
 BATCH, SLOW_S = 8, 2.0
 NODES, DEAD_AFTER_S = 3, 5
 MINUTES, SHORT_MINUTES = 120.0, 6.0
+# A node that is lost takes 35 s of Slurm's time, a hang up to step_s + other_s: what is made again has to be little.
 CONFIGURATION = (
     f"train.global_batch={BATCH}",
     f"train.log_every_images={BATCH}",
     "train.checkpoint_every_images=0",
-    "train.checkpoint_every_s=15",
+    "train.checkpoint_every_s=10",
     "train.validate_every_images=0",
     "train.sample_every_images=0",
     "watchdog.step_s=8",
