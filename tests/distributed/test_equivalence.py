@@ -6,7 +6,6 @@ free-running losses drift apart; there one step is compared, from a common check
 
 from __future__ import annotations
 
-import dataclasses
 import itertools
 from collections.abc import Callable
 from pathlib import Path
@@ -45,7 +44,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def _config(folder: Path, stage: str, zero_stage: int, **sections: dict[str, Any]) -> Config:
-    return tiny_config(stage, folder / "data" / "manifest.json", folder / "run", zero={"stage": zero_stage}, **sections)
+    sections["zero"] = {"stage": zero_stage} | sections.get("zero", {})
+    return tiny_config(stage, folder / "data" / "manifest.json", folder / "run", **sections)
 
 
 def _start(config: Config) -> tuple[Task, Any]:
@@ -105,6 +105,47 @@ def test_diffusion_losses_do_not_depend_on_checkpointing(
     config = _config(folder, "diffusion", zero_stage, train={"activation_checkpointing": mode})
     for losses in run_ranks(_diffusion_losses, ranks, config):
         assert losses == pytest.approx(reference_losses, rel=1e-5)
+
+
+OFFLOADED = {"offload_optimizer": True}
+ALL_OFFLOADED = OFFLOADED | {"offload_parameters": True}
+
+
+@pytest.mark.parametrize(
+    ("ranks", "zero_stage", "fields"),
+    [(2, 1, OFFLOADED), (2, 2, OFFLOADED), (2, 3, ALL_OFFLOADED), (2, 3, {"live_elements": 1_000})],
+)
+def test_diffusion_losses_do_not_depend_on_where_states_lie(
+    folder: Path, reference_losses: list[float], ranks: int, zero_stage: int, fields: dict[str, Any]
+) -> None:
+    for losses in run_ranks(_diffusion_losses, ranks, _config(folder, "diffusion", zero_stage, zero=fields)):
+        assert losses == pytest.approx(reference_losses, rel=1e-5)
+
+
+def _losses_of_both_engines(config: Config) -> list[dict[str, float]]:
+    """Losses of autoencoder and discriminator in 8 free steps, the discriminator felt in the last 4."""
+    task, _ = _start(config)
+    found = []
+    for step, batches in zip(range(8), _batches(task, 0), strict=False):
+        metrics = task.accumulate(batches, step * 8)
+        found.append({name: float(mean_over_ranks(value)) for name, value in metrics.items()})
+        task.update(step * 8)
+    return found
+
+
+@pytest.mark.parametrize(("zero_stage", "fields"), [(1, OFFLOADED), (2, OFFLOADED), (3, ALL_OFFLOADED)])
+def test_autoencoder_losses_do_not_depend_on_where_states_lie(
+    folder: Path, zero_stage: int, fields: dict[str, Any]
+) -> None:
+    plain, moved = (
+        _config(folder, "autoencoder", zero_stage, autoencoder_loss=LOSS, zero={"discriminator_stage": 1} | more)
+        for more in ({}, fields)
+    )
+    expected = run_ranks(_losses_of_both_engines, 2, plain)[0]
+    assert "loss/generator" in expected[-1]
+    for actual in run_ranks(_losses_of_both_engines, 2, moved):
+        for step, (losses, others) in enumerate(zip(actual, expected, strict=True)):
+            assert losses == pytest.approx(others, rel=1e-5, abs=1e-7), step
 
 
 def test_accumulation_equals_a_large_batch(folder: Path, reference_losses: list[float]) -> None:
@@ -239,9 +280,8 @@ def test_a_sharded_discriminators_step_does_not_depend_on_ranks(
 ) -> None:
     root, expected = penalized_step
     assert expected["metrics"]["discriminator/lecam"] > 0
-    config = _config(folder, "autoencoder", 2, autoencoder_loss=PENALTIES, train={"micro_batch": micro_batch})
-    zero = dataclasses.replace(config.zero, discriminator_stage=discriminator_stage)
-    config = dataclasses.replace(config, zero=zero)
+    zero, train = {"discriminator_stage": discriminator_stage}, {"micro_batch": micro_batch}
+    config = _config(folder, "autoencoder", 2, autoencoder_loss=PENALTIES, train=train, zero=zero)
     _assert_same_step(run_ranks(_one_step, ranks, config, MOMENTS[-1], root)[0], expected)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -82,3 +83,33 @@ def test_the_next_step_of_stage_1_is_the_same_on_other_ranks(tmp_path: Path, ran
     for name in ("loss/l1", "loss/reconstruction", "loss/discriminator"):
         assert _loss(found, name) == pytest.approx(_loss(expected, name), rel=1e-5), name
     assert seen(tmp_path / "chain")[4 * BATCH] == seen(tmp_path / "unbroken")[4 * BATCH]
+
+
+@pytest.mark.faults
+@pytest.mark.timeout(1_800)
+def test_stage_1_passes_through_all_of_them(tmp_path: Path) -> None:
+    """The whole chain: the same batches and counters, and at each link the step that the other division would make."""
+    first, part = Setting("autoencoder", CHAIN[0][1], "fp32", CHAIN[0][0], 1, 0), 3
+    settings = [dataclasses.replace(first, ranks=ranks, zero=zero) for ranks, zero in CHAIN]
+    end, chain, unbroken = part * len(CHAIN), tmp_path / "chain", tmp_path / "unbroken"
+    run_to_end(_config(tmp_path, "unbroken", first, end), first.ranks)
+    for link, setting in enumerate(settings):
+        if link:  # the step after the checkpoint, as those who wrote it would make it
+            stays, before = tmp_path / f"stays {link}", settings[link - 1]
+            shutil.copytree(chain, stays)
+            run_to_end(_config(tmp_path, stays.name, before, part * link + 1), before.ranks)
+        run_to_end(_config(tmp_path, "chain", setting, part * (link + 1)), setting.ranks)
+        if link:
+            expected, found = (logged(run)[(part * link + 1) * BATCH] for run in (stays, chain))
+            for name in ("loss/l1", "loss/reconstruction", "loss/discriminator"):
+                assert _loss(found, name) == pytest.approx(_loss(expected, name), rel=1e-5), (link, name)
+    assert len(seen(unbroken)) == end
+    assert seen(chain) == seen(unbroken)
+    ends = [read_manifest(folder_of(run / "checkpoints", end * BATCH)) for run in (unbroken, chain)]
+    counters = [{name: value for name, value in e["state"].items() if type(value) is int} for e in ends]
+    assert counters[1] == counters[0]
+    assert {"cur_images", "step", "skipped"} <= counters[0].keys()
+    assert [e["state"]["losses"] for e in ends[1:]] == [ends[0]["state"]["losses"]]
+    steps = [{name: model["optimizer_steps"] for name, model in e["models"].items()} for e in ends]
+    assert steps[1] == steps[0]
+    assert steps[0]["discriminator"] > 0
