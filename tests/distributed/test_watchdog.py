@@ -31,6 +31,7 @@ from tests.helpers.shards import make_dataset
 STEP_S, OTHER_S = 3.0, 60.0
 ALLOWED_S = STEP_S + 10.0  # what a hang may take to its end
 NEVER = 1_000_000  # images
+BATCH = 8
 
 
 @pytest.fixture(scope="module")
@@ -38,17 +39,32 @@ def manifest(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_dataset(tmp_path_factory.mktemp("data"), num_samples=16, samples_per_shard=16, resolution=20)
 
 
-def _train(manifest: Path, run_dir: Path, rules: str, stage: int, workers: int, total_images: int = NEVER) -> int:
+def _train(
+    manifest: Path,
+    run_dir: Path,
+    rules: str,
+    stage: int,
+    workers: int,
+    total_images: int = NEVER,
+    save_every_images: int = 0,
+    step_s: float = STEP_S,
+) -> int:
     """The command's exit status."""
     os.environ[faults.VARIABLE] = rules
     config = tiny_config(
         "autoencoder",
         manifest,
         run_dir,
-        train={"total_images": total_images, "check_ranks_every_images": 0},
+        train={
+            "total_images": total_images,
+            "global_batch": BATCH,
+            "check_ranks_every_images": 0,
+            "checkpoint_every_images": save_every_images,
+            "async_checkpoints": False,
+        },
         data={"num_workers": workers, "prefetch_batches": 1},
         zero={"stage": stage},
-        watchdog={"step_s": STEP_S, "other_s": OTHER_S},
+        watchdog={"step_s": step_s, "other_s": OTHER_S},
     )
     try:
         train(config, read_launch())
@@ -178,6 +194,18 @@ def test_a_slow_save_among_a_thousand_steps_is_no_hang(tmp_path: Path) -> None:
     with started_ranks(_watched, 2, tmp_path, tmp_path / "run", config, _thousand_steps) as ranks:
         assert [rank.end() for rank in ranks] == [0, 0], [rank.output for rank in ranks]
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.faults
+@pytest.mark.timeout(900)
+def test_a_slow_save_among_a_thousand_steps_of_training_is_no_hang(manifest: Path, tmp_path: Path) -> None:
+    """In the middle one rank's save takes twice the time that a step may."""
+    run_dir, images, step_s = tmp_path / "run", 1000 * BATCH, 10.0
+    rules = f"sleep:at=save.sync,rank=1,seconds={2 * step_s}"
+    with started_ranks(_train, 2, tmp_path, manifest, run_dir, rules, 1, 0, images, images // 2, step_s) as ranks:
+        assert [rank.end(800) for rank in ranks] == [0, 0], [rank.output for rank in ranks]
+    assert "steps=1000" in ranks[0].output
+    assert not (run_dir / FOLDER).exists()
 
 
 def _save_that_hangs(rank: int) -> None:
