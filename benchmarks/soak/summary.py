@@ -174,8 +174,8 @@ def text(name: str, found: Found, environment: Mapping[str, Any]) -> str:
         "first to last step. An interval between two steps that brings no new image, or lasts three times as long as "
         "usual, is lost but for the usual time of its new images, and belongs to the last fault before its end; a "
         "skipped step counts as lost. The cluster is hastier than most: SlurmdTimeout is "
-        f"{settings['dead_after_s']} s (with two rounds of pings, a lost node is noticed after 25 s) and a requeued job "
-        "starts after 5 s; Slurm's defaults are 300 s and 120 s.",
+        f"{settings['dead_after_s']} s (with two rounds of pings, a lost node is noticed after 25 s) and a requeued "
+        "job starts after 5 s; Slurm's defaults are 300 s and 120 s.",
         "",
     ]
     return "\n".join(lines)
