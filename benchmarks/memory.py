@@ -1,6 +1,6 @@
 """Peak memory of a rank at every ZeRO stage, on 1, 2 and 4 ranks, against what `ldm-scale plan` says.
 
-Each setting is a fresh set of processes on this host: a UNet of 44M parameters, large enough that its states dominate,
+Each setting is a fresh set of processes on this host: a UNet of 41M parameters, large enough that its states dominate,
 makes a few steps in fp32, and each rank tells its largest resident memory beyond what it had before there was a network
 (the kernel's high-water mark, set back at that moment). On a CPU both of the plan's places are host memory, and the
 plan is the sum of both. What a GPU needs is another figure: kernels, allocator and buckets differ there.
@@ -175,9 +175,9 @@ def _run(setting: Setting) -> list[dict[str, int]]:
     """What the ranks of a setting report, in processes of their own."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(setting.ranks)]
     command += ["-m", "benchmarks.memory", "--one", json.dumps(asdict(setting))]
-    output = subprocess.run(
-        command, stdout=subprocess.PIPE, text=True, check=True, env=os.environ | {"OMP_NUM_THREADS": "1"}
-    ).stdout
+    # Else glibc keeps what was freed, and the mark is of that: half as much again as is in use.
+    variables = {"OMP_NUM_THREADS": "1", "MALLOC_MMAP_THRESHOLD_": "65536"}
+    output = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True, env=os.environ | variables).stdout
     (line,) = [line for line in output.splitlines() if line.startswith(MARK)]
     found: list[dict[str, int]] = json.loads(line.removeprefix(MARK))
     return found
