@@ -79,11 +79,12 @@ def _counted(config: Config) -> dict[str, int]:
         pytest.param(4, "bf16", {"stage": 2}, marks=pytest.mark.faults),
     ],
 )
+@pytest.mark.timeout(400)
 def test_what_lies_between_steps(ranks: int, precision: str, zero: dict[str, Any]) -> None:
     config = _config(zero, precision, ema=dataclasses.asdict(EmaConfig(half_life_images=32.0, power_stds=(0.1,))))
     plan = _planned(config, ranks)
     del plan.device.held["autoencoder"]
-    (counted, *_) = run_ranks(_counted, ranks, config)
+    (counted, *_) = run_ranks(_counted, ranks, config, timeout_s=300.0)
     assert counted["all"] == pytest.approx(plan.device.total_held + plan.host.total_held, rel=0.01)
 
 
