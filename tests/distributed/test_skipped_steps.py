@@ -98,7 +98,7 @@ def _train(
     task = AutoencoderTask if config.stage == "autoencoder" else DiffusionTask
     trainer = kind(config, task(config, batch_plan(config, environment.world_size), environment), environment)
     trainer.left_out = left_out
-    trainer.saving.save_last = lambda *_: trainer.saving.complete()  # type: ignore[method-assign]
+    trainer.saving.save_last = lambda *_, **__: trainer.saving.complete()  # type: ignore[method-assign]
     trainer.run()
     return trainer
 

@@ -76,9 +76,16 @@ def test_nothing_stays_after_its_owner_was_ended(tmp_path: Path, number: signal.
     command = [sys.executable, "-c", OWNER, str(tmp_path / "c")]
     with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as owner:
         assert owner.stdout is not None
-        space = owner.stdout.readline().strip()
-        assert any("sleep" in line for line in _processes(space))
-        owner.send_signal(number)
+        try:
+            space = owner.stdout.readline().strip()
+            deadline = time.monotonic() + 30  # Slurm calls a job running before its first process is
+            while not any("sleep" in line for line in _processes(space)):
+                assert time.monotonic() < deadline, _processes(space)
+                time.sleep(0.1)
+            owner.send_signal(number)
+            owner.wait(30)
+        finally:
+            owner.kill()
     _require_gone(space)
     assert _machine() == before
 
