@@ -1,4 +1,4 @@
-"""What every test gets: one thread per process (several ranks share two cores) and a fixed seed."""
+"""What every test gets: one thread per process (several ranks share two cores), a fixed seed, the log of rank 0."""
 
 from __future__ import annotations
 
@@ -12,12 +12,20 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from ldm_scale.telemetry.log import get_logger
+
 torch.set_num_threads(1)
 
 
 @pytest.fixture(autouse=True)
 def fixed_seed() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def log_of_rank_0() -> None:
+    """Whatever a test before has made of it in this process."""
+    get_logger(0)
 
 
 @pytest.fixture(autouse=True)
