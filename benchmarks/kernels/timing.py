@@ -31,6 +31,7 @@ class Prepared:
 
     run: Step
     captured: bool
+    step: Step | None = None  # what a graph was made of: it reads and writes the step's own tensors at every replay
 
 
 @dataclass
@@ -86,7 +87,7 @@ class CudaClock:
             torch.cuda.synchronize()
             return Prepared(step, captured=False)
         torch.cuda.synchronize()
-        return Prepared(graph.replay, captured=True)
+        return Prepared(graph.replay, captured=True, step=step)
 
     def cold(self, prepared: Prepared, count: int) -> list[float]:
         """Microseconds of each of `count` runs, the cache overwritten before each."""

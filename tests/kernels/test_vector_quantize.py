@@ -35,7 +35,8 @@ def _gaps(z: Tensor, codebook: Tensor, indices: Tensor) -> Tensor:
     chosen = distances.gather(1, indices[:, None])[:, 0]
     width = z.shape[1]
     scale = least if width <= reference.MAX_DIRECT_WIDTH else (z.norm(dim=1) + codebook.norm(dim=1).max()).square()
-    return (chosen - least) / (2 * (width + 2) * 2**-24 * scale)
+    # A code that is the vector itself explains nothing, and needs nothing explained.
+    return torch.where(chosen == least, 0.0, (chosen - least) / (2 * (width + 2) * 2**-24 * scale))
 
 
 def _assert_nearest(z: Tensor, codebook: Tensor, backend: str) -> Tensor:

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import increment_version
 
 
 def ema_update(
@@ -38,3 +39,4 @@ def update(averages: Sequence[Sequence[Tensor]], decays: Sequence[float], weight
     single = [weight.float() for weight in weights]
     for of_decay, decay in zip(averages, decays, strict=True):
         torch._foreach_lerp_(list(of_decay), single, 1.0 - decay)
+        increment_version(list(of_decay))  # torch 2.11 does not, on CUDA

@@ -9,7 +9,6 @@ effect, and neither autocast nor TF32 touches it.
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 MAX_DIRECT_WIDTH = 8
@@ -29,10 +28,11 @@ def vector_quantize(z: Tensor, codebook: Tensor) -> tuple[Tensor, Tensor]:
 def gather(codebook: Tensor, indices: Tensor) -> Tensor:
     """codebook[indices], whose gradient is summed in a fixed order.
 
-    As an embedding: its backward sorts the indices and adds up each code's rows in blocks, in fp32, where index_select
-    would use atomics, and plain indexing would round a half type after every row.
+    By plain indexing in fp32 at least: its backward sorts the indices and adds up each code's rows in their order. An
+    embedding's (above 3,072 indices on CUDA) and index_select's use atomics, and a half type would round every row.
     """
-    return F.embedding(indices, codebook)
+    wide = torch.promote_types(codebook.dtype, torch.float32)
+    return codebook.to(wide)[indices].to(codebook.dtype)
 
 
 def nearest_codes(z: Tensor, codebook: Tensor) -> Tensor:
