@@ -15,8 +15,7 @@ Memory is counted, not estimated: bytes of every tensor that ZeRO's rank holds o
 from __future__ import annotations
 
 import sys
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -24,7 +23,7 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from benchmarks.measured import command_line, is_trial, parse, spread, write_results
+from benchmarks.measured import command_line, is_trial, parse, spread, step_clock, write_results
 from benchmarks.unet_step import Case, cases, random_batch
 from ldm_scale.config.schema import EmaConfig, OptimizerConfig, TrainConfig, ZeroConfig
 from ldm_scale.engine import env
@@ -77,7 +76,7 @@ def measure(case: Case, here: env.Environment, stage: int, num_rounds: int, name
         model.backward(F.mse_loss(prediction.float(), batch.noise))
         model.step(LEARNING_RATE)
 
-    clock = _clock(here.device)
+    clock = step_clock(here.device, here.world_size)
     seconds: dict[str, list[float]] = {count: [] for count in ("0", *averages)}
     updates: dict[str, list[float]] = {count: [] for count in averages}
     for turn in tqdm(range(WARMUP_ROUNDS + num_rounds), desc=name, unit="round", mininterval=1.0):
@@ -134,17 +133,6 @@ def _bytes_per_parameter(model: ShardedModel, averages: dict[str, ShardedEma], p
             for count, ema in averages.items()
         },
     }
-
-
-def _clock(device: torch.device) -> Callable[[], float]:
-    if device.type == "cuda":
-
-        def synchronized() -> float:
-            torch.cuda.synchronize(device)
-            return time.perf_counter()
-
-        return synchronized
-    return time.process_time if torch.get_num_threads() == 1 else time.perf_counter
 
 
 if __name__ == "__main__":

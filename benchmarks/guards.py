@@ -26,16 +26,15 @@ from types import SimpleNamespace
 from typing import Any, cast
 from unittest import mock
 
-import torch
 from tqdm import tqdm
 
-from benchmarks.measured import command_line, is_trial, parse, spread, write_results
+from benchmarks.measured import command_line, is_trial, parse, spread, step_clock, write_results
 from benchmarks.train_step import Case, cases, prepared, random_batch
 from ldm_scale.config.convert import config_to_dict
 from ldm_scale.config.schema import DataConfig
 from ldm_scale.data import Loader
 from ldm_scale.data.policy import LossAccount
-from ldm_scale.engine import collectives, env, phases
+from ldm_scale.engine import env, phases
 from ldm_scale.engine.preemption import StopRequest
 from ldm_scale.engine.watchdog import Watchdog
 from ldm_scale.telemetry.tensorboard import ScalarWriter
@@ -73,7 +72,7 @@ def measure(case: Case, here: env.Environment, stage: int, num_pairs: int, num_s
     """Times and ratios of a case. Collective: all ranks."""
     with prepared(case, here, stage) as steps, tempfile.TemporaryDirectory() as folder:
         run = Run(steps.task, Path(folder))
-        clock = _clock(here.device)
+        clock = step_clock(here.device, here.world_size)
         seconds: dict[str, list[float]] = {"on": [], "off": []}
         pairs = range(WARMUP_PAIRS + num_pairs)
         for turn in tqdm(pairs, desc=name, unit="pair", mininterval=1.0, disable=not here.is_main):
@@ -190,18 +189,6 @@ def table(results: dict[str, Any]) -> str:
         lines.append(f"{label:<36}{ratio['median']:>8.4f}{quartiles:>20}{compared:>16}{result['pairs']:>7}")
     within = all(result["overall_ratio"] <= GOAL for result in results.values())
     return "\n".join([*lines, f"goal: at most {GOAL}; {'reached' if within else 'missed'}"])
-
-
-def _clock(device: torch.device) -> Callable[[], float]:
-    if device.type == "cuda":
-
-        def synchronized() -> float:
-            torch.cuda.synchronize(device)
-            return time.perf_counter()
-
-        return synchronized
-    alone = torch.get_num_threads() == 1 and collectives.world_size() == 1
-    return time.process_time if alone else time.perf_counter
 
 
 if __name__ == "__main__":

@@ -7,7 +7,8 @@ import json
 import os
 import platform
 import statistics
-from collections.abc import Iterable, Sequence
+import time
+from collections.abc import Callable, Iterable, Sequence
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
@@ -89,3 +90,15 @@ def _cpu_name() -> str:
         if line.startswith("model name"):
             return line.partition(":")[2].strip()
     return platform.processor() or platform.machine()
+
+
+def step_clock(device: torch.device, ranks: int) -> Callable[[], float]:
+    """Seconds: after the device's work on CUDA; of this process's CPU where it computes alone on one thread."""
+    if device.type == "cuda":
+
+        def synchronized() -> float:
+            torch.cuda.synchronize(device)
+            return time.perf_counter()
+
+        return synchronized
+    return time.process_time if torch.get_num_threads() == 1 and ranks == 1 else time.perf_counter

@@ -31,7 +31,7 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from benchmarks import unet_step
-from benchmarks.measured import command_line, is_trial, parse, spread, write_results
+from benchmarks.measured import command_line, is_trial, parse, spread, step_clock, write_results
 from ldm_scale.config.compose import load_config
 from ldm_scale.config.convert import config_to_dict
 from ldm_scale.config.fit import batch_plan
@@ -139,7 +139,7 @@ def prepared(case: Case, here: env.Environment, stage: int) -> Iterator[Steps]:
 def _measure(steps: Steps, num_pairs: int, name: str) -> dict[str, Any]:
     task, here = steps.task, steps.task.environment
     config = task.config
-    clock = _clock(here.device)
+    clock = step_clock(here.device, here.world_size)
     seconds: dict[str, list[float]] = {"bare": [], "everything": []}
     rounds = range(WARMUP_PAIRS + num_pairs)
     for turn in tqdm(rounds, desc=name, unit="pair", mininterval=1.0, disable=not here.is_main):
@@ -243,18 +243,6 @@ def _timed(action: Callable[[], None], clock: Clock, times: int) -> float:
         action()
         durations.append(clock() - begin_s)
     return spread(durations[1:])["median"]
-
-
-def _clock(device: torch.device) -> Clock:
-    if device.type == "cuda":
-
-        def synchronized() -> float:
-            torch.cuda.synchronize(device)
-            return time.perf_counter()
-
-        return synchronized
-    alone = torch.get_num_threads() == 1 and collectives.world_size() == 1
-    return time.process_time if alone else time.perf_counter
 
 
 if __name__ == "__main__":

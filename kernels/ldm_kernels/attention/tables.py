@@ -49,8 +49,8 @@ _SELF_90 = {
 }
 
 # With all keys on the chip, by (padded head dim, padded keys, whether fp32): forward, backward. No row, not served.
-# fp32's backward of head dims 17 to 64 takes four warps: with eight, what Triton 3.6 compiles for an H100 gives wrong dK
-# and dV, or faults.
+# fp32's backward of head dims 17 to 64 takes four warps: with eight, what Triton 3.6 compiles for an H100 gives wrong
+# dK and dV, or faults.
 _CROSS_80 = {
     (16, 64, False): (Blocks(64, 64, 4, 2), Blocks(32, 64, 4, 2)),
     (32, 64, False): (Blocks(64, 64, 4, 2), Blocks(32, 64, 4, 2)),
