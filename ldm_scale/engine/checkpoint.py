@@ -157,7 +157,7 @@ def load_checkpoint(checkpoint: Path, trained: Mapping[str, Trained], verified: 
             _require_profiles(checkpoint, manifest, name, item)
             for fragment, kind, values in item.tensors():
                 saved = WEIGHT if kind == EMA and not reader.has(name, EMA, fragment.name) else kind
-                values.copy_(reader.read(name, saved, fragment.name, fragment.offset, fragment.length))
+                reader.read(name, saved, fragment.name, fragment.offset, values)
             for key, buffer in item.buffers.items():
                 if not reader.has(name, BUFFER, key):
                     raise CheckpointError(

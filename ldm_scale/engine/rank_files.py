@@ -128,26 +128,27 @@ class Reader:
     def whole(self, model: str, kind: str, name: str) -> Tensor:
         """A tensor put together from its pieces, in fp32."""
         shape = torch.Size(self._manifest["models"][model]["tensors"][kind][name]["shape"])
-        return self.read(model, kind, name, 0, shape.numel()).view(shape)
+        result = torch.empty(shape.numel())
+        self.read(model, kind, name, 0, result)
+        return result.view(shape)
 
-    def read(self, model: str, kind: str, name: str, offset: int, length: int) -> Tensor:
-        """Elements offset to offset + length of a flattened tensor, in fp32. Shapes: returns (length,)."""
+    def read(self, model: str, kind: str, name: str, offset: int, out: Tensor) -> None:
+        """Nothing; `out` has the elements of the flattened tensor from `offset` on. Shapes: out (n,), of any type."""
         record = self._manifest["models"][model]["tensors"][kind][name]
-        result = torch.empty(length)
+        length = out.numel()
         begin, end = offset, offset + length
         covered = 0
         for piece in record["pieces"]:
             first, last = max(begin, piece["offset"]), min(end, piece["offset"] + piece["length"])
             if first < last:
                 values = self._file(piece["file"]).get_slice(f"{model}/{kind}/{name}")
-                result[first - begin : last - begin] = values[first - piece["offset"] : last - piece["offset"]]
+                out[first - begin : last - begin] = values[first - piece["offset"] : last - piece["offset"]]
                 covered += last - first
         if covered != length:
             raise CheckpointError(
                 f"{self._folder}: {model}/{kind}/{name} has {covered} of the {length} elements asked for; "
                 f"{_fix(self._folder)}"
             )
-        return result
 
     def _file(self, name: str) -> Any:
         if name not in self._open:
