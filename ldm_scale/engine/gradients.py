@@ -6,7 +6,8 @@ stage 0 not at all; and of two engines the first would have stepped when the sec
 
 from __future__ import annotations
 
-from typing import Any
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, NamedTuple
 from unittest import mock
 
 import torch
@@ -16,12 +17,39 @@ from ldm_scale import faults
 from ldm_scale.config.schema import ZeroConfig
 
 
-def gradient_norm(engine: Any, stage: int) -> Tensor:
-    """Norm of this rank's part of the accumulated gradient (at stage 0: of all of it), a scalar, before clipping."""
+class GradientNorm(NamedTuple):
+    """The norm of an accumulated gradient before clipping, on the device: of all of it, or of this rank's part.
+
+    Where DeepSpeed took it, `answer` is what its step would find again.
+    """
+
+    value: Tensor
+    is_of_all: bool
+    answer: Any = None
+
+
+def gradient_norm(engine: Any, stage: int) -> GradientNorm:
+    """The norm. Collective: all ranks, from stage 1 on."""
     gradients = _gradients(engine, stage)
     for gradient in gradients[:1]:
         faults.poison("step.gradients", gradient)
-    return torch.nn.utils.get_total_norm(gradients)
+    method = _norm_method(engine, stage)
+    if method is None:
+        return GradientNorm(torch.nn.utils.get_total_norm(gradients), is_of_all=stage == 0)
+    from deepspeed.runtime.utils import combine_grad_norm_groups
+
+    with torch.no_grad():
+        answer = getattr(engine.optimizer, method)()
+        value = answer if isinstance(answer, Tensor) else combine_grad_norm_groups(answer)
+    return GradientNorm(value, is_of_all=True, answer=answer)
+
+
+def handed_back(engine: Any, stage: int, norm: GradientNorm | None) -> AbstractContextManager[Any]:
+    """A context in which DeepSpeed's step takes its own answer about the norm instead of reading the gradient again."""
+    method = _norm_method(engine, stage)
+    if norm is None or method is None:
+        return nullcontext()
+    return mock.patch.object(engine.optimizer, method, return_value=norm.answer)
 
 
 def forget_gradient(engine: Any, adam: torch.optim.Optimizer) -> None:
@@ -46,6 +74,13 @@ def memory_settings(zero: ZeroConfig, stage: int, on_cuda: bool) -> dict[str, An
     if zero.offload_parameters and stage == 3:
         settings["offload_param"] = on_cpu
     return settings
+
+
+def _norm_method(engine: Any, stage: int) -> str | None:
+    """The optimizer's method that takes the norm of the gradient which `_gradients` gives; None if it has none."""
+    if stage == 0 or engine.zero_offload_optimizer() is not None or not hasattr(engine.optimizer, "averaged_gradients"):
+        return None
+    return "_get_norm_groups" if stage == 3 else "scaled_global_norm"
 
 
 def _gradients(engine: Any, stage: int) -> list[Tensor]:

@@ -30,7 +30,7 @@ from ldm_scale import faults
 from ldm_scale.config.schema import OptimizerConfig, ZeroConfig
 from ldm_scale.engine import phases
 from ldm_scale.engine.env import Environment
-from ldm_scale.engine.gradients import forget_gradient, gradient_norm, memory_settings
+from ldm_scale.engine.gradients import GradientNorm, forget_gradient, gradient_norm, handed_back, memory_settings
 from ldm_scale.engine.imports import import_uncompiled
 from ldm_scale.errors import NumericsError
 
@@ -95,7 +95,7 @@ class ShardedModel:
         self.fragments = list(self._locate_fragments())
         self._create_moments()
         self._holds_gradient = False
-        self._local_norm: Tensor | None = None  # of the gradient that is held, once it was asked for
+        self._norm: GradientNorm | None = None  # of the gradient that is held, once it was asked for
 
     def __call__(self, *args: Any) -> Any:
         """The network's output, through ZeRO's hooks; floating inputs in the compute type, but float64 as it is."""
@@ -112,19 +112,18 @@ class ShardedModel:
     def gradient_square(self) -> Tensor | None:
         """A scalar whose mean over the ranks is the squared norm of the gradient that `step` would apply; else None.
 
-        Not finite on a rank: neither is the mean. The rank's own part is read once, and nothing is communicated.
+        Not finite on a rank: neither is the mean. Read once, for `step` as well. Collective: all ranks.
         """
         if not self._holds_gradient:
             return None
-        self._local_norm = gradient_norm(self.engine, self.stage)
-        square = self._local_norm.double().square().cpu()
-        return square if self.stage == 0 else square * self.environment.world_size
+        self._norm = gradient_norm(self.engine, self.stage)
+        return self._norm.value.double().square().cpu() * (1 if self._norm.is_of_all else self.environment.world_size)
 
     def discard(self) -> None:
         """Forgets the accumulated gradient; weights and Adam's state stay, bit for bit. Collective: all ranks."""
         if self._holds_gradient:
             forget_gradient(self.engine, self._adam)
-        self._holds_gradient, self._local_norm = False, None
+        self._holds_gradient, self._norm = False, None
 
     def step(self, lr: float) -> float:
         """Applies the accumulated gradient and returns its norm before clipping.
@@ -133,12 +132,13 @@ class ShardedModel:
         """
         for group in self._adam.param_groups:
             group["lr"] = lr
-        local_norm, self._holds_gradient, self._local_norm = self._local_norm, False, None
+        known, self._holds_gradient, self._norm = self._norm, False, None
         if self.stage == 0:
             # DeepSpeed clips stage 0 without returning the norm, and steps on non-finite gradients.
-            norm = float(gradient_norm(self.engine, 0) if local_norm is None else local_norm)
+            norm = float((known or gradient_norm(self.engine, 0)).value)
         if self.stage > 0 or math.isfinite(norm):
-            self.engine.step()
+            with handed_back(self.engine, self.stage, known):
+                self.engine.step()
         if self.stage > 0:
             norm = float(self.engine.get_global_grad_norm() or 0.0)
         if not math.isfinite(norm):

@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, field
 from typing import Any
+from unittest import mock
 
 import pytest
 import scipy.optimize
@@ -272,6 +273,36 @@ def test_a_gradient_that_is_not_finite_changes_nothing_on_any_rank(stage: int, p
         assert max_difference(report["after"], report["before"]) == 0
         assert torch.equal(report["prediction_after"], report["prediction_before"])
         assert report["steps"] == 1
+
+
+def _judged_and_not(stage: int, precision: str) -> dict[str, Any]:
+    """Steps whose gradient is looked at before, and the same steps without."""
+    plain, judged = sharded(network(), stage, precision), sharded(network(), stage, precision)
+    squares: list[Tensor] = []
+    norms = [
+        train_step(plain, step, lr, scale) for step, (lr, scale) in enumerate(zip(RATES, LOSS_SCALES, strict=True))
+    ]
+    optimizer = judged.engine.optimizer
+    read = getattr(optimizer, "get_grad_norm_direct", None)  # not at stage 0
+    with mock.patch.object(optimizer, "get_grad_norm_direct", side_effect=read, create=True) as counted:
+        for step, (lr, scale) in enumerate(zip(RATES, LOSS_SCALES, strict=True)):
+            assert train_step(judged, step, lr, scale, squares) == norms[step]
+    return {
+        "norms": norms,
+        "squares": [float(square) for square in squares],
+        "difference": max_difference(masters(judged), masters(plain)),
+        "reads": counted.call_count,
+    }
+
+
+@pytest.mark.parametrize(("stage", "precision"), [(0, "fp32"), (1, "fp32"), (2, "fp32"), (3, "fp32"), (1, "bf16")])
+def test_a_gradient_that_was_looked_at_makes_the_same_step(stage: int, precision: str) -> None:
+    reports = run_ranks(_judged_and_not, 2, stage, precision, timeout_s=30.0)
+    assert [report["difference"] for report in reports] == [0.0, 0.0]
+    squares = torch.tensor([report["squares"] for report in reports], dtype=torch.float64).mean(dim=0)
+    norms = torch.tensor(reports[0]["norms"], dtype=torch.float64)
+    torch.testing.assert_close(squares.sqrt(), norms, rtol=1e-6, atol=0.0)
+    assert [report["reads"] for report in reports] == [0 if stage == 0 else len(RATES)] * 2, "DeepSpeed read it again"
 
 
 def _start_where_shared_memory_could_be_used() -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -58,13 +59,18 @@ def squared_error(prediction: Tensor, target: Tensor) -> Tensor:
     return (prediction.float() - target).square().mean()
 
 
-def train_step(model: ShardedModel, step: int, lr: float, scale: float = 1.0) -> float:
-    """One global batch, divided among ranks and micro-batches; the gradient's norm before clipping."""
+def train_step(model: ShardedModel, step: int, lr: float, scale: float = 1.0, squares: Any = None) -> float:
+    """One global batch, divided among ranks and micro-batches; the gradient's norm before clipping.
+
+    The square that is known before the step is appended to `squares`.
+    """
     x, target = data(step)
     size = BATCH // model.environment.world_size // ACCUMULATION
     for micro in range(ACCUMULATION):
         start = (model.environment.rank * ACCUMULATION + micro) * size
         model.backward(scale * squared_error(model(x[start : start + size]), target[start : start + size]))
+    if squares is not None:
+        squares.append(model.gradient_square())
     return model.step(lr)
 
 
