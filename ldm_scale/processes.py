@@ -8,7 +8,13 @@ from __future__ import annotations
 
 import ctypes
 import os
+import select
 import signal
+import threading
+from contextlib import suppress
+from pathlib import Path
+
+import psutil
 
 _PR_SET_PDEATHSIG = 1
 # Of torchrun and of the deepspeed launcher, in their ranks. Slurm ends its tasks by itself; the parent of a rank that
@@ -28,5 +34,27 @@ def end_with_parent(parent: int, number: signal.Signals = signal.SIGKILL) -> Non
 
 def end_with_launcher() -> None:
     """Nothing; a rank gets SIGTERM when the launcher that has started it is gone: it saves, and ends."""
-    if any(name in os.environ for name in _LAUNCHERS):
-        end_with_parent(os.getppid(), signal.SIGTERM)
+    if not any(name in os.environ for name in _LAUNCHERS):
+        return
+    launcher = os.getppid()
+    end_with_parent(launcher, signal.SIGTERM)
+    if front := _deepspeed_above(launcher):
+        threading.Thread(target=_end_with, args=(front,), name="front", daemon=True).start()
+
+
+def _deepspeed_above(launcher: int) -> psutil.Process | None:
+    """The `deepspeed` command that has started the launch process and waits for it; None if something else has."""
+    try:
+        front = psutil.Process(launcher).parent()
+        # Its interpreter comes first. A shell that has deepspeed in its command may well end before the run.
+        is_deepspeed = front is not None and any(Path(text).name == "deepspeed" for text in front.cmdline()[:3])
+    except psutil.Error:
+        return None
+    return front if is_deepspeed else None
+
+
+def _end_with(process: psutil.Process) -> None:
+    # Not psutil's wait, for which a process that nobody has waited for yet still lives.
+    with suppress(ProcessLookupError):
+        select.select([os.pidfd_open(process.pid)], [], [])
+    os.kill(os.getpid(), signal.SIGTERM)
