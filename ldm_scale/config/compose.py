@@ -32,8 +32,9 @@ CONFIG_DIR = Path(__file__).resolve().parents[2] / "configs"
 def load_config(overrides: Sequence[str]) -> Config:
     """The configuration of one run: train.yaml, then the groups and the experiment chosen, then single values.
 
-    Each override is `group=name` (experiment=demo_text, model=sd1) or `key=value` (zero.stage=2); of two for the same
-    key the later one wins. `experiment` and, where it is not set, `run_dir` (runs/<experiment>) are filled in.
+    Each override is `group=name` (experiment=demo_text, model=sd1) or `key=value` (zero.stage=2). Values are put in
+    place in their order: the later one wins, and `unet={...}` leaves what it does not name. `experiment` and, where it
+    is not set, `run_dir` (runs/<experiment>) are filled in.
 
     Raises: ConfigError in one line: key, value, rule, fix.
     """
@@ -43,7 +44,7 @@ def load_config(overrides: Sequence[str]) -> Config:
             "with `make env` or `pip install --editable .`"
         )
     choices: dict[str, str] = {}
-    values: dict[str, Any] = {}
+    values: list[tuple[str, Any]] = []
     groups = list_groups()
     for override in overrides:
         key, equals, text = override.partition("=")
@@ -54,9 +55,9 @@ def load_config(overrides: Sequence[str]) -> Config:
         if key in groups and not text.startswith("{"):
             choices[key] = _checked_choice(key, text)
         else:
-            values[key] = _parse_value(key, text)
+            values.append((key, _parse_value(key, text)))
     tree = _compose(choices)
-    for key, value in values.items():
+    for key, value in values:
         _set(tree, key, value)
     if "experiment" in choices:
         tree["experiment"] = choices["experiment"]

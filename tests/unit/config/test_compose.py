@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import re
 from pathlib import Path
@@ -10,7 +11,10 @@ import pytest
 
 from ldm_scale.config import compose
 from ldm_scale.config.compose import list_choices, list_experiments, list_groups, load_config
+from ldm_scale.config.schema import TextConditioningConfig
 from ldm_scale.errors import ConfigError
+from tests.helpers.commands import stage1, stage2
+from tests.helpers.runs import AUTOENCODER, TEXT, UNET
 
 
 def test_experiment_selects_groups_and_values() -> None:
@@ -27,6 +31,22 @@ def test_values_win_over_the_experiment_and_the_later_over_the_earlier() -> None
     assert config.zero.stage == 2
     assert config.optimizer.lr == 5e-4
     assert load_config(["experiment=sd1", "experiment=sd2"]).experiment == "sd2"
+
+
+def test_each_of_several_values_of_one_section_holds_in_their_order() -> None:
+    given = ["unet={num_heads: 4, head_dim: null}", "unet.dropout=0.5", "unet={dropout: 0.25, base_channels: 64}"]
+    unet = load_config(given).unet
+    assert (unet.num_heads, unet.head_dim, unet.dropout, unet.base_channels) == (4, None, 0.25, 64)
+    assert load_config([*given, "unet.dropout=0.5"]).unet.dropout == 0.5
+    text = load_config(["conditioning.text={width: 16}", "conditioning.text=null", "conditioning.text={depth: 2}"])
+    assert text.conditioning.text == TextConditioningConfig(depth=2)
+
+
+def test_overrides_of_the_tests_give_the_tiny_networks(tmp_path: Path) -> None:
+    config = load_config(stage2(tmp_path, tmp_path))
+    assert config.unet == dataclasses.replace(UNET, linear_projection=config.unet.linear_projection)
+    assert config.conditioning.text == dataclasses.replace(TEXT, activation="gelu")
+    assert config.autoencoder == load_config(stage1(tmp_path, tmp_path)).autoencoder == AUTOENCODER
 
 
 def test_groups_win_over_the_experiment() -> None:
