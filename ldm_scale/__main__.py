@@ -53,7 +53,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if name not in COMMANDS:
         near = difflib.get_close_matches(name, COMMANDS, n=1)
         fix = f"did you mean {near[0]}?" if near else f"choose {', '.join(COMMANDS)}"
-        print(f"error: ldm-scale has no command {name!r}; {fix}", file=sys.stderr)
+        print(f"error: ldm-scale has no command {public_urls(name)!r}; {fix}", file=sys.stderr)
         return EXIT_USAGE
     return run_command(import_module(f"ldm_scale.{name}").main, rest)
 

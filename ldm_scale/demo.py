@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Sequence
 from pathlib import Path
+
+from ldm_scale.command_line import Parser, output_path
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """0 when everything was made (now or by an earlier call), 130 when it was interrupted and can be continued."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="ldm-scale demo",
         description="Renders OpenMoji, trains an autoencoder and a text-conditional latent diffusion model, samples, "
         "measures and exports. Called again, it continues or reuses. With a CUDA GPU it picks the larger experiment.",
     )
-    parser.add_argument("--data", type=Path, default=Path("data"), help="where the rendered images go (default data)")
-    parser.add_argument("--runs", type=Path, default=Path("runs"), help="where runs and results go (default runs)")
+    parser.add_argument(
+        "--data", type=output_path, default=Path("data"), help="where the rendered images go (default data)"
+    )
+    parser.add_argument(
+        "--runs", type=output_path, default=Path("runs"), help="where runs and results go (default runs)"
+    )
     parser.add_argument(
         "--minutes",
         type=float,

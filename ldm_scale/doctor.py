@@ -19,6 +19,8 @@ if __package__ in (None, ""):
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 from ldm_scale.__main__ import run_command
+from ldm_scale.command_line import Parser
+from ldm_scale.redaction import public_urls
 
 # Sub-command -> what it says of itself; its module is operations/doctor_NAME.py, imported when it is asked for.
 SUBJECTS = {
@@ -35,7 +37,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if argv is None else argv)
     # The deepspeed launcher adds the rank as an argument beside the environment variables that we read.
     arguments = [a for a in arguments if not a.startswith(("--local_rank", "--local-rank"))]
-    parser = argparse.ArgumentParser(prog="ldm-scale doctor", description="Looks before money is spent.", add_help=True)
+    parser = Parser(prog="ldm-scale doctor", description="Looks before money is spent.", add_help=True)
     parser.add_argument("subject", choices=tuple(SUBJECTS), metavar="SUBJECT", help=", ".join(SUBJECTS))
     if not arguments or arguments[0] in ("-h", "--help"):
         print(help_text())
@@ -43,7 +45,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     subject = parser.parse_args(arguments[:1]).subject
     module = import_module(f"ldm_scale.operations.doctor_{subject}")
     about = getattr(module, "ABOUT", f"Examines {SUBJECTS[subject]}.")
-    own = argparse.ArgumentParser(prog=f"ldm-scale doctor {subject}", description=about)
+    own = Parser(prog=f"ldm-scale doctor {subject}", description=about)
     module.add_arguments(own)
     own.add_argument("--json", action="store_true", help="print one JSON object instead of the findings")
     parsed = own.parse_intermixed_args(arguments[1:])
@@ -51,7 +53,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         _add_config(parsed)
     report = module.run(parsed)
     if subject != "machine" or _is_main():
-        print(json.dumps(report.as_dict(), ensure_ascii=False) if parsed.json else report.text())
+        print(public_urls(json.dumps(report.as_dict(), ensure_ascii=False) if parsed.json else report.text()))
     return int(report.exit_code)
 
 

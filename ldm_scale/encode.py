@@ -13,6 +13,7 @@ if __package__ in (None, ""):
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 from ldm_scale.__main__ import run_command
+from ldm_scale.command_line import Parser, output_path
 from ldm_scale.errors import Restart
 
 
@@ -41,7 +42,7 @@ def _count(text: str) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="ldm-scale encode",
         description="Writes a latent cache: moments of the latents of every image of a manifest, with captions and "
         "provenance, to train stage 2 on. Shards that are not encoded yet stand in the new manifest as image shards. "
@@ -49,7 +50,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("artifact", type=Path, metavar="ARTIFACT", help="an autoencoder artifact, or a finished run")
     parser.add_argument("manifest", type=Path, metavar="MANIFEST", help="manifest.json of the image shards")
-    parser.add_argument("--out", type=Path, required=True, help="folder of the cache, new or to be continued")
+    parser.add_argument("--out", type=output_path, required=True, help="folder of the cache, new or to be continued")
     parser.add_argument("--split", action="append", default=[], help="a split to encode; may be repeated (all)")
     parser.add_argument("--resolution", type=_whole, help="pixels along each side (that of the artifact)")
     parser.add_argument("--dtype", choices=("float16", "float32"), default="float16", help="of the moments (float16)")

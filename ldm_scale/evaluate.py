@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from ldm_scale.command_line import Parser, output_path
 from ldm_scale.errors import ConfigError
 
 
@@ -25,13 +26,13 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="ldm-scale evaluate",
         description="Measures trained models. Beside every figure stands the protocol that it was measured under; "
         "figures of different protocols are not compared.",
     )
     actions = parser.add_subparsers(dest="action", required=True)
-    output = argparse.ArgumentParser(add_help=False)
+    output = Parser(add_help=False)
     output.add_argument("--json", action="store_true", help="print one JSON object instead of a table")
     _add_autoencoder(actions.add_parser("autoencoder", parents=[output], help="reconstructions of held-out images"))
     _add_diffusion(
@@ -55,7 +56,7 @@ def _parser() -> argparse.ArgumentParser:
         "latents: how much of a picture's bits is detail that nobody sees, and how much is content.",
     )
     plot.add_argument("results", nargs="+", type=Path, metavar="RESULT", help="a result.json or its folder")
-    plot.add_argument("--out", type=Path, required=True, metavar="PNG", help="the plot")
+    plot.add_argument("--out", type=output_path, required=True, metavar="PNG", help="the plot")
     plot.set_defaults(run=_rate_distortion)
     return parser
 
@@ -99,7 +100,7 @@ def _add_common(parser: argparse.ArgumentParser, data: str, picture: str) -> Non
     parser.add_argument("--features", choices=("efficientnet_lite0", "inception_v3"), default="efficientnet_lite0")
     parser.add_argument("--features-weights", type=Path, metavar="FILE", help="FID's Inception, for inception_v3")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
-    parser.add_argument("--out", type=Path, metavar="DIR", help=f"folder for result.json and {picture}")
+    parser.add_argument("--out", type=output_path, metavar="DIR", help=f"folder for result.json and {picture}")
 
 
 # Imported in each: torch and the networks take seconds, which --help and a wrong command line need not wait for.

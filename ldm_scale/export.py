@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ldm_scale.command_line import Parser, output_path
 from ldm_scale.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -36,7 +37,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="ldm-scale export",
         description="Writes a model as a diffusers folder or as a self-contained folder of safetensors. The folder is "
         "read back and compared with the model; if it computes anything else, nothing is written.",
@@ -48,7 +49,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
         help="a run, a checkpoint, an artifact or an export; or experiment=NAME [key=value ...] with --random-init",
     )
     parser.add_argument("--to", choices=("diffusers", "safetensors"), required=True)
-    parser.add_argument("--out", type=Path, required=True, help="new folder, or an earlier export to replace")
+    parser.add_argument("--out", type=output_path, required=True, help="new folder, or an earlier export to replace")
     parser.add_argument(
         "--weights",
         metavar="raw|ema|ema=STD",

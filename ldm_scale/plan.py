@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import json
 from collections.abc import Sequence
 
+from ldm_scale.command_line import Parser
 from ldm_scale.config.compose import load_config
 from ldm_scale.config.fit import batch_plan
 from ldm_scale.config.schema import Config
@@ -28,9 +28,7 @@ _PARTS = {
 
 def main(argv: Sequence[str]) -> int:
     """0, after printing the table or, with --json, one JSON object."""
-    parser = argparse.ArgumentParser(
-        prog="ldm-scale plan", description="Parameters, forward FLOPs and memory of a configuration."
-    )
+    parser = Parser(prog="ldm-scale plan", description="Parameters, forward FLOPs and memory of a configuration.")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="such as experiment=sd2 data.resolution=256")
     parser.add_argument("--ranks", type=int, default=1, help="that share the memory under ZeRO (1)")
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of the table")

@@ -12,7 +12,8 @@ _DELIMITER = re.compile(r"[/?#;]")
 _HOST = r"(?:\[[^\]/@]*\]|[^/?#;@:\[]+)(?::\d+(?=/|$))?"
 _PLACE = re.compile(_HOST + r"(?:/[^@?#;]*)?(?=[?#;]|$)")
 _AFTER_USER = re.compile(rf"@({_HOST}/[^@?#;]*)(?=[?#;]|$)")
-_URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://[^\s'\"<>\\^`|]*")
+# With one slash too: a path makes one of two.
+_URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*:/[^\s'\"<>\\^`|]*")
 # Credentials that stand in a text without their URL; the value goes, the name stays.
 _SECRET = re.compile(
     r"(?i)\b((?:x-(?:amz|goog)-[a-z-]+|awsaccesskeyid|googleaccessid|signature|sig|policy|key-pair-id"
@@ -48,12 +49,13 @@ def public_name(name: str) -> str:
 
 def public_urls(text: str) -> str:
     """The text with every URL in it made public."""
-    return _URL.sub(_public, text) if "://" in text else text
+    return _URL.sub(_public, text) if ":/" in text else text
 
 
 def _public(match: re.Match[str]) -> str:
     url = match[0].rstrip(";,.)")  # the sentence's
-    return public_name(url) + match[0][len(url) :]
+    scheme, slash, rest = re.split("(://?)", url, maxsplit=1)
+    return public_name(f"{scheme}://{rest}").replace("://", slash, 1) + match[0][len(url) :]
 
 
 def redact(text: str) -> str:

@@ -9,13 +9,15 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from ldm_scale.command_line import Parser, output_path
+
 EXAMPLE = """example: the last step that runs/demo_text skipped, and the one that has image 40960 of the training stream
   ldm-scale replay runs/demo_text
   ldm-scale replay runs/demo_text --image 40960 --json"""
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="ldm-scale replay",
         formatter_class=argparse.RawDescriptionHelpFormatter,
         description="Makes one global batch of a run again, on one process: the same images with the same noise and\n"
@@ -30,7 +32,7 @@ def _parser() -> argparse.ArgumentParser:
         metavar="N",
         help="the step that has this image of the training stream; default: the last of RUN/skipped_steps.jsonl",
     )
-    parser.add_argument("--out", type=Path, metavar="PNG", help="the picture; default: RUN/replay-IMAGE.png")
+    parser.add_argument("--out", type=output_path, metavar="PNG", help="the picture; default: RUN/replay-IMAGE.png")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     parser.add_argument("--precision", choices=("fp32", "bf16"), help="default: the run's")
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of a table")

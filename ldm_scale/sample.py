@@ -9,6 +9,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from ldm_scale.command_line import Parser, output_path
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """0 after the grid (and, if asked for, each image) was written."""
@@ -24,7 +26,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="ldm-scale sample",
         description="Draws images for what the model is conditioned on; it says what it needs. Image i depends on seed "
         "+ i, on the i-th of every list below (shorter lists are repeated) and on the model alone: not on the batch, "
@@ -38,8 +40,10 @@ def _parser() -> argparse.ArgumentParser:
         "--weights", metavar="raw|ema|ema=STD", help="of a checkpoint; default: its first average, or raw"
     )
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
-    parser.add_argument("--out", type=Path, default=Path("grid.png"), help="picture with all images and their prompts")
-    parser.add_argument("--images-dir", type=Path, help="also write every image as a PNG of its own here")
+    parser.add_argument(
+        "--out", type=output_path, default=Path("grid.png"), help="picture with all images and their prompts"
+    )
+    parser.add_argument("--images-dir", type=output_path, help="also write every image as a PNG of its own here")
     parser.add_argument("--json", action="store_true", help="print one JSON object about what was made")
     _add_conditions(parser.add_argument_group("what the images show (each may be given several times)"))
     _add_picture(parser.add_argument_group("size and start"))

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -50,7 +51,7 @@ def load_config(overrides: Sequence[str]) -> Config:
         key, equals, text = override.partition("=")
         if key[:1] in ("+", "~"):
             raise ConfigError(f"{override!r}: no key can be added or deleted; write {override.lstrip('+~')}")
-        if not equals or not key:
+        if not equals or not re.fullmatch(r"[\w.]+", key):
             raise ConfigError(f"{override!r}: an override is key=value, such as experiment=demo_text or zero.stage=2")
         if key in groups and not text.startswith("{"):
             choices[key] = _checked_choice(key, text)

@@ -8,6 +8,7 @@ or corrected in silence.
 
 from __future__ import annotations
 
+from ldm_scale.command_line import output_path
 from ldm_scale.conditioning.tokenizers import build_tokenizer
 from ldm_scale.config.fit import batch_plan, check_latent_resolution, neighbours
 from ldm_scale.config.networks import (
@@ -197,6 +198,7 @@ def _check_run(config: Config) -> None:
         )
     if not config.run_dir:
         raise ConfigError("run_dir='': a run needs a folder; choose experiment=NAME, or set run_dir=PATH")
+    output_path(config.run_dir, "run_dir=")
     if not config.data.manifest:
         raise ConfigError(
             "data.manifest='': training needs a data set; set data.manifest=PATH to a manifest.json that "

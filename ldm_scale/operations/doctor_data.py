@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from tqdm import tqdm
 
+from ldm_scale.command_line import output_path
 from ldm_scale.config.schema import DataConfig
 from ldm_scale.data import Dataset, open_manifest
 from ldm_scale.data.decode import DecodeSettings, decode_sample
@@ -63,7 +64,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--samples", type=int, default=DEFAULT_SAMPLES, help=f"decoded per split ({DEFAULT_SAMPLES}); 0 = all"
     )
-    parser.add_argument("--sheet", type=Path, metavar="PNG", help="also draw pictures, distributions and look-alikes")
+    parser.add_argument(
+        "--sheet", type=output_path, metavar="PNG", help="also draw pictures, distributions and look-alikes"
+    )
     parser.add_argument("--checksums", action="store_true", help="also read every byte: SHA-256 and index of each tar")
 
 

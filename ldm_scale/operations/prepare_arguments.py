@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from ldm_scale.command_line import Parser, output_path
 from ldm_scale.data.sources.openmoji import SHIPPED_SUBSETS, WITHOUT_SKIN_TONES
 from ldm_scale.data.sources.openmoji_scenes import DEFAULT_SUBSET
 from ldm_scale.data.sources.scenes import BACKGROUNDS
@@ -66,28 +67,28 @@ def _named_number(text: str) -> tuple[str, float]:
 
 def build_parser() -> argparse.ArgumentParser:
     """The command line of `ldm-scale prepare`."""
-    parser = argparse.ArgumentParser(
-        prog="ldm-scale prepare", description="Write webdataset shards and their manifest."
-    )
+    parser = Parser(prog="ldm-scale prepare", description="Write webdataset shards and their manifest.")
     sources = parser.add_subparsers(dest="source", required=True)
 
-    written = argparse.ArgumentParser(add_help=False)
+    written = Parser(add_help=False)
     written.add_argument("--resolution", type=_resolution, required=True, help="pixels along each side")
-    written.add_argument("--out", type=Path, required=True, help="folder to make; reused if it answers this request")
+    written.add_argument(
+        "--out", type=output_path, required=True, help="folder to make; reused if it answers this request"
+    )
     written.add_argument("--samples-per-shard", type=_positive, default=256, help="default 256")
     written.add_argument("--workers", type=_positive, help="processes that make shards (one per processor)")
-    licensed = argparse.ArgumentParser(add_help=False)
+    licensed = Parser(add_help=False)
     licensed.add_argument(
         "--license", metavar="TEXT", help="licence of the pictures, for the manifest: SPDX's or words"
     )
-    rendered = argparse.ArgumentParser(add_help=False, parents=[written])
+    rendered = Parser(add_help=False, parents=[written])
     rendered.add_argument(
         "--heldout-percent", type=_percent, help="share of the held-out split (5; of a listed subset 0)"
     )
-    lists = argparse.ArgumentParser(add_help=False)
+    lists = Parser(add_help=False)
     lists.add_argument("--object-classes", type=Path, metavar="FILE", help="classes of the boxes, one name per line")
     lists.add_argument("--map-labels", type=Path, metavar="FILE", help="labels of the maps, one name per line, from 0")
-    output = argparse.ArgumentParser(add_help=False)
+    output = Parser(add_help=False)
     output.add_argument("--json", action="store_true", help="print one JSON object instead of words")
 
     openmoji = sources.add_parser("openmoji", parents=[rendered, output], help="render OpenMoji's colour emoji")
@@ -129,7 +130,7 @@ def build_parser() -> argparse.ArgumentParser:
     _add_buckets(sources.add_parser("buckets", parents=[output], help="a manifest with aspect-ratio buckets"))
     mix = sources.add_parser("mix", parents=[output], help="a manifest that draws from others in fixed shares")
     mix.add_argument("manifests", type=_named_number, nargs="+", metavar="MANIFEST=WEIGHT", help="weights above 0")
-    mix.add_argument("--out", type=Path, required=True, metavar="MANIFEST", help="manifest to write")
+    mix.add_argument("--out", type=output_path, required=True, metavar="MANIFEST", help="manifest to write")
     return parser
 
 
@@ -146,7 +147,9 @@ def _add_table(parser: argparse.ArgumentParser) -> None:
 def _add_index(parser: argparse.ArgumentParser) -> None:
     """Nothing; the parser knows the options of the index."""
     parser.add_argument("shards", nargs="+", metavar="SHARDS", help="uncompressed tars: paths, URLs, globs, {00..99}")
-    parser.add_argument("--out", type=Path, required=True, metavar="MANIFEST", help="manifest to write or to add to")
+    parser.add_argument(
+        "--out", type=output_path, required=True, metavar="MANIFEST", help="manifest to write or to add to"
+    )
     parser.add_argument("--split", default="train", help="name of the split that the shards make (train)")
     parser.add_argument("--workers", type=_positive, help="processes (one per core)")
     parser.add_argument(
@@ -165,7 +168,7 @@ def _add_index(parser: argparse.ArgumentParser) -> None:
 def _add_filter(parser: argparse.ArgumentParser) -> None:
     """Nothing; the parser knows the options of the filter."""
     parser.add_argument("manifest", type=Path, metavar="MANIFEST", help="manifest of the images to choose from")
-    parser.add_argument("--out", type=Path, required=True, metavar="MANIFEST2", help="manifest to write")
+    parser.add_argument("--out", type=output_path, required=True, metavar="MANIFEST2", help="manifest to write")
     parser.add_argument("--split", action="append", metavar="NAME", help="may be repeated (default: every split)")
     parser.add_argument("--min-side", type=_positive, metavar="PX", help="shorter side at least")
     parser.add_argument("--max-side", type=_positive, metavar="PX", help="longer side at most")
@@ -189,7 +192,7 @@ def _add_filter(parser: argparse.ArgumentParser) -> None:
 def _add_buckets(parser: argparse.ArgumentParser) -> None:
     """Nothing; the parser knows the options of the buckets."""
     parser.add_argument("manifest", type=Path, metavar="MANIFEST", help="manifest of the images to group")
-    parser.add_argument("--out", type=Path, required=True, metavar="MANIFEST2", help="manifest to write")
+    parser.add_argument("--out", type=output_path, required=True, metavar="MANIFEST2", help="manifest to write")
     parser.add_argument("--resolution", type=_resolution, required=True, help="side of the square of the largest area")
     parser.add_argument("--step", type=_positive, default=64, help="sides are multiples of it (64)")
     parser.add_argument("--max-aspect", type=_aspect, default=2.0, help="longer side by shorter at most (2)")

@@ -179,3 +179,23 @@ def test_no_secret_is_in_an_error(place: Place, name: str) -> None:
     assert [one.status > 0 for one in said] == [True] * 2
     assert name in said[0].output
     assert [one.places for one in said] == [[], []]
+
+
+@pytest.mark.timeout(600)
+def test_no_secret_is_in_a_refusal_or_a_name(place: Place) -> None:
+    """URLs where paths belong: of inputs, which are not found, and of outputs, of which no folder is made."""
+    url = place.url("good.tar")
+    said = [
+        place.run("train", *stage2(place.folder, place.folder / "run-3", f"run_dir={url}")),
+        place.run("train", *stage2(place.folder, place.folder / "run-3", f"artifact={url}")),
+        place.run("export", str(place.folder / "artifact"), "--to", "safetensors", "--out", url),
+        place.run("encode", str(place.folder / "artifact"), url, "--out", str(place.folder / "cache-2")),
+        place.run("sample", url, "--prompt", "a"),
+        place.run("evaluate", "autoencoder", url, "--data", url),
+        place.run("replay", url),
+        place.run("doctor", "data", url),
+        place.run("doctor", "data", url, "--json"),
+    ]
+    assert [one.status > 0 and "error" in one.output for one in said] == [True] * len(said), said
+    assert [one.places for one in said] == [[]] * len(said)
+    assert [path for path in place.folder.rglob("*") if CANARY in path.name] == []

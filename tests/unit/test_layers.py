@@ -16,7 +16,7 @@ ROOT = Path(__file__).resolve().parents[2]
 # neighbours in a row do not know each other. An entry stands for the module or the package of that name.
 LAYERS = (
     ("ldm_scale.errors", "ldm_scale.redaction", "ldm_scale.config.schema"),
-    ("ldm_scale.config.convert", "ldm_scale.config.ranges", "ldm_scale.config.fit"),
+    ("ldm_scale.config.convert", "ldm_scale.config.ranges", "ldm_scale.config.fit", "ldm_scale.command_line"),
     ("ldm_scale.config.networks",),
     ("ldm_kernels", "ldm_scale.diffusion"),
     ("ldm_scale.telemetry", "ldm_scale.faults", "ldm_scale.processes"),

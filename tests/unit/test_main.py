@@ -27,6 +27,7 @@ def test_the_table_lists_exactly_the_commands_of_the_folder() -> None:
     files = {path.stem for path in PACKAGE.glob("*.py")} - {
         "__init__",
         "__main__",
+        "command_line",
         "errors",
         "faults",
         "processes",

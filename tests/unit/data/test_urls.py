@@ -127,4 +127,5 @@ def test_no_password_shows_however_it_is_written(password: str, place: str, afte
     for scheme in ("http", "s3"):
         assert public_name(f"{scheme}://user:{password}@{place}{after}") == f"{scheme}://{place}"
         assert public_name(f"{scheme}://{place}{after}") == f"{scheme}://{place}"
-        assert "canary" not in redact(f"GET {scheme}://user:{password}@{place}{after} failed")
+        url = f"{scheme}://user:{password}@{place}{after}"
+        assert "canary" not in redact(f"GET {url} failed, {Path(url)} too")
