@@ -21,7 +21,7 @@ from ldm_scale import faults
 from ldm_scale.engine.background_save import BackgroundSave, HostMemory
 from ldm_scale.engine.ema import EMA, ShardedEma
 from ldm_scale.engine.folder_write import remove_folder, write_folder
-from ldm_scale.engine.rank_files import Piece, Reader, complete_folders, folder_of, read_manifest
+from ldm_scale.engine.rank_files import Piece, Reader, complete_folders, images_of, read_manifest
 from ldm_scale.engine.tensor_file import sync_folder
 from ldm_scale.engine.zero import Fragment, ShardedModel
 from ldm_scale.errors import CheckpointError
@@ -196,7 +196,7 @@ def retire_older(root: Path, images: int, rank: int, keep: int | None) -> None:
         get_logger(rank).error(f"{root.parent / PROGRESS} not written ({error}); the checkpoint is complete")
     if keep is None:
         return
-    older = [folder for folder in complete_folders(root) if folder < folder_of(root, images)]
+    older = [folder for folder in complete_folders(root) if images_of(folder) < images]
     for folder in older[: max(0, len(older) - max(keep, 1) + 1)]:
         remove_folder(folder)
 

@@ -8,6 +8,7 @@
 Pieces are keyed by tensor name and offset, so any number of ranks and any ZeRO stage can read what any other wrote.
 Nothing in a folder is a pickle. Checkpoints and snapshots are such folders; `folder_write` writes them. Names beside
 theirs: ".tmp-..." is being written or removed and never counts, "damaged-..." was found damaged and is kept for a look.
+Any other name, such as a copy's, is a person's: never read, never removed.
 """
 
 from __future__ import annotations
@@ -56,9 +57,18 @@ def folder_of(root: Path, images: int) -> Path:
     return root / f"{PREFIX}{images:010d}"
 
 
+def has_own_name(folder: Path) -> bool:
+    """Whether it is called as `folder_of` calls folders."""
+    digits = folder.name.removeprefix(PREFIX)
+    return digits.isdecimal() and folder.name == folder_of(folder.parent, int(digits)).name
+
+
 def complete_folders(root: Path) -> list[Path]:
     """Complete folders below root, by images."""
-    return sorted(p for p in root.glob(f"{PREFIX}*") if (p / MANIFEST).is_file()) if root.is_dir() else []
+    if not root.is_dir():
+        return []
+    folders = (p for p in root.glob(f"{PREFIX}*") if has_own_name(p) and (p / MANIFEST).is_file())
+    return sorted(folders, key=images_of)
 
 
 def images_of(folder: Path) -> int:

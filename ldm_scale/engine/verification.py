@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 from ldm_scale.engine import collectives
 from ldm_scale.engine.checkpoint import PROGRESS
 from ldm_scale.engine.folder_write import restore_replaced
-from ldm_scale.engine.rank_files import PREFIX, DamagedError, check_file, images_of, read_manifest
+from ldm_scale.engine.rank_files import DamagedError, check_file, has_own_name, images_of, read_manifest
 from ldm_scale.errors import CheckpointError
 from ldm_scale.telemetry.log import get_logger
 
@@ -60,8 +60,7 @@ def _candidates(root: Path) -> list[Path]:
         return []
     restore_replaced(root)
     # iterdir and not glob, which takes a folder that it must not list for an empty one.
-    named = [p for p in root.iterdir() if p.name.startswith(PREFIX) and p.name.removeprefix(PREFIX).isdecimal()]
-    return sorted((p for p in named if p.is_dir()), reverse=True)
+    return sorted((p for p in root.iterdir() if has_own_name(p) and p.is_dir()), key=images_of, reverse=True)
 
 
 def _examine(path: Path, rank: int) -> tuple[dict[str, Any], list[str]]:

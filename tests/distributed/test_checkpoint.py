@@ -159,6 +159,9 @@ def test_a_checkpoint_without_what_the_run_remembers_is_refused(tmp_path: Path) 
         run_ranks(_load_without_buffer, 1, path)
 
 
+COPIES = ("0000000004.bak", "0000000004-good", "4", "best")  # such as people make, whole, beside the checkpoints
+
+
 def _save_often(root: Path) -> list[list[str]]:
     trained = _start(network(), 1)
     left = []
@@ -174,11 +177,14 @@ def test_old_checkpoints_and_what_a_killed_save_left_are_removed(tmp_path: Path)
     killed = tmp_path / ".tmp-images-0000000004"
     killed.mkdir()
     (killed / "rank-00000.safetensors").write_bytes(b"half")
-    (tmp_path / "images-0000000012").mkdir()  # not ours to judge: no manifest
+    others = ["images-0000000012", *(f"images-{name}" for name in COPIES)]
+    for name in others:
+        (tmp_path / name).mkdir()
+    for name in others[1:]:  # the first is not ours to judge: no manifest
+        (tmp_path / name / "manifest.json").write_text("{}")
     lists = run_ranks(_save_often, 1, tmp_path)[0]
     names = [f"images-{n:010d}" for n in (0, 8, 16, 1_000_000_000)]
-    other = "images-0000000012"
-    assert lists == [sorted([*kept, other]) for kept in ([names[0]], names[0:2], names[1:3], names[2:4], names[2:4])]
+    assert lists == [sorted([*kept, *others]) for kept in ([names[0]], names[0:2], names[1:3], names[2:4], names[2:4])]
     assert latest_checkpoint(tmp_path) == tmp_path / names[3]
     assert read_full_tensors(tmp_path / names[3], "net", "raw").keys() == dict(network().named_parameters()).keys()
 
@@ -191,6 +197,9 @@ def test_the_latest_checkpoint_is_the_newest_with_a_manifest(tmp_path: Path) -> 
     assert latest_checkpoint(tmp_path) is None
     for images in (900, 10_000):
         (tmp_path / f"images-{images:010d}" / "manifest.json").write_text("{}")
+    for name in COPIES:
+        (tmp_path / f"images-{name}").mkdir()
+        (tmp_path / f"images-{name}" / "manifest.json").write_text("{}")
     assert latest_checkpoint(tmp_path) == tmp_path / "images-0000010000"
 
 

@@ -15,7 +15,7 @@ from ldm_scale.config.convert import config_to_dict
 from ldm_scale.config.schema import Config, TrainConfig
 from ldm_scale.engine import env, verification
 from ldm_scale.engine.checkpoint import PROGRESS, Trained, load_checkpoint, save_checkpoint
-from ldm_scale.engine.rank_files import MANIFEST
+from ldm_scale.engine.rank_files import MANIFEST, complete_folders, images_of
 from ldm_scale.engine.verification import newest_verified
 from ldm_scale.errors import CheckpointError
 from tests.helpers.faulty import faults_set
@@ -100,6 +100,17 @@ def test_every_damage_to_every_file_is_found_by_all_ranks(tmp_path: Path, intact
                 assert outcome == OLD, (file, damage, outcome)
                 assert sorted(p.name for p in root.iterdir()) == [f"damaged-{NEW}", OLD]
     assert run_ranks(_choose, ranks, intact / "checkpoints") == [NEW] * ranks
+
+
+def test_copies_under_other_names_are_left_alone(tmp_path: Path, intact: Path) -> None:
+    root = shutil.copytree(intact, tmp_path / "run") / "checkpoints"
+    for name in (f"{NEW}.bak", f"{NEW}-good", "images-24", "images-best"):
+        shutil.copytree(root / NEW, root / name)
+        _flip(root / name / FILES[0], 0.5)
+    before = sorted(p.name for p in root.iterdir())
+    assert run_ranks(_choose, 2, root) == [NEW] * 2
+    assert sorted(p.name for p in root.iterdir()) == before
+    assert [images_of(folder) for folder in complete_folders(root)] == [8, 16]
 
 
 def test_folders_that_were_exchanged_as_wholes_are_found(tmp_path: Path, intact: Path) -> None:
