@@ -364,8 +364,9 @@ class SpikesConfig:
     Stage 2 compares each image's loss with what its level of noise usually gives.
     """
 
-    # log: the step is made all the same. skip: it is not. rollback: the run goes back to its last checkpoint's weights
-    # and passes over the images between. A step that is not finite is skipped in any case.
+    # log: the step is made all the same. skip: it is not. rollback: the run goes back to the weights of the last
+    # checkpoint that fell due by train.checkpoint_every_images, of which the newest is kept for it, and passes over the
+    # images between. A step that is not finite is skipped in any case.
     action: Literal["log", "skip", "rollback"] = "log"
     factor: float = 8.0  # robust standard deviations above the median
     window_steps: int = 128  # accepted steps that are compared with; nothing is judged before half of them

@@ -209,6 +209,12 @@ def _check_run(config: Config) -> None:
             f"artifact='': stage={config.stage} works in the latent space of a trained autoencoder; set "
             "artifact=FOLDER, such as runs/kl_f8/artifact"
         )
+    if config.spikes.action == "rollback" and not config.train.checkpoint_every_images:
+        raise ConfigError(
+            "spikes.action=rollback needs train.checkpoint_every_images above 0: the run goes back to checkpoints that "
+            "fall due by images, since those of stops and of the clock lie elsewhere each time; set it, or "
+            "spikes.action=skip"
+        )
     _check_ema(config)
     text = config.conditioning.text
     if text is not None and text.tokenizer == "wordpiece":

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -29,6 +29,11 @@ from ldm_scale.telemetry.log import get_logger
 
 WEIGHT, BUFFER = "weight", "buffer"
 PROGRESS = "progress.json"  # of a run: that it had checkpoints, so that losing them all does not pass for a beginning
+
+
+def _none(images: int) -> bool:
+    """What `is_spared` is where only the newest stay."""
+    return False
 
 
 @dataclass
@@ -93,10 +98,12 @@ def save_checkpoint(
     state: dict[str, Any],
     config: dict[str, Any],
     keep: int | None,
+    is_spared: Callable[[int], bool] = _none,
 ) -> Path:
     """Folder of the written checkpoint; older ones beyond the newest `keep` are removed afterwards.
 
     With None it is not read back, and so none is removed: where there is no time, and the next start looks at it.
+    Of those whose images `is_spared`, the newest stays besides.
 
     Raises: CheckpointError on all ranks if any rank could not write; nothing half-written stays.
     Collective: all ranks.
@@ -108,7 +115,7 @@ def save_checkpoint(
         images,
         rank,
         *values,
-        after=lambda: retire_older(root, images, rank, keep),
+        after=lambda: retire_older(root, images, rank, keep, is_spared),
         read_back=keep is not None,
     )
 
@@ -121,6 +128,7 @@ def start_save(
     config: dict[str, Any],
     keep: int,
     memory: HostMemory,
+    is_spared: Callable[[int], bool] = _none,
 ) -> BackgroundSave:
     """A save of what the tensors hold now, by threads, from copies in `memory`; it ends as `save_checkpoint` does.
 
@@ -130,7 +138,7 @@ def start_save(
     rank = _rank(trained)
     values = _pieces(trained, rank), _content(trained, state, config)
     return BackgroundSave(
-        root, images, rank, *values, after=lambda: retire_older(root, images, rank, keep), memory=memory
+        root, images, rank, *values, after=lambda: retire_older(root, images, rank, keep, is_spared), memory=memory
     )
 
 
@@ -182,7 +190,9 @@ def _content(trained: Mapping[str, Trained], state: dict[str, Any], config: dict
     return {"models": models, "state": state, "config": config}
 
 
-def retire_older(root: Path, images: int, rank: int, keep: int | None) -> None:
+def retire_older(
+    root: Path, images: int, rank: int, keep: int | None, is_spared: Callable[[int], bool] = _none
+) -> None:
     """Nothing; the run's record knows of the checkpoint, and those before it beyond `keep` are gone (None: all stay).
 
     Only now: each rank has read the new one back from the disk. What is newer than it is not of this run's making.
@@ -194,11 +204,16 @@ def retire_older(root: Path, images: int, rank: int, keep: int | None) -> None:
         _record_progress(root.parent, images)
     except OSError as error:
         get_logger(rank).error(f"{root.parent / PROGRESS} not written ({error}); the checkpoint is complete")
-    if keep is None:
-        return
-    older = [folder for folder in complete_folders(root) if images_of(folder) < images]
-    for folder in older[: max(0, len(older) - max(keep, 1) + 1)]:
-        remove_folder(folder)
+    if keep is not None:
+        _remove_older(root, images, keep, is_spared)
+
+
+def _remove_older(root: Path, images: int, keep: int, is_spared: Callable[[int], bool]) -> None:
+    folders = [folder for folder in complete_folders(root) if images_of(folder) <= images]
+    spared = [folder for folder in folders if is_spared(images_of(folder))][-1:]
+    for folder in folders[: max(0, len(folders) - max(keep, 1))]:
+        if folder not in spared:
+            remove_folder(folder)
 
 
 def _record_progress(run_dir: Path, images: int) -> None:

@@ -1,4 +1,4 @@
-"""Which checkpoint a run continues from: the newest whose every byte is what was written, or an error.
+"""Which checkpoint a run continues from, or goes back to: the newest whose every byte is what was written, or an error.
 
 The ranks divide a folder's files among themselves and read all of them before any weight is touched. A damaged folder
 is renamed out of the way, for a person to look at, and the one before is taken. A run that had checkpoints and has none
@@ -37,21 +37,37 @@ def newest_verified(root: Path, rank: int) -> Verified | None:
     Raises: CheckpointError on all ranks if none is whole though the run had some, or files cannot be read at all.
     Collective: all ranks.
     """
-    found = collectives.broadcast_object(_outcome(lambda: _candidates(root)) if rank == 0 else None)
-    _require_readable([found])
-    damaged = []
-    for path in found["value"]:
-        manifest, damages = _examine(path, rank)
-        if not damages:
-            return Verified(path, manifest)
-        damaged.append(f"{path.name}: {damages[0]}")
-        if rank == 0:
-            kept = _set_aside(path)
-            get_logger(rank).error(f"DAMAGED CHECKPOINT {path}: {'; '.join(damages)}; kept as {kept}, trying others")
+    newest, damaged = newest_whole(root, rank)
+    if newest is not None:
+        return newest
     had = collectives.broadcast_object(_traces(root) if rank == 0 else None)
     if damaged or had:
         raise CheckpointError(_none_left(root, damaged, had))
     return None
+
+
+def newest_whole(
+    root: Path, rank: int, counts: Callable[[int], bool] = lambda images: True
+) -> tuple[Verified | None, list[str]]:
+    """The newest whole checkpoint of those whose images count, if any is; and which were damaged: they are set aside.
+
+    Raises: CheckpointError on all ranks if files cannot be read at all.
+    Collective: all ranks.
+    """
+    found = collectives.broadcast_object(_outcome(lambda: _candidates(root)) if rank == 0 else None)
+    _require_readable([found])
+    damaged: list[str] = []
+    for path in found["value"]:
+        if not counts(images_of(path)):
+            continue
+        manifest, damages = _examine(path, rank)
+        if not damages:
+            return Verified(path, manifest), damaged
+        damaged.append(f"{path.name}: {damages[0]}")
+        if rank == 0:
+            kept = _set_aside(path)
+            get_logger(rank).error(f"DAMAGED CHECKPOINT {path}: {'; '.join(damages)}; kept as {kept}, trying others")
+    return None, damaged
 
 
 def _candidates(root: Path) -> list[Path]:

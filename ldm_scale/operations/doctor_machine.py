@@ -176,7 +176,8 @@ def check_folders(report: Report, config: Config, size: RunSize) -> None:
     moments_and_weights = 3 + len(average_names(config.ema))
     checkpoint = 4 * moments_and_weights * size.trained.parameters
     snapshots = snapshot_bytes(config.ema, config.train.total_images, size.trained.parameters)
-    wanted = checkpoint * (config.train.keep_checkpoints + 1) + snapshots
+    count = config.train.keep_checkpoints + 1 + (config.spikes.action == "rollback")  # being written; to go back to
+    wanted = checkpoint * count + snapshots
     folders = {"run_dir": Path(config.run_dir)}
     if config.data.manifest and local_path(config.data.manifest) is not None:
         folders["data.manifest"] = Path(config.data.manifest).parent
@@ -191,7 +192,7 @@ def check_folders(report: Report, config: Config, size: RunSize) -> None:
         if name == "run_dir" and free < wanted:
             note = report.error if free < checkpoint else report.warning
             note(
-                f"{free / _GIB:.2f} GiB free; {config.train.keep_checkpoints + 1} checkpoints"
+                f"{free / _GIB:.2f} GiB free; {count} checkpoints"
                 f"{' and all snapshots' if snapshots else ''} take {wanted / _GIB:.2f}",
                 place,
                 "free some or set run_dir elsewhere",

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 
 from ldm_scale.config.convert import config_to_dict
@@ -20,6 +21,7 @@ from ldm_scale.engine.checkpoint import Trained, save_checkpoint, start_save
 from ldm_scale.errors import CheckpointError
 from ldm_scale.planning.checkpoint_interval import best_interval_s, mean_time_between_failures_s
 from ldm_scale.telemetry.log import get_logger
+from ldm_scale.training.rollback import is_target
 from ldm_scale.training.state import TrainingState
 
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 10.0, 600.0  # after a save that failed; each is twice the one before
@@ -34,6 +36,7 @@ class Saving:
         self._log = get_logger(rank)
         self._pending: BackgroundSave | None = None
         self._memory = HostMemory()
+        self._is_spared = partial(is_target, config)
         self._saved_images = -1
         self._last_s = time.monotonic()
         self._retry_s: float | None = None
@@ -83,7 +86,7 @@ class Saving:
             if self._config.train.async_checkpoints:
                 values = state.to_dict(), config_to_dict(self._config)
                 keep = self._config.train.keep_checkpoints
-                self._pending = start_save(self._root, images, trained, *values, keep, self._memory)
+                self._pending = start_save(self._root, images, trained, *values, keep, self._memory, self._is_spared)
             else:
                 self._write(trained, state)
         except CheckpointError as error:
@@ -122,7 +125,7 @@ class Saving:
     def _write(self, trained: Mapping[str, Trained], state: TrainingState, hurried: bool = False) -> None:
         values = state.to_dict(), config_to_dict(self._config)
         keep = None if hurried else self._config.train.keep_checkpoints
-        save_checkpoint(self._root, state.cur_images, trained, *values, keep)
+        save_checkpoint(self._root, state.cur_images, trained, *values, keep, self._is_spared)
         self._succeeded(state.cur_images)
         self._last_s = time.monotonic()
 

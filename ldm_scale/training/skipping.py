@@ -20,7 +20,6 @@ from torch import Tensor
 from ldm_scale.config.schema import Config
 from ldm_scale.data import Batch
 from ldm_scale.engine import collectives
-from ldm_scale.engine.checkpoint import Trained, latest_checkpoint, load_checkpoint
 from ldm_scale.engine.spikes import NUM_LEVELS, judge
 from ldm_scale.errors import NumericsError
 from ldm_scale.telemetry.log import get_logger
@@ -142,7 +141,7 @@ class StepGuard:
         """One line for people."""
         state, batch = self._state, self._config.train.global_batch
         where = f"step {state.step} (images {state.cur_images} to {state.cur_images + batch - 1})"
-        done = {"log": "was made all the same", "skip": "is skipped", "rollback": "leads back to the last checkpoint"}
+        done = {"log": "was made all the same", "skip": "is skipped", "rollback": "leads back to an earlier checkpoint"}
         found = [f"{name} on rank {', '.join(map(str, given))}" for name, given in ranks.items() if given]
         bad = [s for s in samples if isinstance(s["loss"], str)] or samples
         named = ", ".join(f"{s['key']} (image {s['image']})" for s in bad[:NAMED_KEYS])
@@ -170,34 +169,6 @@ class StepGuard:
         temporary = self._path.with_suffix(".tmp")
         temporary.write_text("".join(json.dumps(record) + "\n" for record in kept), encoding="utf-8")
         temporary.replace(self._path)
-
-
-def roll_back(root: Path, state: TrainingState, trained: Mapping[str, Trained], config: Config) -> None:
-    """Nothing; weights, optimizers, averages and the history of losses are those of the last checkpoint below `root`.
-
-    The position stays: the images since then are passed over, those of the running step too. A run that is resumed at
-    that checkpoint makes the same steps, meets the same spike and goes back likewise. Without a checkpoint the step is
-    skipped and no more.
-    Raises: NumericsError if it came back to this checkpoint train.max_skipped_steps times. Collective: all ranks.
-    """
-    path = collectives.broadcast_object(latest_checkpoint(root))
-    if path is None:
-        get_logger().info(f"there is no checkpoint in {root} to go back to; the step is skipped")
-        return
-    saved = TrainingState.from_dict(load_checkpoint(path, trained))
-    state.spikes = saved.spikes
-    state.passed_over.append([saved.cur_images, state.cur_images + config.train.global_batch])
-    get_logger().info(
-        f"went back to the weights of {path}; images {saved.cur_images} to {state.passed_over[-1][1] - 1}"
-        " are passed over"
-    )
-    times, limit = sum(begin == saved.cur_images for begin, _ in state.passed_over), config.train.max_skipped_steps
-    if times >= limit:
-        raise NumericsError(
-            f"the run went back to {path} {times} times (train.max_skipped_steps={limit}) without reaching its next "
-            f"checkpoint; look at the images with `ldm-scale replay {config.run_dir}`, save more often "
-            "(train.checkpoint_every_images), or set a smaller optimizer.lr"
-        )
 
 
 def read_records(run_dir: Path) -> list[dict[str, Any]]:

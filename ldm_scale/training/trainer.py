@@ -41,9 +41,10 @@ from ldm_scale.telemetry.tensorboard import ScalarWriter
 from ldm_scale.telemetry.throughput import TrainProgress
 from ldm_scale.training.diagnosis import Finding
 from ldm_scale.training.resumption import require_same_artifact, require_same_run
+from ldm_scale.training.rollback import roll_back
 from ldm_scale.training.sample_losses import SampleLosses
 from ldm_scale.training.saving import Saving
-from ldm_scale.training.skipping import StepGuard, roll_back
+from ldm_scale.training.skipping import StepGuard
 from ldm_scale.training.state import TrainingState
 from ldm_scale.training.task import Task
 
@@ -163,6 +164,7 @@ class Trainer:
         else:
             self.task.discard()
             if trouble.action == "rollback":
+                phases.enter("save")
                 self.saving.complete()
                 roll_back(self.checkpoints, self.state, self.task.trained, self.config)
         self.state.cur_images += self.plan.global_batch

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from ldm_scale.config.fit import batch_plan
 from ldm_scale.config.schema import ConditioningConfig, Config
 from ldm_scale.engine import env
 from ldm_scale.engine.health import checksum
+from ldm_scale.engine.rank_files import complete_folders
 from ldm_scale.engine.spikes import NUM_LEVELS
 from ldm_scale.training.autoencoder_step import AutoencoderTask
 from ldm_scale.training.diffusion_step import DiffusionTask
@@ -87,6 +89,34 @@ class _Saving(_Watched):
         return ({name: value * factors.get(name, 1.0) for name, value in means.items()}, *rest)
 
 
+class _Stopping(_Saving):
+    """Is asked to stop in the step after the checkpoint of SAVED."""
+
+    def _step(self, *args: Any) -> bool:
+        if self.state.cur_images == SAVED:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return super()._step(*args)
+
+
+class _Damaged(_Saving):
+    """Has a flipped bit in its newest checkpoints when the spike comes."""
+
+    checkpoints_damaged = 1
+
+    def _reduce(self, *args: Any) -> Any:
+        if self.state.cur_images == SPIKE:
+            self.saving.complete()
+            for folder in complete_folders(self.checkpoints)[-self.checkpoints_damaged :]:
+                path = folder / "rank-00001.safetensors"
+                if self.environment.rank == 1:
+                    path.write_bytes(path.read_bytes()[:-1] + bytes([path.read_bytes()[-1] ^ 1]))
+        return super()._reduce(*args)
+
+
+class _AllDamaged(_Damaged):
+    checkpoints_damaged = 9
+
+
 def _train(
     config: Config,
     run_dir: str,
@@ -98,7 +128,8 @@ def _train(
     task = AutoencoderTask if config.stage == "autoencoder" else DiffusionTask
     trainer = kind(config, task(config, batch_plan(config, environment.world_size), environment), environment)
     trainer.left_out = left_out
-    trainer.saving.save_last = lambda *_, **__: trainer.saving.complete()  # type: ignore[method-assign]
+    if kind is not _Stopping:
+        trainer.saving.save_last = lambda *_, **__: trainer.saving.complete()  # type: ignore[method-assign]
     trainer.run()
     return trainer
 
@@ -235,3 +266,51 @@ def test_a_rollback_leaves_out_what_led_to_the_spike_and_does_so_again_when_resu
         assert report["resumed_steps"] == 3, "the second attempt continued at the checkpoint"
         assert report["states"][0] == report["states"][1]
         assert report["states"][0][:2] == ([[SAVED, SPIKE + BATCH]], 1)
+
+
+def _go_back_disturbed(config: Config) -> dict[str, Any]:
+    """Differences of disturbed runs from such as left the steps out that they should have."""
+    environment = env.start(env.read_launch(), config.train)
+    expected = {
+        images: _train(config, f"from-{images}", environment, frozenset(range(images // BATCH, SPIKE // BATCH + 1)))
+        for images in (SAVED // 2, SAVED, SPIKE)
+    }
+    by_clock = replace(config, train=replace(config.train, checkpoint_every_s=1e-6, keep_checkpoints=1))
+    _train(config, "stopped", environment, kind=_Stopping)
+    cases = {
+        "stopped": (SAVED, _train(config, "stopped", environment, kind=_Saving)),
+        "clock": (SAVED, _train(by_clock, "clock", environment, kind=_Saving)),
+        "damaged": (SAVED // 2, _train(config, "damaged", environment, kind=_Damaged)),
+        "all": (SPIKE, _train(config, "all", environment, kind=_AllDamaged)),
+    }
+    return {
+        name: (_different(expected[images].after[-1], run.after[-1]), len(run.after) - 1, run.state.passed_over)
+        for name, (images, run) in cases.items()
+    }
+
+
+def test_a_rollback_leads_where_configuration_and_images_say_or_to_the_one_before_in_plain_words(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    manifest = make_dataset(tmp_path / "data", num_samples=20, resolution=20)
+    tiny_artifact(tmp_path / "artifact")
+    config = tiny_config(
+        "diffusion",
+        manifest,
+        tmp_path / "run",
+        train={"total_images": 11 * BATCH, "checkpoint_every_images": SAVED // 2},
+        zero={"stage": 2},
+        spikes={"action": "rollback", "window_steps": 16},
+        **SMALLEST,
+    )
+    for report in run_ranks(_go_back_disturbed, 2, config):
+        assert report["stopped"] == ([], 2, [[SAVED, SPIKE + BATCH]]), "a stop moved it"
+        assert report["clock"] == ([], 11, [[SAVED, SPIKE + BATCH]]), "saves by the clock moved it"
+        assert report["damaged"] == ([], 11, [[SAVED // 2, SPIKE + BATCH]])
+        assert report["all"] == ([], 11, []), "without any the step is skipped and no more"
+    said = capfd.readouterr().err
+    target, before = (tmp_path / "run-damaged" / "checkpoints" / f"images-{n:010d}" for n in (SAVED, SAVED // 2))
+    assert f"DAMAGED CHECKPOINT {target}: {target}/rank-00001.safetensors is damaged" in said
+    assert f"{target} could not be written, was removed or is damaged; the run goes back to {before} instead" in said
+    assert said.count("ROLLBACK WITHOUT ITS CHECKPOINT") == 2
+    assert (target.parent / f"damaged-{target.name}").is_dir()

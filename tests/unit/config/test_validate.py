@@ -153,6 +153,10 @@ BATCH_NORM = ("autoencoder_loss.discriminator_norm=batch", "train.global_batch=3
         ([*BATCH_NORM], "those of 16 of the 32 images of a step (2 ranks, 1 forward pass each)"),
         (["ema.power_stds=[0.05,0.1,0.05]"], "ema.power_stds=[0.05, 0.1, 0.05]: a profile occurs twice"),
         (["ema.power_stds=[0.05,0.3]"], "ema.power_stds=[0.05, 0.3]: must be above 0 and at most 0.28"),
+        (
+            ["spikes.action=rollback", "train.checkpoint_every_images=0"],
+            "spikes.action=rollback needs train.checkpoint_every_images above 0",
+        ),
         (["ema.snapshot_every_images=64"], "ema.power_stds=[] has none; set ema.power_stds=[0.05, 0.1]"),
     ],
 )
