@@ -205,10 +205,11 @@ def retire_older(
     except OSError as error:
         get_logger(rank).error(f"{root.parent / PROGRESS} not written ({error}); the checkpoint is complete")
     if keep is not None:
-        _remove_older(root, images, keep, is_spared)
+        remove_older(root, images, keep, is_spared)
 
 
-def _remove_older(root: Path, images: int, keep: int, is_spared: Callable[[int], bool]) -> None:
+def remove_older(root: Path, images: int, keep: int, is_spared: Callable[[int], bool]) -> None:
+    """Nothing; of the checkpoints up to `images`, which was read whole, the newest `keep` stay and the newest spared."""
     folders = [folder for folder in complete_folders(root) if images_of(folder) <= images]
     spared = [folder for folder in folders if is_spared(images_of(folder))][-1:]
     for folder in folders[: max(0, len(folders) - max(keep, 1))]:

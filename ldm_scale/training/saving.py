@@ -17,7 +17,7 @@ from ldm_scale.config.convert import config_to_dict
 from ldm_scale.config.schema import Config
 from ldm_scale.engine import collectives, phases
 from ldm_scale.engine.background_save import BackgroundSave, HostMemory
-from ldm_scale.engine.checkpoint import Trained, save_checkpoint, start_save
+from ldm_scale.engine.checkpoint import Trained, remove_older, save_checkpoint, start_save
 from ldm_scale.errors import CheckpointError
 from ldm_scale.planning.checkpoint_interval import best_interval_s, mean_time_between_failures_s
 from ldm_scale.telemetry.log import get_logger
@@ -46,8 +46,13 @@ class Saving:
         self._has_advised = False
 
     def resumed_at(self, images: int) -> None:
-        """Nothing; the run stands where its checkpoint of so many images was written."""
+        """Nothing; the run stands where its checkpoint of so many images was written, which has been read whole.
+
+        Only now may older ones go that earlier attempts left: a hurried save removes none.
+        """
         self._saved_images = images
+        if self._rank == 0:
+            remove_older(self._root, images, self._config.train.keep_checkpoints, self._is_spared)
 
     def flags(self) -> tuple[float, float]:
         """What this rank has to say: whether the clock asks for a save, whether its thread is at work."""

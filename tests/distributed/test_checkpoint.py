@@ -348,7 +348,7 @@ def _failing_save(root: Path, rules: str) -> str:
     message = "saved"
     with faults_set(rules, trained["net"].model.environment.rank):
         try:
-            _save(root, 16, trained)
+            _save(root, 16, trained, keep=1)
         except CheckpointError as caught:
             message = str(caught)
     left = sorted(path.name for path in root.iterdir())

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -12,7 +13,7 @@ from ldm_scale.config.fit import batch_plan
 from ldm_scale.config.schema import Config
 from ldm_scale.engine import env
 from ldm_scale.engine.checkpoint import latest_checkpoint
-from ldm_scale.engine.rank_files import images_of
+from ldm_scale.engine.rank_files import complete_folders, images_of
 from ldm_scale.errors import Restart
 from ldm_scale.training.autoencoder_step import AutoencoderTask
 from ldm_scale.training.trainer import Trainer
@@ -57,3 +58,32 @@ def test_ranks_follow_the_one_that_was_asked(tmp_path: Path, numbers: dict[int, 
     newest = latest_checkpoint(tmp_path / "run" / "checkpoints")
     assert newest is not None
     assert images_of(newest) == 16
+
+
+def _left_by_stops(config: Config) -> list[list[int]]:
+    """Images of the checkpoints after each of three attempts that are stopped in their first step."""
+    environment = env.start(env.read_launch(), config.train)
+    root, left = Path(config.run_dir) / "checkpoints", []
+    for _ in range(3):
+        task = AutoencoderTask(config, batch_plan(config, 2), environment)
+        trainer = Trainer(config, task, environment)
+        accumulate = task.accumulate
+
+        def interrupted(*args: object, accumulate: Any = accumulate) -> object:
+            os.kill(os.getpid(), signal.SIGTERM)
+            return accumulate(*args)
+
+        task.accumulate = interrupted  # type: ignore[method-assign,assignment]
+        assert not trainer.run()
+        left.append([images_of(folder) for folder in complete_folders(root)])
+    return left
+
+
+def test_stops_leave_no_more_checkpoints_than_are_kept_and_their_own(tmp_path: Path) -> None:
+    manifest = make_dataset(tmp_path / "data", num_samples=16, resolution=20)
+    config = tiny_config("autoencoder", manifest, tmp_path / "run", train={"keep_checkpoints": 1})
+    assert run_ranks(_left_by_stops, 2, config)[0] == [[8], [8, 16], [16, 24]]
+    # The newest is damaged: the one before is what the run stands on, and stays.
+    file = tmp_path / "run" / "checkpoints" / "images-0000000024" / "rank-00000.safetensors"
+    file.write_bytes(file.read_bytes()[:-1])
+    assert run_ranks(_left_by_stops, 2, config)[0] == [[16, 24], [24, 32], [32, 40]]
