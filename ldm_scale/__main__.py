@@ -19,6 +19,7 @@ from ldm_scale import __version__
 from ldm_scale.errors import LdmScaleError
 from ldm_scale.processes import end_with_launcher
 from ldm_scale.redaction import public_urls
+from ldm_scale.telemetry.streams import enduring
 
 COMMANDS = {
     "prepare": "turn images into webdataset shards and a manifest",
@@ -61,6 +62,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def run_command(command: Callable[[ArgvT], int | None], argv: ArgvT) -> int:
     """The exit status of `command(argv)`, with a user's mistake told in one line on stderr and no traceback."""
     end_with_launcher()
+    sys.stderr = enduring(sys.stderr)
     try:
         status = command(argv)
         sys.stdout.flush()

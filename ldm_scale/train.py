@@ -14,6 +14,7 @@ if __package__ in (None, ""):
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 from ldm_scale.__main__ import run_command
+from ldm_scale.telemetry.streams import enduring
 
 USAGE = """usage: ldm-scale train experiment=NAME [KEY=VALUE ...]
 
@@ -32,6 +33,7 @@ def main(argv: list[str] | None = None) -> int:
     if any(a in ("-h", "--help") for a in arguments):
         print(USAGE)
         return 0
+    sys.stdout = enduring(sys.stdout)  # only libraries' messages go there
     from ldm_scale.config.compose import load_config
     from ldm_scale.config.validate import validate
     from ldm_scale.engine.env import read_launch

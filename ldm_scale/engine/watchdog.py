@@ -22,6 +22,7 @@ import threading
 import time
 import traceback
 from collections.abc import Callable
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from types import FrameType
@@ -219,4 +220,5 @@ def _in_time(action: Callable[[], bool], limit_s: float) -> bool:
 
 def _say(text: str) -> None:
     """Writes to stderr past Python's file objects and the log, whose locks a stuck thread may hold."""
-    os.write(2, f"{time.strftime('%H:%M:%S')} {text}\n".encode())
+    with suppress(OSError):  # a full disk: the run must end all the same
+        os.write(2, f"{time.strftime('%H:%M:%S')} {text}\n".encode())
