@@ -11,9 +11,7 @@ All of it is a function of the positions seen, so that ranks that know of the sa
 
 from __future__ import annotations
 
-import json
 import mmap
-import os
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -23,6 +21,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from ldm_scale.errors import DataError
+from ldm_scale.telemetry.side_files import RowFile, read_rows
 
 _MAX_NAMED = 100
 _FEWEST_OF_A_RUN, _FEWEST_OF_A_SHARD = 20, 2  # bad samples up to which a share of them says nothing
@@ -181,9 +180,11 @@ class BadSampleFiles:
     """`bad_samples.jsonl`, every bad sample once, and `substitutions.jsonl`, every place that one left, of a run."""
 
     def __init__(self, run_dir: Path) -> None:
-        self._samples, self._places = run_dir / "bad_samples.jsonl", run_dir / "substitutions.jsonl"
-        self._known_keys = {(row["shard"], row["key"]) for row in _rows(self._samples)}
-        self._known_places = {(row["position"], row["key"]) for row in _rows(self._places)}
+        self._samples, self._places = RowFile(run_dir / "bad_samples.jsonl"), RowFile(run_dir / "substitutions.jsonl")
+        for file in (self._samples, self._places):
+            file.cut()
+        self._known_keys = {(row.get("shard"), row.get("key")) for row in read_rows(self._samples.path)}
+        self._known_places = {(row.get("position"), row.get("key")) for row in read_rows(self._places.path)}
 
     def add(self, records: Iterable[SkippedSample]) -> None:
         """Nothing; what is not listed yet is. A run that was resumed passes some positions again."""
@@ -195,19 +196,5 @@ class BadSampleFiles:
             if record.position >= 0 and (record.position, record.key) not in self._known_places:
                 self._known_places.add((record.position, record.key))
                 places.append({"position": record.position, "key": record.key, "substitute": record.substitute})
-        for path, rows in ((self._samples, samples), (self._places, places)):
-            if rows:
-                with path.open("a", encoding="utf-8") as stream:
-                    stream.write("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
-
-
-def _rows(path: Path) -> list[dict[str, Any]]:
-    """The rows of a .jsonl file; a last line that was cut short by a kill is taken off it."""
-    try:
-        content = path.read_bytes()
-    except FileNotFoundError:
-        return []
-    whole = content[: content.rfind(b"\n") + 1]
-    if whole != content:
-        os.truncate(path, len(whole))
-    return [json.loads(line) for line in whole.splitlines()]
+        self._samples.append(*samples)
+        self._places.append(*places)

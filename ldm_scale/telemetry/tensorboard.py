@@ -8,19 +8,18 @@ reports and tests read a run with the standard library alone. The horizontal axi
 from __future__ import annotations
 
 import contextlib
-import json
 import math
-import os
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self, TextIO
+from typing import TYPE_CHECKING, Any, Self
 
 import torch
 from torch import Tensor
 
 from ldm_scale.telemetry.log import get_logger
+from ldm_scale.telemetry.side_files import RowFile, read_rows
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -28,6 +27,8 @@ if TYPE_CHECKING:
 
 METRICS_FILE = "metrics.jsonl"
 TENSORBOARD_FOLDER = "tensorboard"
+RETRY_S = 30.0  # between two attempts to begin an event file
+ROOM_BYTES = 1 << 20  # that the disk must have for one: a few pictures
 _RESERVED = ("images", "time")
 
 
@@ -48,89 +49,125 @@ class ScalarWriter:
 
     `resume_images` is the image count that the run continues from: what an earlier attempt wrote beyond it is taken
     back, because those images are seen again. None starts anew and takes everything back.
+
+    Where the disk refuses an event file, another one is begun as soon as it takes one.
     """
 
     def __init__(self, run_dir: Path | str, enabled: bool, resume_images: int | None = None) -> None:
+        self._folder = Path(run_dir) / TENSORBOARD_FOLDER
+        self._enabled = enabled
         self._events: SummaryWriter | None = None
-        self._metrics: TextIO | None = None
+        self._layouts: list[dict[str, Any]] = []  # charts, for every event file
+        self._images = self._sure_images = resume_images or 0  # seen last; up to which TensorBoard has everything
+        self._is_refused = False
+        self._retry_s = 0.0
         if not enabled:
             return
-        from torch.utils.tensorboard import SummaryWriter
-
-        run_dir = Path(run_dir)
-        run_dir.mkdir(parents=True, exist_ok=True)
         # TensorBoard hides events from purge_step on, that step included.
-        purge_step = 0 if resume_images is None else resume_images + 1
-        self._events = SummaryWriter(str(run_dir / TENSORBOARD_FOLDER), purge_step=purge_step)
-        path = run_dir / METRICS_FILE
-        _drop_rows_from(path, purge_step)
-        self._metrics = path.open("a", encoding="utf-8", buffering=1)
+        self._purge_step: int | None = 0 if resume_images is None else resume_images + 1
+        first_seen_again = self._purge_step
+        self._metrics = RowFile(Path(run_dir) / METRICS_FILE)
+        self._metrics.cut(lambda row: bool(row.get("images", 0) < first_seen_again))
+        self._to_events(lambda events: None, self._images)
 
     def add_scalars(self, scalars: Mapping[str, float], images_seen: int) -> None:
         """Adds one row. A value that is not finite becomes null in metrics.jsonl, which JSON has no number for."""
-        if self._events is None or self._metrics is None:
+        if not self._enabled:
             return
         values = {name: float(value) for name, value in scalars.items()}
         assert not set(values) & set(_RESERVED), f"{_RESERVED} are the row's own names; given: {sorted(values)}"
         row: dict[str, Any] = {"images": images_seen, "time": round(time.time(), 3)}
         row |= {name: value if math.isfinite(value) else None for name, value in values.items()}
-        with self._giving_up_quietly():
+        if not self._metrics.append(row):
+            # Before the event file's own thread fails, which would put a traceback into the log.
+            self._give_up(f"as {METRICS_FILE}")
+            return
+
+        def add(events: SummaryWriter) -> None:
             for name, value in values.items():
-                self._events.add_scalar(name, value, images_seen)
-            self._metrics.write(json.dumps(row, allow_nan=False) + "\n")
+                events.add_scalar(name, value, images_seen)
+
+        self._to_events(add, images_seen)
 
     def add_image_grid(self, name: str, images: Tensor, images_seen: int, columns: int = 8) -> None:
         """Adds one picture made of `images` (N, 3, H, W) in [-1, 1], row by row."""
-        if self._events is not None:
-            with self._giving_up_quietly():
-                self._events.add_image(name, image_grid(images, columns), images_seen)
+        self._to_events(lambda events: events.add_image(name, image_grid(images, columns), images_seen), images_seen)
 
     def add_curves(self, name: str, curves: Curves, images_seen: int) -> None:
         """Adds one picture of lines."""
-        if self._events is not None:
-            with self._giving_up_quietly():
-                self._events.add_figure(name, draw_curves(curves), images_seen)
+        self._to_events(lambda events: events.add_figure(name, draw_curves(curves), images_seen), images_seen)
 
     def add_text(self, name: str, text: str, images_seen: int) -> None:
         """Adds a text, in Markdown."""
-        if self._events is not None:
-            with self._giving_up_quietly():
-                self._events.add_text(name, text, images_seen)
+        self._to_events(lambda events: events.add_text(name, text, images_seen), images_seen)
 
     def add_charts(self, charts: Mapping[str, Sequence[str]], category: str) -> None:
         """Lays scalars over each other in TensorBoard's page of custom scalars: the title of a chart, and its tags."""
-        if self._events is not None and charts:
-            with self._giving_up_quietly():
-                layout = {title: ["Multiline", list(tags)] for title, tags in charts.items()}
-                self._events.add_custom_scalars({category: layout})
+        if charts:
+            layout = {category: {title: ["Multiline", list(tags)] for title, tags in charts.items()}}
+            self._to_events(lambda events: events.add_custom_scalars(layout), self._images)
+            self._layouts.append(layout)
 
     def flush(self) -> None:
         """Puts everything on disk: before a checkpoint is published, so that it never knows more than the figures."""
-        if self._events is not None and self._metrics is not None:
-            with self._giving_up_quietly():
-                self._events.flush()
-                self._metrics.flush()
+        if self._enabled:
+            self._metrics.append()
+            self._to_events(lambda events: events.flush(), self._images)
+            if self._events is not None:
+                self._sure_images = self._images
 
     def close(self) -> None:
         """Ends the files; nothing may be added afterwards."""
-        if self._events is not None and self._metrics is not None:
-            with self._giving_up_quietly():
+        self.flush()
+        if self._events is not None:
+            with contextlib.suppress(OSError):  # of what was flushed just now
                 self._events.close()
-            with contextlib.suppress(OSError):
-                self._metrics.close()
-        self._events = self._metrics = None
+        self._events, self._enabled = None, False
 
-    @contextlib.contextmanager
-    def _giving_up_quietly(self) -> Iterator[None]:
-        """Ends the writing of figures, with a line in the log, where the disk refuses them: training is worth more."""
+    def _to_events(self, add: Callable[[SummaryWriter], None], images_seen: int) -> None:
+        """Nothing; the event file has what `add` adds, if the disk takes one: training is worth more."""
+        if not self._enabled:
+            return
+        self._images = images_seen
         try:
-            yield
+            if self._events is None:
+                if time.monotonic() < self._retry_s:
+                    return
+                self._events = self._begun()
+            add(self._events)
         except OSError as error:
-            get_logger().error(f"figures are no longer written ({error}); training goes on")
-            metrics, self._events, self._metrics = self._metrics, None, None
-            if metrics is not None:
-                with contextlib.suppress(OSError):
-                    metrics.close()
+            self._give_up(error.strerror or str(error))
+
+    def _begun(self) -> SummaryWriter:
+        """A new event file, which knows the charts."""
+        from torch.utils.tensorboard import SummaryWriter
+
+        _require_room(self._folder)
+        events = SummaryWriter(str(self._folder), purge_step=self._purge_step)
+        for layout in self._layouts:
+            events.add_custom_scalars(layout)
+        events.flush()
+        if self._is_refused:
+            get_logger().info(
+                f"{self._folder} is written again; figures and pictures between images {self._sure_images} and "
+                f"{self._images} are missing there, {METRICS_FILE} has the figures"
+            )
+        self._is_refused, self._purge_step = False, None
+        return events
+
+    def _give_up(self, reason: str) -> None:
+        """Nothing; what comes next is not added until the next attempt to begin an event file."""
+        self._retry_s = time.monotonic() + RETRY_S
+        if not self._is_refused:
+            self._is_refused = True
+            get_logger().error(
+                f"{self._folder} cannot be written ({reason}): free space there, or fix its "
+                "permissions; training goes on, and figures with it as soon as they can be written"
+            )
+        if self._events is not None:
+            with contextlib.suppress(OSError):
+                self._events.close()
+        self._events = None
 
     def __enter__(self) -> Self:
         return self
@@ -140,12 +177,8 @@ class ScalarWriter:
 
 
 def read_metrics(run_dir: Path | str) -> list[dict[str, Any]]:
-    """Rows of a run's metrics.jsonl, oldest first; a last line that was cut short is left out."""
-    path = Path(run_dir) / METRICS_FILE
-    if not path.is_file():
-        return []
-    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
-    return [json.loads(line) for line in lines if line.endswith("\n")]
+    """Rows of a run's metrics.jsonl, oldest first; a line that was cut short is left out."""
+    return read_rows(Path(run_dir) / METRICS_FILE)
 
 
 def image_grid(images: Tensor, columns: int = 8, gap: int = 2) -> Tensor:
@@ -186,11 +219,15 @@ def draw_curves(curves: Curves) -> Figure:
     return figure
 
 
-def _drop_rows_from(path: Path, images: int) -> None:
-    """Leaves only the rows below `images` in a metrics file; the old file stays until the new one is whole."""
-    if not path.is_file():
-        return
-    kept = [row for row in read_metrics(path.parent) if row["images"] < images]
-    partial = path.with_suffix(".partial")
-    partial.write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
-    os.replace(partial, path)
+def _require_room(folder: Path) -> None:
+    """Nothing, if the folder is there and takes a file; TensorBoard leaves an empty one behind for each that it cannot
+    write, and a traceback.
+
+    Raises: OSError
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    probe = folder / ".room"
+    try:
+        probe.write_bytes(bytes(ROOM_BYTES))
+    finally:
+        probe.unlink(missing_ok=True)

@@ -7,9 +7,7 @@ for `ldm-scale replay`. A loss that only stands out (engine/spikes.py) is treate
 
 from __future__ import annotations
 
-import json
 import math
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +21,7 @@ from ldm_scale.engine import collectives
 from ldm_scale.engine.spikes import NUM_LEVELS, judge
 from ldm_scale.errors import NumericsError
 from ldm_scale.telemetry.log import get_logger
+from ldm_scale.telemetry.side_files import RowFile, read_rows
 from ldm_scale.training.diagnosis import gradient_history
 from ldm_scale.training.state import TrainingState
 
@@ -54,9 +53,9 @@ class StepGuard:
 
     def __init__(self, config: Config, state: TrainingState, rank: int) -> None:
         self._config, self._state, self._rank = config, state, rank
-        self._path = Path(config.run_dir) / SKIPPED_STEPS
-        if rank == 0:
-            self._forget_later_records()
+        self._file = RowFile(Path(config.run_dir) / SKIPPED_STEPS)
+        if rank == 0:  # what an earlier attempt wrote beyond this point comes again
+            self._file.cut(lambda record: bool(record.get("images", [0])[0] < state.cur_images))
 
     def judge(self, means: dict[str, float], recent: Sequence[Mapping[str, float]]) -> Trouble | None:
         """What is wrong with a step of these means over the ranks; None if nothing is, and it is to be made.
@@ -109,7 +108,8 @@ class StepGuard:
             "ranks": ranks,
             "samples": involved,
         }
-        self._write(record)
+        if self._rank == 0:
+            self._file.append(record, durable=True)
         told = self._told(trouble, ranks, involved)
         if self._rank == 0:
             get_logger().warning(told)
@@ -150,37 +150,10 @@ class StepGuard:
         said = f"{trouble.words} ({details})" if details else trouble.words
         return f"{where} {done[trouble.action]}: {said}; samples {named}{more}"
 
-    def _write(self, record: Mapping[str, Any]) -> None:
-        if self._rank != 0:
-            return
-        try:
-            with self._path.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(record, allow_nan=False) + "\n")
-                file.flush()
-                os.fsync(file.fileno())
-        except OSError as error:
-            get_logger().error(f"{self._path} cannot be written ({error}); training goes on")
-
-    def _forget_later_records(self) -> None:
-        """Removes what an earlier attempt wrote beyond the images that the run continues at: it passes there again."""
-        if not self._path.exists():
-            return
-        kept = [record for record in read_records(self._path.parent) if record["images"][0] < self._state.cur_images]
-        temporary = self._path.with_suffix(".tmp")
-        temporary.write_text("".join(json.dumps(record) + "\n" for record in kept), encoding="utf-8")
-        temporary.replace(self._path)
-
 
 def read_records(run_dir: Path) -> list[dict[str, Any]]:
     """The recorded steps of a run, oldest first; a line that a kill cut short is left out."""
-    path = run_dir / SKIPPED_STEPS
-    records = []
-    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
-        try:
-            records.append(json.loads(line))
-        except ValueError:
-            continue
-    return records
+    return read_rows(run_dir / SKIPPED_STEPS)
 
 
 def _samples(batches: Sequence[Batch], rank: int, losses: Sequence[float]) -> list[dict[str, Any]]:

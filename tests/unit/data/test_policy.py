@@ -17,6 +17,7 @@ from ldm_scale.data.policy import (
     SkippedSample,
 )
 from ldm_scale.errors import DataError
+from tests.helpers.disks import full_disk
 
 
 def test_only_bad_samples_in_a_row_stop_and_all_of_them_are_named() -> None:
@@ -101,7 +102,9 @@ def test_bad_samples_are_listed_once_and_every_place_that_they_left(tmp_path: Pa
     files.add([_skipped(7, key="s0/a"), _skipped(3, key="s0/b")])
     (tmp_path / "substitutions.jsonl").open("a").write('{"position": 9, "ke')  # a kill while writing
     files = BadSampleFiles(tmp_path)  # resumed: passes some positions again
-    files.add([_skipped(7, key="s0/a"), _skipped(107, key="s0/a")])
+    with full_disk():
+        files.add([_skipped(7, key="s0/a"), _skipped(107, key="s0/a")])
+    files.add([])
     samples = [json.loads(line) for line in (tmp_path / "bad_samples.jsonl").read_text().splitlines()]
     assert samples == [{"shard": "s0.tar", "key": key, "reason": "r"} for key in ("s0/b", "s0/a")]
     places = (tmp_path / "substitutions.jsonl").read_text().splitlines()

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from ldm_scale.telemetry import tensorboard
 from ldm_scale.telemetry.tensorboard import (
     METRICS_FILE,
     TENSORBOARD_FOLDER,
@@ -18,6 +19,7 @@ from ldm_scale.telemetry.tensorboard import (
     image_grid,
     read_metrics,
 )
+from tests.helpers.disks import full_disk
 
 CURVES = Curves(
     "losses", "noise", "error", ("low", "high"), {"raw": (0.5, 0.2), "zero": (1.0, math.inf)}, frozenset({"zero"})
@@ -131,22 +133,42 @@ def test_image_grid_places_images_row_by_row() -> None:
     assert (grid[:, 2] == 255).all()
 
 
-def test_a_full_disk_ends_the_figures_and_not_the_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    writer = ScalarWriter(tmp_path, enabled=True)
-    writer.add_scalars({"loss": 0.5}, 64)
+def test_figures_go_on_when_the_disk_has_room_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(tensorboard, "RETRY_S", 0.0)
+    with ScalarWriter(tmp_path, enabled=True) as writer:
+        writer.add_scalars({"loss": 0.5}, 64)
+        writer.flush()
+        with full_disk():
+            for images in (128, 192):
+                writer.add_scalars({"loss": 0.4}, images)
+                writer.flush()
+        writer.add_scalars({"loss": 0.25}, 256)
+    assert [row["images"] for row in read_metrics(tmp_path)] == [64, 128, 192, 256]
+    assert scalars_seen_by_tensorboard(tmp_path, "loss") == [(64, 0.5), (256, 0.25)]
+    said = capsys.readouterr().err
+    assert said.count(f"{tmp_path / METRICS_FILE} cannot be written (File too large): free space there") == 1
+    assert said.count(f"{tmp_path / TENSORBOARD_FOLDER} cannot be written (as metrics.jsonl): free space there") == 1
+    assert "metrics.jsonl is written again, with the rows that waited\n" in said
+    assert "tensorboard is written again; figures and pictures between images 64 and 256 are missing there" in said
 
-    def refuse(_: str) -> int:
-        raise OSError(28, "No space left on device")
 
-    assert writer._metrics is not None
-    monkeypatch.setattr(
-        writer, "_metrics", type("Full", (), {"write": staticmethod(refuse), "close": lambda _: None})()
-    )
-    writer.add_scalars({"loss": 0.4}, 128)
-    writer.add_scalars({"loss": 0.3}, 192)
-    writer.flush()
-    writer.close()
-    assert [row["images"] for row in read_metrics(tmp_path)] == [64]
+def test_a_run_that_starts_on_a_full_disk_has_its_figures_later(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tensorboard, "RETRY_S", 0.0)
+    with ScalarWriter(tmp_path, enabled=True) as writer:
+        for images in (64, 128, 192):
+            writer.add_scalars({"loss": float(images)}, images)
+    with full_disk():
+        writer = ScalarWriter(tmp_path, enabled=True, resume_images=64)
+        writer.add_charts({"chart": ["loss"]}, "losses")
+        writer.add_scalars({"loss": 1.0}, 128)
+    with writer:
+        writer.add_scalars({"loss": 2.0}, 192)
+    assert [(row["images"], row["loss"]) for row in read_metrics(tmp_path)] == [(64, 64.0), (128, 1.0), (192, 2.0)]
+    assert scalars_seen_by_tensorboard(tmp_path, "loss") == [(64, 64.0), (192, 2.0)]
 
 
 def test_charts_curves_and_texts_reach_tensorboard(tmp_path: Path) -> None:
