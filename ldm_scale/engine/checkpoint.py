@@ -8,7 +8,6 @@ rank takes from the files the elements that its fragments cover: any ranks and a
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,10 +21,11 @@ from ldm_scale.engine.background_save import BackgroundSave, HostMemory
 from ldm_scale.engine.ema import EMA, ShardedEma
 from ldm_scale.engine.folder_write import remove_folder, write_folder
 from ldm_scale.engine.rank_files import Piece, Reader, complete_folders, images_of, read_manifest
-from ldm_scale.engine.tensor_file import sync_folder
+from ldm_scale.engine.tensor_file import replace_file
 from ldm_scale.engine.zero import Fragment, ShardedModel
 from ldm_scale.errors import CheckpointError
 from ldm_scale.telemetry.log import get_logger
+from ldm_scale.telemetry.side_files import side_write
 
 WEIGHT, BUFFER = "weight", "buffer"
 PROGRESS = "progress.json"  # of a run: that it had checkpoints, so that losing them all does not pass for a beginning
@@ -200,10 +200,8 @@ def retire_older(
     faults.reach("save.retain")
     if rank > 0:
         return
-    try:
-        _record_progress(root.parent, images)
-    except OSError as error:
-        get_logger(rank).error(f"{root.parent / PROGRESS} not written ({error}); the checkpoint is complete")
+    with side_write(root.parent / PROGRESS):
+        replace_file(root.parent / PROGRESS, json.dumps({"images": images}) + "\n")
     if keep is not None:
         remove_older(root, images, keep, is_spared)
 
@@ -215,16 +213,6 @@ def remove_older(root: Path, images: int, keep: int, is_spared: Callable[[int], 
     for folder in folders[: max(0, len(folders) - max(keep, 1))]:
         if folder not in spared:
             remove_folder(folder)
-
-
-def _record_progress(run_dir: Path, images: int) -> None:
-    new = run_dir / f".{PROGRESS}.tmp"
-    with new.open("w", encoding="utf-8") as file:
-        file.write(json.dumps({"images": images}) + "\n")
-        file.flush()
-        os.fsync(file.fileno())
-    new.replace(run_dir / PROGRESS)
-    sync_folder(run_dir)
 
 
 def _pieces(trained: Mapping[str, Trained], rank: int) -> Iterator[Piece]:

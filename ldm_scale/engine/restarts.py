@@ -1,7 +1,8 @@
 """A bound on jobs that come back and get nowhere: they would occupy a cluster for ever without anybody noticing.
 
-Slurm counts how often it has started a job again (SLURM_RESTART_COUNT). Each such start that finds no more progress
-than the one before is counted in a file beside the work; a job submitted by a person begins at 0.
+Slurm counts how often it has started a job again (SLURM_RESTART_COUNT). A file beside the work says at which of these
+starts of the job it was found to have come further; nothing needs to be written, as a full disk may not allow, for
+those that find it where it was. A job submitted by a person begins anew.
 """
 
 from __future__ import annotations
@@ -10,7 +11,9 @@ import json
 import os
 from pathlib import Path
 
+from ldm_scale.engine.tensor_file import replace_file
 from ldm_scale.errors import CheckpointError
+from ldm_scale.telemetry.side_files import side_write
 
 STARTS = "starts.json"
 MAX_WITHOUT_PROGRESS = 5
@@ -23,19 +26,20 @@ def count_start(folder: Path, progress: int) -> None:
     """
     if "SLURM_JOB_ID" not in os.environ:
         return
+    job, start = os.environ["SLURM_JOB_ID"], int(os.environ.get("SLURM_RESTART_COUNT", "0"))
     path = folder / STARTS
-    idle = 0
-    if os.environ.get("SLURM_RESTART_COUNT", "0") != "0":
-        try:
-            before = json.loads(path.read_text())
-            idle = int(before["without_progress"]) + 1 if progress <= int(before["progress"]) else 0
-            progress = max(progress, int(before["progress"]))
-        except (OSError, ValueError, KeyError, TypeError):
-            idle = 0  # the first start never came this far, or the file was damaged
+    try:
+        before = json.loads(path.read_bytes())
+        is_further = before["job"] != job or progress > int(before["progress"]) or start == 0
+        idle = 0 if is_further else start - int(before["start"])
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        is_further, idle = True, 0  # the first start never came this far, or the file was damaged
     if idle > MAX_WITHOUT_PROGRESS:
         raise CheckpointError(
             f"{folder}: the job came back {idle} times in a row without a new checkpoint and stops for good; read its "
             "log for what ended it, then submit the same command again"
         )
-    folder.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps({"progress": progress, "without_progress": idle}) + "\n")
+    if is_further:
+        with side_write(path):
+            folder.mkdir(parents=True, exist_ok=True)
+            replace_file(path, json.dumps({"job": job, "start": start, "progress": progress}) + "\n")

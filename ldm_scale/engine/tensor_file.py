@@ -12,6 +12,7 @@ import os
 import zlib
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from itertools import cycle
 from pathlib import Path
 from typing import NamedTuple
@@ -106,6 +107,25 @@ class _Checksum:
     def value(self) -> int:
         """Of all chunks so far; waits for it."""
         return self._value if self._running is None else self._running.result()
+
+
+def replace_file(path: Path, text: str) -> None:
+    """Nothing; the file holds the text and is on the disk. Until then it is as it was, whatever happens.
+
+    Raises: OSError that names the path.
+    """
+    partial = path.with_name(f".{path.name}.tmp")
+    try:
+        with partial.open("w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        partial.replace(path)
+        sync_folder(path.parent)
+    except OSError as error:
+        with suppress(OSError):
+            partial.unlink(missing_ok=True)
+        raise OSError(error.errno, error.strerror, str(path)) from error
 
 
 def sync_folder(path: Path) -> None:

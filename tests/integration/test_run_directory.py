@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import errno
+import fcntl
 import os
 import signal
 import socket
@@ -17,11 +19,12 @@ from ldm_scale.config.fit import batch_plan
 from ldm_scale.config.schema import Config, TrainConfig
 from ldm_scale.engine import env
 from ldm_scale.engine.collectives import gather_objects
-from ldm_scale.engine.run_lock import RunLock
+from ldm_scale.engine.run_lock import LOCK, RunLock
 from ldm_scale.errors import ConfigError
 from ldm_scale.training.autoencoder_step import AutoencoderTask
 from ldm_scale.training.diffusion_step import DiffusionTask
 from ldm_scale.training.trainer import Trainer
+from tests.helpers.disks import full_disk
 from tests.helpers.ranks import run_ranks
 from tests.helpers.runs import tiny_artifact, tiny_config
 from tests.helpers.shards import make_dataset
@@ -91,6 +94,25 @@ def _ignoring_failure(*args: Any) -> None:
 def test_a_directory_that_cannot_be_made_is_named(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(ConfigError, match="cannot be written"), RunLock(tmp_path / "file" / "run", rank=0):
+        pass
+
+
+def test_a_full_disk_does_not_keep_a_run_from_its_directory(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run_dir = tmp_path / "run"
+    with full_disk(), RunLock(run_dir, rank=0):
+        pass
+    assert f"{run_dir / LOCK} cannot be written (File too large): free space there" in capsys.readouterr().err
+
+
+def test_a_file_system_without_locks_is_not_another_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> None:
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr(fcntl, "lockf", refuse)
+    with (
+        pytest.raises(ConfigError, match=r"/\.lock cannot be locked \(No locks available\)"),
+        RunLock(tmp_path, rank=0),
+    ):
         pass
 
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
 
 from ldm_scale.engine.restarts import MAX_WITHOUT_PROGRESS, STARTS, count_start
 from ldm_scale.errors import CheckpointError
+from tests.helpers.disks import full_disk
 
 
 def _start(monkeypatch: pytest.MonkeyPatch, folder: Path, restarts: int, progress: int) -> None:
@@ -42,6 +44,24 @@ def test_outside_slurm_nothing_is_counted(tmp_path: Path, monkeypatch: pytest.Mo
     assert not (tmp_path / "run").exists()
 
 
-def test_a_damaged_count_begins_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / STARTS).write_text("{")
+@pytest.mark.parametrize("text", ["{", "", "null", '{"progress": 64, "without_progress": 9}', "[" * 100_000])
+def test_a_damaged_count_begins_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: str) -> None:
+    (tmp_path / STARTS).write_text(text)
     _start(monkeypatch, tmp_path, 9, 0)
+    assert json.loads((tmp_path / STARTS).read_text()) == {"job": "7", "start": 9, "progress": 0}
+
+
+def test_a_full_disk_ends_neither_a_start_nor_the_count(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    _start(monkeypatch, tmp_path, 0, 64)
+    before = (tmp_path / STARTS).read_text()
+    with full_disk():
+        _start(monkeypatch, tmp_path, 1, 128)
+        for restart in range(1, 1 + MAX_WITHOUT_PROGRESS):
+            _start(monkeypatch, tmp_path, restart, 64)
+        with pytest.raises(CheckpointError):
+            _start(monkeypatch, tmp_path, 1 + MAX_WITHOUT_PROGRESS, 64)
+    assert [path.name for path in tmp_path.iterdir()] == [STARTS]
+    assert (tmp_path / STARTS).read_text() == before
+    assert f"{tmp_path / STARTS} cannot be written (File too large): free space there" in capsys.readouterr().err
