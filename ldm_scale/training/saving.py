@@ -127,6 +127,20 @@ class Saving:
                 self._log.error(f"{error}; once more in {pause_s:g} s")
                 time.sleep(pause_s)
 
+    def save_stopped(self, trained: Mapping[str, Trained], state: TrainingState, comes_back: bool) -> bool:
+        """Whether a checkpoint of this very step is on the disk; if not, a run that comes back has an older one.
+
+        Raises: CheckpointError on all ranks if neither is so. Collective: all ranks.
+        """
+        try:
+            self.save_last(trained, state, hurried=True)
+        except CheckpointError as error:
+            if not comes_back or self._saved_images < 0:
+                raise
+            self._log.error(f"{error}; images {self._saved_images} to {state.cur_images - 1} have to be seen again")
+            return False
+        return True
+
     def _write(self, trained: Mapping[str, Trained], state: TrainingState, hurried: bool = False) -> None:
         values = state.to_dict(), config_to_dict(self._config)
         keep = None if hurried else self._config.train.keep_checkpoints

@@ -32,6 +32,7 @@ from ldm_scale.engine.rank_files import folder_of
 from ldm_scale.engine.run_lock import RunLock
 from ldm_scale.engine.snapshots import remove_snapshots_beyond, save_snapshot
 from ldm_scale.engine.stragglers import Stragglers
+from ldm_scale.engine.tensor_file import replace_file
 from ldm_scale.engine.verification import newest_verified
 from ldm_scale.engine.weights import SNAPSHOTS
 from ldm_scale.errors import CheckpointError, ConfigError, Restart
@@ -81,7 +82,7 @@ class Trainer:
     def run(self) -> bool:
         """Whether the run reached its end (False: it was asked to stop and has saved).
 
-        Raises: Restart if it has saved and is to be started again. Collective: all ranks.
+        Raises: Restart if it has a checkpoint and is to be started again. Collective: all ranks.
         """
         with RunLock(self.run_dir, self.environment.rank):
             finished = self._run()
@@ -110,11 +111,11 @@ class Trainer:
                 for batches in self._steps(loader):
                     if self._step(batches, loader, writer, progress, stop):
                         writer.flush()
-                        self.saving.save_last(self.task.trained, self.state, hurried=True)
-                        cause = stop.signal_name or "another rank"
-                        self.log.info(
-                            f"stopped by {cause} at {self.state.cur_images} images; the same command continues there"
-                        )
+                        if self.saving.save_stopped(self.task.trained, self.state, self._stop is Stop.RESTART):
+                            self.log.info(
+                                f"stopped by {stop.signal_name or 'another rank'} at {self.state.cur_images} images; "
+                                "the same command continues there"
+                            )
                         return False
         finally:
             progress.close()
@@ -336,5 +337,5 @@ class Trainer:
         report |= {"images": self.state.cur_images, "steps": self.state.step, "training_s": self.state.training_s}
         diagnosis = {} if self._findings is None else {"findings": [dataclasses.asdict(f) for f in self._findings]}
         if self.environment.is_main:
-            (self.run_dir / RESULT).write_text(json.dumps(report | diagnosis, indent=2) + "\n")
+            replace_file(self.run_dir / RESULT, json.dumps(report | diagnosis, indent=2) + "\n")
         self.log.info(f"finished: {', '.join(f'{key}={value}' for key, value in report.items())}")
