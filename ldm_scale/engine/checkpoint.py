@@ -207,7 +207,7 @@ def retire_older(
 
 
 def remove_older(root: Path, images: int, keep: int, is_spared: Callable[[int], bool]) -> None:
-    """Nothing; of the checkpoints up to `images`, which was read whole, the newest `keep` and the newest spared stay."""
+    """Nothing; of the checkpoints up to `images`, which was read whole, the newest `keep` and one spared stay."""
     folders = [folder for folder in complete_folders(root) if images_of(folder) <= images]
     spared = [folder for folder in folders if is_spared(images_of(folder))][-1:]
     for folder in folders[: max(0, len(folders) - max(keep, 1))]:
