@@ -131,6 +131,12 @@ def published_folder(target: Path, may_replace: Callable[[Path], object]) -> Ite
             target.rename(temporary / "old")
         content.rename(target)
         _sync(target.parent)
+    except SafetensorError as error:
+        raise CheckpointError(f"{target} not written ({error}); free space there, or fix its permissions") from error
+    except OSError as error:
+        if error.errno is not None and error.filename is None:  # a full disk's error does not say where
+            error.filename = str(target)
+        raise
     finally:
         if (temporary / "old").exists() and not target.exists():
             (temporary / "old").rename(target)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -24,9 +25,16 @@ from ldm_scale.interchange.artifact import (
     write_artifact,
     write_diffusion_artifact,
 )
-from ldm_scale.interchange.safetensors_io import json_sha256, published_folder, read_tensors, tensors_sha256
+from ldm_scale.interchange.safetensors_io import (
+    json_sha256,
+    published_folder,
+    read_tensors,
+    tensors_sha256,
+    write_tensors,
+)
 from ldm_scale.models.autoencoder import OUTPUT_LOGVAR, LatentStatistics
 from ldm_scale.models.half_precision import HalfPrecisionProbe
+from tests.helpers.disks import full_disk
 
 
 def write(directory: Path, artifact: Artifact) -> str:
@@ -265,3 +273,18 @@ def test_a_file_that_is_no_safetensors_is_named(tmp_path: Path) -> None:
     (tmp_path / "x.safetensors").write_bytes(b"no tensors here")
     with pytest.raises(CheckpointError, match=r"x\.safetensors cannot be read"):
         read_tensors(tmp_path / "x.safetensors")
+
+
+@pytest.mark.parametrize(
+    "put",
+    [
+        lambda folder: write_tensors(folder / "weights", {"w": torch.ones(9)}),
+        lambda folder: (folder / "config").write_text("{}"),
+    ],
+)
+def test_a_full_disk_is_told_with_the_folder(tmp_path: Path, put: Callable[[Path], object]) -> None:
+    model = tmp_path / "model"
+    refused = pytest.raises((CheckpointError, OSError), match=re.escape(str(model)))
+    with refused, full_disk(), published_folder(model, may_replace=bool) as folder:
+        put(folder)
+    assert list(tmp_path.iterdir()) == []
