@@ -81,6 +81,7 @@ class ScalarWriter:
         if not self._metrics.append(row):
             # Before the event file's own thread fails, which would put a traceback into the log.
             self._give_up(f"as {METRICS_FILE}")
+            self._retry_s = 0.0  # the next row that is taken says that there is room
             return
 
         def add(events: SummaryWriter) -> None:
@@ -137,6 +138,7 @@ class ScalarWriter:
             add(self._events)
         except OSError as error:
             self._give_up(error.strerror or str(error))
+            self._retry_s = time.monotonic() + RETRY_S
 
     def _begun(self) -> SummaryWriter:
         """A new event file, which knows the charts."""
@@ -157,7 +159,6 @@ class ScalarWriter:
 
     def _give_up(self, reason: str) -> None:
         """Nothing; what comes next is not added until the next attempt to begin an event file."""
-        self._retry_s = time.monotonic() + RETRY_S
         if not self._is_refused:
             self._is_refused = True
             get_logger().error(
