@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -63,6 +64,7 @@ class ScalarWriter:
         self._retry_s = 0.0
         if not enabled:
             return
+        self._hook, threading.excepthook = threading.excepthook, self._tell
         # TensorBoard hides events from purge_step on, that step included.
         self._purge_step: int | None = 0 if resume_images is None else resume_images + 1
         first_seen_again = self._purge_step
@@ -79,7 +81,6 @@ class ScalarWriter:
         row: dict[str, Any] = {"images": images_seen, "time": round(time.time(), 3)}
         row |= {name: value if math.isfinite(value) else None for name, value in values.items()}
         if not self._metrics.append(row):
-            # Before the event file's own thread fails, which would put a traceback into the log.
             self._give_up(f"as {METRICS_FILE}")
             self._retry_s = 0.0  # the next row that is taken says that there is room
             return
@@ -119,11 +120,20 @@ class ScalarWriter:
 
     def close(self) -> None:
         """Ends the files; nothing may be added afterwards."""
+        if not self._enabled:
+            return
         self.flush()
         if self._events is not None:
             with contextlib.suppress(OSError):  # of what was flushed just now
                 self._events.close()
         self._events, self._enabled = None, False
+        threading.excepthook = self._hook
+
+    def _tell(self, failure: threading.ExceptHookArgs) -> None:
+        """Nothing; an event file's own thread ends without a traceback, since the next call here tells the error."""
+        is_ours = type(failure.thread).__module__.startswith("tensorboard.")
+        if not (is_ours and isinstance(failure.exc_value, OSError)):
+            self._hook(failure)
 
     def _to_events(self, add: Callable[[SummaryWriter], None], images_seen: int) -> None:
         """Nothing; the event file has what `add` adds, if the disk takes one: training is worth more."""
@@ -221,8 +231,7 @@ def draw_curves(curves: Curves) -> Figure:
 
 
 def _require_room(folder: Path) -> None:
-    """Nothing, if the folder is there and takes a file; TensorBoard leaves an empty one behind for each that it cannot
-    write, and a traceback.
+    """Nothing, if the folder is there and takes a file: TensorBoard leaves an empty one behind where it cannot write.
 
     Raises: OSError
     """

@@ -133,6 +133,7 @@ def test_image_grid_places_images_row_by_row() -> None:
     assert (grid[:, 2] == 255).all()
 
 
+@pytest.mark.filterwarnings("error")  # of exceptions in threads
 def test_figures_go_on_when_the_disk_has_room_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -141,6 +142,8 @@ def test_figures_go_on_when_the_disk_has_room_again(
         writer.add_scalars({"loss": 0.5}, 64)
         writer.flush()
         with full_disk():
+            writer.add_text("words", "refused by the event file alone", 96)
+            writer.flush()
             for images in (128, 192):
                 writer.add_scalars({"loss": 0.4}, images)
                 writer.flush()
@@ -149,7 +152,7 @@ def test_figures_go_on_when_the_disk_has_room_again(
     assert scalars_seen_by_tensorboard(tmp_path, "loss") == [(64, 0.5), (256, 0.25)]
     said = capsys.readouterr().err
     assert said.count(f"{tmp_path / METRICS_FILE} cannot be written (File too large): free space there") == 1
-    assert said.count(f"{tmp_path / TENSORBOARD_FOLDER} cannot be written (as metrics.jsonl): free space there") == 1
+    assert said.count(f"{tmp_path / TENSORBOARD_FOLDER} cannot be written (File too large): free space there") == 1
     assert "metrics.jsonl is written again, with the rows that waited\n" in said
     assert "tensorboard is written again; figures and pictures between images 64 and 256 are missing there" in said
 
