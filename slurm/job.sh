@@ -2,6 +2,9 @@
 # What the jobs of this folder share: sourced by them, with the repository's root as the working directory.
 # Rank by rank the work is done by rank.sh; what differs between clusters is in settings.sh.
 
+# What is said to people must not end a job whose log lies on a full disk, which `set -e` would make of it.
+echo() { builtin echo "$@" 2> /dev/null || :; }
+
 python=(.venv/bin/python) # how a rank starts Python; settings.sh may put a container before it
 srun_options=()
 prepare_job() { :; }
@@ -99,7 +102,10 @@ run_ranks() {
     srun --label --cpus-per-task="${SLURM_CPUS_PER_TASK:-1}" "${options[@]}" "${srun_options[@]}" \
         bash slurm/rank.sh "${python[@]}" "$@" || status=$?
     [ "$status" -ne 0 ] || exit 0
-    [ ! -e "$LDM_RESTART_MARK" ] || reason="its ranks stopped to be started again"
+    # The status, too: a full disk may not take the file.
+    if [ -e "$LDM_RESTART_MARK" ] || [ "$status" -eq 75 ]; then
+        reason="its ranks stopped to be started again"
+    fi
     rm -f "$LDM_RESTART_MARK"
     leave_if_ending "$status"
     if ! nodes_answer; then
