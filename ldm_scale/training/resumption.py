@@ -1,11 +1,15 @@
-"""Whether a checkpoint may be continued under a configuration, which may have been changed since."""
+"""Whether a checkpoint may be continued under a configuration, which may have been changed since; what it owes."""
 
 from __future__ import annotations
 
 from pathlib import Path
 from typing import Any
 
+from ldm_scale.config.schema import Config
+from ldm_scale.engine import collectives
 from ldm_scale.errors import CheckpointError, ConfigError
+from ldm_scale.telemetry.tensorboard import read_metrics
+from ldm_scale.training.state import TrainingState
 
 # What decides which images a step sees, and so what `cur_images` means; and what the network's input and output mean.
 FIXED_KEYS = (
@@ -57,6 +61,33 @@ def require_same_artifact(path: Path, saved: str, given: str, artifact: str | No
             f"{path} was trained on the autoencoder {saved[:12]}, artifact={artifact} is {given[:12]}: the "
             "latents of one mean nothing to the other; put the old artifact back, or give another run_dir"
         )
+
+
+def require_same_data(saved: str, given: str, config: Config) -> None:
+    """Returns if the run's position means the same in these shards; both by their digests.
+
+    Raises: ConfigError naming the manifest.
+    """
+    if saved != given:
+        raise ConfigError(
+            f"the run in {config.run_dir} was started on other shards than data.manifest={config.data.manifest} "
+            f"(split {config.data.split}) lists, so its position means nothing there; give the manifest of "
+            "before, or another run_dir"
+        )
+
+
+def owes_evaluation(state: TrainingState, run_dir: Path, is_main: bool) -> bool:
+    """Whether the run was stopped before what may fall due of validation and pictures was made, and has not been since.
+
+    A stop is in a hurry, and saves first of all. That it was made up for, by an attempt which then was killed, only the
+    figures tell.
+    Collective: all ranks.
+    """
+    if state.evaluated_images == state.cur_images:
+        return False
+    rows = read_metrics(run_dir) if is_main else []
+    names = (name for row in rows if row.get("images") == state.cur_images for name in row)
+    return not collectives.broadcast_object(any(name.startswith("validation/") for name in names))
 
 
 def _fixed(config: dict[str, Any]) -> dict[str, Any]:

@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from ldm_scale.config.schema import Config
+from ldm_scale.engine import phases
 from ldm_scale.engine.checkpoint import Trained, load_checkpoint
 from ldm_scale.engine.rank_files import folder_of, images_of
 from ldm_scale.engine.verification import newest_whole
@@ -40,6 +41,7 @@ def roll_back(root: Path, state: TrainingState, trained: Mapping[str, Trained], 
     Raises: NumericsError if it came back to this checkpoint train.max_skipped_steps times; CheckpointError on all ranks
     if files cannot be read at all. Collective: all ranks.
     """
+    phases.enter("save")  # as long as the files take, and not as a step
     rank, log = next(iter(trained.values())).model.environment.rank, get_logger()
     wanted = target_images(config, state.cur_images)
     if not wanted:

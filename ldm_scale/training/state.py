@@ -20,6 +20,7 @@ class TrainingState:
 
     cur_images: int = 0  # images seen by all ranks
     step: int = 0  # optimizer steps
+    evaluated_images: int = 0  # at which validation and pictures, where they fall due, were last made
     losses: LossAccount = field(default_factory=LossAccount)  # samples that could not be used, over all ranks
     truncated: int = 0  # captions and layouts that were cut so far, over all ranks
     skipped: int = 0  # steps that were not made, whose images count as seen

@@ -35,13 +35,13 @@ from ldm_scale.engine.stragglers import Stragglers
 from ldm_scale.engine.tensor_file import replace_file
 from ldm_scale.engine.verification import newest_verified
 from ldm_scale.engine.weights import SNAPSHOTS
-from ldm_scale.errors import CheckpointError, ConfigError, Restart
+from ldm_scale.errors import CheckpointError, Restart
 from ldm_scale.models.fused import describe_kernels
 from ldm_scale.telemetry.log import get_logger
 from ldm_scale.telemetry.tensorboard import ScalarWriter
 from ldm_scale.telemetry.throughput import TrainProgress
 from ldm_scale.training.diagnosis import Finding
-from ldm_scale.training.resumption import require_same_artifact, require_same_run
+from ldm_scale.training.resumption import owes_evaluation, require_same_artifact, require_same_data, require_same_run
 from ldm_scale.training.rollback import roll_back
 from ldm_scale.training.sample_losses import SampleLosses
 from ldm_scale.training.saving import Saving
@@ -108,6 +108,9 @@ class Trainer:
                 self.losses = SampleLosses(
                     self.state.losses, self.run_dir, self._dataset, self.config.data, self.environment.is_main
                 )
+                if owes_evaluation(self.state, self.run_dir, self.environment.is_main):
+                    with progress.paused(), self.task.evaluating():
+                        self._evaluate(writer)
                 for batches in self._steps(loader):
                     if self._step(batches, loader, writer, progress, stop):
                         writer.flush()
@@ -165,7 +168,6 @@ class Trainer:
         else:
             self.task.discard()
             if trouble.action == "rollback":
-                phases.enter("save")
                 self.saving.complete()
                 roll_back(self.checkpoints, self.state, self.task.trained, self.config)
         self.state.cur_images += self.plan.global_batch
@@ -197,16 +199,21 @@ class Trainer:
 
     def _now_and_then(self, writer: ScalarWriter) -> None:
         """Validation, pictures and a checkpoint, where they fall due."""
+        self._evaluate(writer)
+        self.saving.settle()
+        if self.saving.is_due(self._due(self.config.train.checkpoint_every_images)):
+            writer.flush()  # a checkpoint never knows more than the figures
+            self.saving.save(self.task.trained, self.state)
+
+    def _evaluate(self, writer: ScalarWriter) -> None:
+        """Validation and pictures, where they fall due."""
         if self._validates and (self._due(self.config.train.validate_every_images) or self._at_end()):
             self._validate(writer)
         if self._validates and (self._due(self.config.train.sample_every_images) or self._at_end()):
             phases.enter("evaluate")
             for name, images in self.task.pictures().items():
                 writer.add_image_grid(name, images, self.state.cur_images)
-        self.saving.settle()
-        if self.saving.is_due(self._due(self.config.train.checkpoint_every_images)):
-            writer.flush()  # a checkpoint never knows more than the figures
-            self.saving.save(self.task.trained, self.state)
+        self.state.evaluated_images = self.state.cur_images
 
     def _validate(self, writer: ScalarWriter) -> None:
         """Figures, their pictures, and what they say is wrong, in words; the log has each finding once."""
@@ -281,12 +288,7 @@ class Trainer:
         require_same_run(path, manifest["config"], config_to_dict(self.config))
         saved = TrainingState.from_dict(manifest["state"])
         require_same_artifact(path, saved.autoencoder_hash, self.task.autoencoder_hash, self.config.artifact)
-        if saved.data_digest != self._data_digest:
-            raise ConfigError(
-                f"the run in {self.run_dir} was started on other shards than data.manifest={self.config.data.manifest} "
-                f"(split {self.config.data.split}) lists, so its position means nothing there; give the manifest of "
-                "before, or another run_dir"
-            )
+        require_same_data(saved.data_digest, self._data_digest, self.config)
         self.state = TrainingState.from_dict(load_checkpoint(path, self.task.trained, verified=True))
         self.saving.resumed_at(self.state.cur_images)
         self.log.info(f"continuing at {self.state.cur_images} images from {path}")
