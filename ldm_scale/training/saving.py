@@ -9,7 +9,8 @@ the ranks' clocks and threads say differs, so it rides on the trainer's per-step
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 
@@ -18,7 +19,7 @@ from ldm_scale.config.schema import Config
 from ldm_scale.engine import collectives, phases
 from ldm_scale.engine.background_save import BackgroundSave, HostMemory
 from ldm_scale.engine.checkpoint import Trained, remove_older, save_checkpoint, start_save
-from ldm_scale.errors import CheckpointError
+from ldm_scale.errors import CheckpointError, LdmScaleError
 from ldm_scale.planning.checkpoint_interval import best_interval_s, mean_time_between_failures_s
 from ldm_scale.telemetry.log import get_logger
 from ldm_scale.training.rollback import is_target
@@ -99,8 +100,22 @@ class Saving:
         self._still_s = time.monotonic() - begun_s
         self._advise()
 
+    @contextmanager
+    def completing(self) -> Iterator[None]:
+        """Inside, all ranks raise the same errors, which end the run only after a save that was begun is complete.
+
+        A rank that fails alone must not come here: the others would not answer it.
+        """
+        try:
+            yield
+        except LdmScaleError:
+            self.complete()
+            raise
+
     def complete(self) -> None:
         """Nothing; no save is pending: the newest checkpoint is the one that was begun last. Collective: all ranks."""
+        if self._pending is not None:
+            phases.enter("save")
         while self._pending is not None:
             self._advance_pending()
 

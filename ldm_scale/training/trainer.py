@@ -155,13 +155,14 @@ class Trainer:
         bad = self.losses.named(batches)
         counts = (len(bad), self.task.num_truncated - cut_before)
         means, num_bad = self._reduce(metrics, stop.kind, counts)
-        if num_bad:
-            self.losses.settle(bad, images, self.plan.global_batch, loader)
-        phases.enter("update")
-        faults.reach("step.update")
-        trouble = self.guard.judge(means, self._recent)
-        if trouble is not None:
-            self.guard.record(trouble, batches, metrics, self.task.sample_losses)
+        with self.saving.completing():
+            if num_bad:
+                self.losses.settle(bad, images, self.plan.global_batch, loader)
+            phases.enter("update")
+            faults.reach("step.update")
+            trouble = self.guard.judge(means, self._recent)
+            if trouble is not None:
+                self.guard.record(trouble, batches, metrics, self.task.sample_losses)
         if trouble is None or not trouble.skips:
             means |= self.task.update(images)
             self._recent.append(means)

@@ -144,3 +144,11 @@ def test_a_run_that_is_stopped_while_it_saves_completes_that_save(tmp_path: Path
         "images-0000000016",
         "images-0000000024",
     ]
+
+
+def test_a_run_that_all_ranks_end_by_an_error_completes_its_save(tmp_path: Path) -> None:
+    config = _config(tmp_path, "run", checkpoint_every_images=16, total_images=400, max_skipped_steps=2)
+    rules = "sleep:at=save.write,seconds=3; nan:at=step.loss,rank=1,nth=3,times=2"
+    with pytest.raises(AssertionError, match="NumericsError: 2 steps in a row could not be made"):
+        run_ranks(_run, 2, config, rules, False)
+    assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == ["images-0000000016"]
