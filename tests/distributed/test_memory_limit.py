@@ -1,7 +1,11 @@
-"""A UNet that one rank cannot hold trains on four at ZeRO stage 3: each process may have so much memory and no more."""
+"""A UNet that neither one rank nor four at ZeRO stage 1 or 2 can hold trains on four at stage 3.
+
+Each process may have so much memory and no more: what it takes is that stage 3 divides the parameters too.
+"""
 
 from __future__ import annotations
 
+import ctypes
 import resource
 from pathlib import Path
 from typing import Any
@@ -16,9 +20,12 @@ from ldm_scale.engine.zero import ShardedModel
 from ldm_scale.models.build import build_seeded, build_unet
 from tests.helpers.ranks import run_ranks
 
-UNET = UNetConfig(base_channels=512, channel_multipliers=(1,), num_res_blocks=1, attention_levels=(), attention="self")
+UNET = UNetConfig(base_channels=384, channel_multipliers=(1,), num_res_blocks=1, attention_levels=(), attention="self")
 BATCH, STEPS = 4, 2
-LIMIT_MIB = 1050.0  # of writable memory that a rank may add to what it has before there is a network
+# Of writable memory that a rank may add to what it has before there is a network. The peaks are 205 MiB
+# on four ranks at stage 3, 304 and 305 at stages 2 and 1, and 582 alone.
+LIMIT_MIB = 255.0
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of malloc.h
 
 
 def _data_mib() -> float:
@@ -30,6 +37,9 @@ def _data_mib() -> float:
 def _train(stage: int) -> dict[str, Any]:
     environment = env.start(env.read_launch(), TrainConfig(device="cpu", precision="fp32"))
     barrier()
+    # What is freed goes back to the system at once: otherwise the heap's holes decide, and most at stage 3.
+    for option in (M_TRIM_THRESHOLD, M_MMAP_THRESHOLD):
+        ctypes.CDLL(None).mallopt(option, 65536)
     before = _data_mib()
     limit = int((before + LIMIT_MIB) * 2**20)
     resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
@@ -66,9 +76,12 @@ def _losses(environment: env.Environment, stage: int) -> list[float]:
 
 @pytest.mark.faults
 @pytest.mark.timeout(400)
-def test_four_ranks_train_what_one_cannot_hold() -> None:
-    (alone,) = run_ranks(_train, 1, 3)
-    assert "memory" in alone["error"].lower(), alone
+def test_four_ranks_train_what_neither_one_nor_lower_stages_can_hold() -> None:
+    for ranks, stage in ((1, 3), (4, 1), (4, 2)):
+        reports = run_ranks(_train, ranks, stage, timeout_s=300.0)
+        assert not any("losses" in report for report in reports), (stage, reports)
+        # The others may have lost it while they waited for it.
+        assert any("memory" in report["error"].lower() for report in reports), (stage, reports)
     together = run_ranks(_train, 4, 3, timeout_s=300.0)
     assert all("losses" in report for report in together), together
     assert max(report["used_mib"] for report in together) < LIMIT_MIB
