@@ -103,10 +103,11 @@ def _check_inputs(config: Config, world_size: int) -> dict[str, str]:
     datasets = [open_manifest(config.data.manifest, split, check_sizes=begins) for split in splits]
     for dataset in datasets:
         _check_buckets(config, dataset)
+    digests = {"digest of the data": datasets[0].digest, "digest of the validation data": datasets[-1].digest}
     if config.stage == "autoencoder":
         for dataset in datasets:
             require_images(dataset)
-        return {"digest of the data": datasets[0].digest}
+        return digests
     artifact_hash = _check_artifact(config)
     for dataset in datasets:
         if dataset.num_samples < world_size:
@@ -122,7 +123,7 @@ def _check_inputs(config: Config, world_size: int) -> dict[str, str]:
         if dataset.latents is not None:
             check_cache_fits(config, dataset.latents, artifact_hash)
             check_moments(dataset)
-    return {"digest of the data": datasets[0].digest, "digest of the artifact": artifact_hash}
+    return digests | {"digest of the artifact": artifact_hash}
 
 
 def _check_buckets(config: Config, dataset: Dataset) -> None:

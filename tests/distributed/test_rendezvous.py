@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import re
 import socket
@@ -13,11 +14,14 @@ import pytest
 import torch.distributed as dist
 
 from ldm_scale.config.schema import TrainConfig, WatchdogConfig
+from ldm_scale.data import open_manifest
 from ldm_scale.engine import env, network, rendezvous
 from ldm_scale.errors import ConfigError
+from ldm_scale.interchange.artifact import read_artifact
 from ldm_scale.operations import train as operations
+from tests.helpers.latents import other_artifact
 from tests.helpers.ranks import run_ranks
-from tests.helpers.runs import tiny_config
+from tests.helpers.runs import tiny_artifact, tiny_config
 from tests.helpers.shards import make_dataset
 
 WAIT_S = 2.0
@@ -131,6 +135,47 @@ def test_the_command_compares_configurations_before_anything_is_built(tmp_path: 
             f"the ranks were not started alike: train.seed is 1 on rank(s) 1 ({network.host_name()}) and 0 on rank 0"
         )
         assert message.startswith(expected)
+    assert not (tmp_path / "run").exists()
+
+
+def _train_on_own_copy(folder: Path) -> tuple[str, float]:
+    """What a rank is told, and after how many seconds, whose host has other files than rank 0's at the same place."""
+    os.chdir(folder / f"host{os.environ['RANK']}")
+    data = {"validation_split": "heldout"}
+    config = tiny_config("diffusion", Path("data/manifest.json"), folder / "run", data=data)
+    config = dataclasses.replace(config, artifact="artifact")
+    started, told = time.perf_counter(), ""
+    try:
+        operations.train(config, env.read_launch())
+    except ConfigError as error:
+        told = str(error)
+    return told, time.perf_counter() - started
+
+
+def _digest(host: Path, what: str) -> str:
+    if what == "artifact":
+        return read_artifact(host / what).content_hash
+    return open_manifest(host / "data" / "manifest.json", SPLITS[what], check_sizes=True).digest
+
+
+SPLITS = {"data": "train", "validation data": "heldout"}
+
+
+@pytest.mark.parametrize("what", [*SPLITS, "artifact"])
+def test_ranks_with_other_files_at_the_same_place_end_within_seconds(tmp_path: Path, what: str) -> None:
+    hosts = [tmp_path / "host0", tmp_path / "host1"]
+    for number, host in enumerate(hosts):
+        for name, split in SPLITS.items():
+            num_samples = 24 if number and name == what else 16
+            make_dataset(host / "data", num_samples, splits=(split,))
+        (other_artifact if number and what == "artifact" else tiny_artifact)(host / "artifact")
+    first, other = (_digest(host, what) for host in hosts)
+    for message, seconds in run_ranks(_train_on_own_copy, 2, tmp_path):
+        assert message.startswith(
+            f"the ranks were not started alike: digest of the {what} is {other} on rank(s) 1 "
+            f"({network.host_name()}) and {first} on rank 0 ({network.host_name()}). "  # and nothing else differs
+        )
+        assert seconds < SECONDS
     assert not (tmp_path / "run").exists()
 
 
