@@ -183,8 +183,8 @@ class BadSampleFiles:
         self._samples, self._places = RowFile(run_dir / "bad_samples.jsonl"), RowFile(run_dir / "substitutions.jsonl")
         for file in (self._samples, self._places):
             file.cut()
-        self._known_keys = {(row.get("shard"), row.get("key")) for row in read_rows(self._samples.path)}
-        self._known_places = {(row.get("position"), row.get("key")) for row in read_rows(self._places.path)}
+        self._known_keys = _known(self._samples.path, "shard", "key")
+        self._known_places = _known(self._places.path, "position", "key")
 
     def add(self, records: Iterable[SkippedSample]) -> None:
         """Nothing; what is not listed yet is. A run that was resumed passes some positions again."""
@@ -198,3 +198,10 @@ class BadSampleFiles:
                 places.append({"position": record.position, "key": record.key, "substitute": record.substitute})
         self._samples.append(*samples)
         self._places.append(*places)
+
+
+def _known(path: Path, *names: str) -> set[tuple[Any, ...]]:
+    """These values of all rows that have them."""
+    known: set[tuple[Any, ...]] = set()
+    read_rows(path, lambda row: known.add(tuple(row[name] for name in names)))
+    return known

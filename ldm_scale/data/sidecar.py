@@ -181,7 +181,7 @@ def open_sidecar(path: Path, num_samples: int | None = None, num_bytes: int | No
         sidecar = Sidecar(tuple(head["extensions"]), bad=bad, extra=dict(head["extra"]), **columns)
     except FileNotFoundError:
         raise DataError(f"{path}: no shard index here; {_AGAIN}") from None
-    except (OSError, ValueError, TypeError, KeyError) as error:
+    except (OSError, ValueError, TypeError, KeyError, RecursionError) as error:
         raise DataError(f"{path}: malformed shard index ({error}); {_AGAIN}") from None
     _check(sidecar, path, num_samples, num_bytes)
     return sidecar

@@ -33,10 +33,15 @@ MANIFEST = "manifest.json"
 PREFIX = "images-"
 TEMPORARY = ".tmp-"
 CHECKSUM = "crc32"  # the manifest's own
+NEEDED = {"images": int, "files": dict, "models": dict}  # of every manifest
 
 
 class DamagedError(CheckpointError):
-    """A folder whose bytes are not those that were written."""
+    """A folder whose bytes are not those that were written; `damage` is without the fix."""
+
+    def __init__(self, damage: str, fix: str = "") -> None:
+        super().__init__(f"{damage}; {fix}" if fix else damage)
+        self.damage = damage
 
 
 @dataclass(frozen=True)
@@ -87,8 +92,8 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         raise DamagedError(f"{folder} is no checkpoint: it has no {MANIFEST}")
     try:
         manifest = json.loads(path.read_text())
-    except ValueError as error:
-        raise DamagedError(f"{path} is not readable as JSON ({error}); {_fix(folder)}") from error
+    except (ValueError, RecursionError) as error:
+        raise DamagedError(f"{path} is not readable as JSON ({error})", _fix(folder)) from error
     is_ours = isinstance(manifest, dict)
     found = (manifest.get("format"), manifest.get("version")) if is_ours else None
     is_whole = is_ours and manifest.pop(CHECKSUM, None) == json_crc32(manifest)
@@ -96,14 +101,17 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         kind = CheckpointError if is_whole else DamagedError
         raise kind(f"{path} has format and version {found}; this program reads {(FORMAT, VERSION)}")
     if not is_whole:
-        raise DamagedError(f"{path} is damaged: its CRC-32 is not the one it states; {_fix(folder)}")
+        raise DamagedError(f"{path} is damaged: its CRC-32 is not the one it states", _fix(folder))
+    for key, wanted in NEEDED.items():
+        if not isinstance(manifest.get(key), wanted):
+            raise DamagedError(f"{path} has no {key} (a {wanted.__name__}): another program made it", _fix(folder))
     for name, record in manifest["files"].items():
         file = folder / name
         size = file.stat().st_size if file.is_file() else None
         if size != record["bytes"]:
             actual = "is missing" if size is None else f"has {size} bytes"
             raise DamagedError(
-                f"{file} {actual}, the manifest says {record['bytes']}: the folder is cut short; {_fix(folder)}"
+                f"{file} {actual}, the manifest says {record['bytes']}: the folder is cut short", _fix(folder)
             )
     return manifest  # type: ignore[no-any-return]
 
@@ -113,7 +121,7 @@ def check_file(folder: Path, manifest: dict[str, Any], name: str, from_disk: boo
     path = folder / name
     faults.reach("load.verify", path)
     if file_crc32(path, from_disk) != manifest["files"][name]["crc32"]:
-        raise DamagedError(f"{path} is damaged: its CRC-32 is not the manifest's; {_fix(folder)}")
+        raise DamagedError(f"{path} is damaged: its CRC-32 is not the manifest's", _fix(folder))
 
 
 class Reader:
@@ -170,7 +178,7 @@ class Reader:
 
 
 def _fix(folder: Path) -> str:
-    return f"remove the folder {folder}, the ones before serve without it"
+    return f"give another checkpoint, or put {folder} back from a copy"
 
 
 def json_crc32(content: dict[str, Any]) -> int:

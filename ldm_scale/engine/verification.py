@@ -100,6 +100,8 @@ def _read_own_manifest(path: Path) -> dict[str, Any]:
     manifest = read_manifest(path)
     if manifest["images"] != images_of(path):
         raise DamagedError(f"{path} has the manifest of {manifest['images']} images: it was renamed or exchanged")
+    if not all(isinstance(manifest.get(name), dict) for name in ("state", "config")):
+        raise DamagedError(f"{path} has no state or no config: it is no checkpoint of a run")
     return manifest
 
 
@@ -109,7 +111,7 @@ def _outcome(action: Callable[[], Any]) -> dict[str, Any]:
         try:
             return {"value": action()}
         except DamagedError as error:
-            return {"damage": str(error)}
+            return {"damage": error.damage}
         except CheckpointError as error:
             return {"error": str(error)}
         except OSError as error:

@@ -59,7 +59,7 @@ def read_result(path: Path, formats: Sequence[str] = (FORMAT, SAMPLES_FORMAT)) -
         content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise DataError(f"{path}: no such file; `ldm-scale evaluate ... --out DIR` writes a {RESULT_FILE}") from None
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, RecursionError) as error:
         raise DataError(f"{path}: this result cannot be read ({error}); evaluate the model again") from None
     if not isinstance(content, dict) or content.get("format") not in formats:
         commands = " or ".join(f"`ldm-scale evaluate {_COMMANDS[name]}`" for name in formats)

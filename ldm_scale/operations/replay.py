@@ -103,8 +103,8 @@ def _record(run: Path, image: int | None) -> dict[str, Any] | None:
         raise ConfigError(f"{run}: there is no such folder; give the run_dir of a run")
     records = read_records(run)
     if image is not None:
-        if image < 0:
-            raise ConfigError(f"--image {image}: must be at least 0")
+        if not 0 <= image < 2**62:  # positions are 64-bit integers
+            raise ConfigError(f"--image {image}: must be from 0 to {2**62 - 1}; give an image of the run")
         return next((r for r in reversed(records) if r["images"][0] <= image < r["images"][1]), None)
     if not records:
         raise ConfigError(f"{run / SKIPPED_STEPS} holds no step; choose any step of the run with --image N")

@@ -12,11 +12,12 @@ import os
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from ldm_scale.telemetry.log import get_logger
 
 MAX_WAITING = 10_000  # rows, some 10 MiB of figures
+T = TypeVar("T")
 
 
 @contextlib.contextmanager
@@ -39,16 +40,21 @@ class RowFile:
     def cut(self, keeps: Callable[[dict[str, Any]], bool] = lambda row: True) -> None:
         """Nothing; the file ends before its first row that is not to be kept, and behind a whole row.
 
-        In its place, which a full disk does not prevent.
+        In its place, which a full disk does not prevent. A damaged line stays, and the log says where.
         """
+        damaged, end = [], 0
         with side_write(self.path), contextlib.suppress(FileNotFoundError), self.path.open("r+b") as file:
-            end = 0
-            for line in file:
-                row = _parsed(line)
-                if not line.endswith(b"\n") or (row is not None and not keeps(row)):
+            for number, line in enumerate(file, start=1):
+                is_kept = _checked(line, keeps)
+                if not line.endswith(b"\n") or is_kept is False:
                     file.truncate(end)
                     break
+                if is_kept is None:
+                    damaged.append(number)
                 end += len(line)
+        if damaged:
+            more = f" and {len(damaged) - 1} more are" if len(damaged) > 1 else " is"
+            get_logger().warning(f"{self.path}: line {damaged[0]}{more} damaged and left out; look at the disk")
 
     def append(self, *rows: Mapping[str, Any], durable: bool = False) -> bool:
         """Whether all rows are in the file, those that waited too; `durable` puts them on the disk."""
@@ -81,22 +87,31 @@ class RowFile:
         return True
 
 
-def read_rows(path: Path) -> list[dict[str, Any]]:
-    """Rows of a file, oldest first; lines that were cut short or damaged are left out, a missing file has none."""
-    try:
-        lines = path.read_bytes().splitlines(keepends=True)
-    except FileNotFoundError:
-        return []
-    rows = (_parsed(line) for line in lines if line.endswith(b"\n"))
-    return [row for row in rows if row is not None]
+def read_rows(path: Path, check: Callable[[dict[str, Any]], object] = lambda row: None) -> list[dict[str, Any]]:
+    """Rows of a file, oldest first; a missing file has none.
+
+    Lines that were cut short or damaged are left out, and those in which `check` does not find what it looks for.
+    """
+    rows: list[dict[str, Any]] = []
+
+    def add(row: dict[str, Any]) -> None:
+        check(row)
+        rows.append(row)
+
+    with contextlib.suppress(FileNotFoundError):
+        for line in path.read_bytes().splitlines(keepends=True):
+            if line.endswith(b"\n"):
+                _checked(line, add)
+    return rows
 
 
-def _parsed(line: bytes) -> dict[str, Any] | None:
+def _checked(line: bytes, check: Callable[[dict[str, Any]], T]) -> T | None:
+    """What the check says of the line's row; None if it is damaged."""
     try:
         row = json.loads(line)
-    except (ValueError, RecursionError):
+        return check(row) if isinstance(row, dict) else None
+    except (ValueError, LookupError, TypeError, RecursionError):
         return None
-    return row if isinstance(row, dict) else None
 
 
 def _refused(path: Path, error: OSError, meanwhile: str) -> None:

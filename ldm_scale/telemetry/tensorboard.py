@@ -69,7 +69,7 @@ class ScalarWriter:
         self._purge_step: int | None = 0 if resume_images is None else resume_images + 1
         first_seen_again = self._purge_step
         self._metrics = RowFile(Path(run_dir) / METRICS_FILE)
-        self._metrics.cut(lambda row: bool(row.get("images", 0) < first_seen_again))
+        self._metrics.cut(lambda row: bool(row["images"] < first_seen_again))
         self._to_events(lambda events: None, self._images)
 
     def add_scalars(self, scalars: Mapping[str, float], images_seen: int) -> None:
@@ -188,8 +188,8 @@ class ScalarWriter:
 
 
 def read_metrics(run_dir: Path | str) -> list[dict[str, Any]]:
-    """Rows of a run's metrics.jsonl, oldest first; a line that was cut short is left out."""
-    return read_rows(Path(run_dir) / METRICS_FILE)
+    """Rows of a run's metrics.jsonl, oldest first; lines that are damaged or cut short are left out."""
+    return read_rows(Path(run_dir) / METRICS_FILE, lambda row: row["images"] >= 0)
 
 
 def image_grid(images: Tensor, columns: int = 8, gap: int = 2) -> Tensor:

@@ -194,6 +194,6 @@ class Saving:
         )
 
     def _failed(self, error: CheckpointError) -> None:
-        self._log.error(f"{error}; training goes on, the next attempt is in {self._pause_s:.0f} s")
+        self._log.error(f"{error}; training goes on, the next attempt is in at most {self._pause_s:.0f} s")
         self._retry_s = time.monotonic() + self._pause_s
         self._pause_s = min(2 * self._pause_s, LONGEST_PAUSE_S)

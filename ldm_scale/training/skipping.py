@@ -55,7 +55,7 @@ class StepGuard:
         self._config, self._state, self._rank = config, state, rank
         self._file = RowFile(Path(config.run_dir) / SKIPPED_STEPS)
         if rank == 0:  # what an earlier attempt wrote beyond this point comes again
-            self._file.cut(lambda record: bool(record.get("images", [0])[0] < state.cur_images))
+            self._file.cut(lambda record: bool(record["images"][0] < state.cur_images))
 
     def judge(self, means: dict[str, float], recent: Sequence[Mapping[str, float]]) -> Trouble | None:
         """What is wrong with a step of these means over the ranks; None if nothing is, and it is to be made.
@@ -152,8 +152,8 @@ class StepGuard:
 
 
 def read_records(run_dir: Path) -> list[dict[str, Any]]:
-    """The recorded steps of a run, oldest first; a line that a kill cut short is left out."""
-    return read_rows(run_dir / SKIPPED_STEPS)
+    """The recorded steps of a run, oldest first; lines that are damaged or cut short are left out."""
+    return read_rows(run_dir / SKIPPED_STEPS, lambda record: record["images"][0] < record["images"][1])
 
 
 def _samples(batches: Sequence[Batch], rank: int, losses: Sequence[float]) -> list[dict[str, Any]]:

@@ -312,7 +312,7 @@ class Trainer:
         if self.environment.is_main and self._at_end():
             try:
                 finished = json.loads((self.run_dir / RESULT).read_text())["images"] == self.state.cur_images
-            except (OSError, ValueError, KeyError):
+            except (OSError, ValueError, KeyError, TypeError, RecursionError):
                 finished = False
         return bool(collectives.broadcast_object(finished))
 

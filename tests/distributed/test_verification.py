@@ -15,7 +15,7 @@ from ldm_scale.config.convert import config_to_dict
 from ldm_scale.config.schema import Config, TrainConfig
 from ldm_scale.engine import env, verification
 from ldm_scale.engine.checkpoint import PROGRESS, Trained, load_checkpoint, save_checkpoint
-from ldm_scale.engine.rank_files import MANIFEST, complete_folders, images_of
+from ldm_scale.engine.rank_files import CHECKSUM, MANIFEST, complete_folders, images_of, json_crc32
 from ldm_scale.engine.verification import newest_verified
 from ldm_scale.errors import CheckpointError
 from tests.helpers.faulty import faults_set
@@ -119,6 +119,33 @@ def test_folders_that_were_exchanged_as_wholes_are_found(tmp_path: Path, intact:
     assert "has the manifest of 8 images: it was renamed or exchanged" in run_ranks(_choose, 1, root)[0]
 
 
+def _rewrite(path: Path, change: Callable[[dict[str, Any]], object]) -> None:
+    """The manifest is changed and states the CRC-32 of what it says now."""
+    manifest = json.loads(path.read_text())
+    del manifest[CHECKSUM]
+    change(manifest)
+    path.write_text(json.dumps(manifest | {CHECKSUM: json_crc32(manifest)}))
+
+
+MALFORMED: dict[str, Callable[[Path], object]] = {
+    "nested": lambda p: p.write_text("[" * 100_000 + "]" * 100_000),
+    "null": lambda p: p.write_text("null"),
+    "without files": lambda p: _rewrite(p, lambda m: m.pop("files")),
+    "of text": lambda p: _rewrite(p, lambda m: m.update(images="16")),
+    "without images": lambda p: _rewrite(p, lambda m: m.pop("images")),
+    "without a state": lambda p: _rewrite(p, lambda m: m.pop("state")),
+}
+
+
+def test_a_manifest_that_is_no_manifest_is_damage(tmp_path: Path, intact: Path) -> None:
+    roots = []
+    for number, change in enumerate(MALFORMED.values()):
+        roots.append(shutil.copytree(intact, tmp_path / f"run{number}") / "checkpoints")
+        change(roots[-1] / NEW / MANIFEST)
+    for chosen in run_ranks(_choose_of_each, 2, roots):
+        assert chosen == [OLD] * len(MALFORMED)
+
+
 def test_damage_is_told_with_its_file_and_nothing_is_overwritten(
     tmp_path: Path, intact: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -129,6 +156,8 @@ def test_damage_is_told_with_its_file_and_nothing_is_overwritten(
     logged = capfd.readouterr().err
     assert f"DAMAGED CHECKPOINT {root / NEW}: {root / NEW / FILES[1]} is damaged: its CRC-32" in logged
     assert f"kept as {root}/damaged-{NEW}-2" in logged
+    assert "remove the folder" not in logged
+    assert "copy" not in logged
     assert (root / f"damaged-{NEW}-2" / FILES[1]).exists()
 
 

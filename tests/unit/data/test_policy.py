@@ -100,7 +100,7 @@ def test_a_run_beyond_its_budget_stops_with_names() -> None:
 def test_bad_samples_are_listed_once_and_every_place_that_they_left(tmp_path: Path) -> None:
     files = BadSampleFiles(tmp_path)
     files.add([_skipped(7, key="s0/a"), _skipped(3, key="s0/b")])
-    (tmp_path / "substitutions.jsonl").open("a").write('{"position": 9, "ke')  # a kill while writing
+    (tmp_path / "substitutions.jsonl").open("a").write('null\n{"position": 9, "ke')  # damage; a kill while writing
     files = BadSampleFiles(tmp_path)  # resumed: passes some positions again
     with full_disk():
         files.add([_skipped(7, key="s0/a"), _skipped(107, key="s0/a")])
@@ -108,4 +108,4 @@ def test_bad_samples_are_listed_once_and_every_place_that_they_left(tmp_path: Pa
     samples = [json.loads(line) for line in (tmp_path / "bad_samples.jsonl").read_text().splitlines()]
     assert samples == [{"shard": "s0.tar", "key": key, "reason": "r"} for key in ("s0/b", "s0/a")]
     places = (tmp_path / "substitutions.jsonl").read_text().splitlines()
-    assert [json.loads(line)["position"] for line in places] == [3, 7, 107]
+    assert [line if line == "null" else json.loads(line)["position"] for line in places] == [3, 7, "null", 107]

@@ -93,6 +93,9 @@ def test_refusals(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "there is no such folder" in capsys.readouterr().err
     assert main(["replay", str(tmp_path)]) == 2
     assert "skipped_steps.jsonl holds no step; choose any step of the run with --image N" in capsys.readouterr().err
+    for image in ("-1", "999999999999999999999"):
+        assert main(["replay", str(tmp_path), "--image", image]) == 2
+        assert f"--image {image}: must be from 0 to " in capsys.readouterr().err
     assert main(["replay", str(tmp_path), "--image", "5"]) == 4
     assert "no checkpoint of at most 5 images (there: none)" in capsys.readouterr().err
 

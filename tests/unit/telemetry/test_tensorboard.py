@@ -59,6 +59,23 @@ def test_resuming_takes_back_what_lies_beyond_the_checkpoint(tmp_path: Path) -> 
     assert scalars_seen_by_tensorboard(tmp_path, "loss") == expected
 
 
+@pytest.mark.parametrize(
+    "damaged", [b"{", b"\xff\xfe", b"null", b"[1]", b'{"imagus": 96}', b'{"images": "96"}', b"[" * 9999 + b"]" * 9999]
+)
+def test_a_damaged_line_costs_itself_and_no_start(
+    tmp_path: Path, damaged: bytes, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with ScalarWriter(tmp_path, enabled=True) as writer:
+        writer.add_scalars({"loss": 1.0}, 64)
+    with (tmp_path / METRICS_FILE).open("ab") as file:
+        file.write(damaged + b"\n")
+    with ScalarWriter(tmp_path, enabled=True, resume_images=128) as writer:
+        writer.add_scalars({"loss": 2.0}, 128)
+    assert f"{tmp_path / METRICS_FILE}: line 2 is damaged and left out" in capsys.readouterr().err
+    assert [row["loss"] for row in read_metrics(tmp_path)] == [1.0, 2.0]
+    assert capsys.readouterr().err == ""
+
+
 def test_a_new_run_in_an_old_folder_starts_empty(tmp_path: Path) -> None:
     with ScalarWriter(tmp_path, enabled=True) as writer:
         writer.add_scalars({"loss": 1.0}, 0)
