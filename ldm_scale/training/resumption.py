@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from ldm_scale.config.schema import Config
+from ldm_scale.config.schema import Config, TrainConfig
 from ldm_scale.engine import collectives
 from ldm_scale.errors import CheckpointError, ConfigError
 from ldm_scale.telemetry.tensorboard import read_metrics
@@ -48,6 +48,18 @@ def require_same_run(path: Path, saved: dict[str, Any], given: dict[str, Any]) -
         raise ConfigError(
             f"the run in {path.parent.parent} was started with other settings ({'; '.join(differences)}); set them "
             "as before, or give another run_dir"
+        )
+
+
+def require_not_beyond_end(seen: int, train: TrainConfig, run_dir: Path) -> None:
+    """Returns if a run that has seen so many images would not have ended before: its last step may exceed the total.
+
+    Raises: ConfigError.
+    """
+    if seen - train.global_batch >= train.total_images:
+        raise ConfigError(
+            f"train.total_images={train.total_images}: the run in {run_dir} has seen {seen} images already, and its "
+            f"weights are those of all of them; set train.total_images to {seen} or more, or choose another run_dir"
         )
 
 

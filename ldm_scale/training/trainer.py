@@ -40,8 +40,8 @@ from ldm_scale.models.fused import describe_kernels
 from ldm_scale.telemetry.log import get_logger
 from ldm_scale.telemetry.tensorboard import ScalarWriter
 from ldm_scale.telemetry.throughput import TrainProgress
+from ldm_scale.training import resumption
 from ldm_scale.training.diagnosis import Finding
-from ldm_scale.training.resumption import owes_evaluation, require_same_artifact, require_same_data, require_same_run
 from ldm_scale.training.rollback import roll_back
 from ldm_scale.training.sample_losses import SampleLosses
 from ldm_scale.training.saving import Saving
@@ -108,7 +108,7 @@ class Trainer:
                 self.losses = SampleLosses(
                     self.state.losses, self.run_dir, self._dataset, self.config.data, self.environment.is_main
                 )
-                if owes_evaluation(self.state, self.run_dir, self.environment.is_main):
+                if resumption.owes_evaluation(self.state, self.run_dir, self.environment.is_main):
                     with progress.paused(), self.task.evaluating():
                         self._evaluate(writer)
                 for batches in self._steps(loader):
@@ -286,10 +286,11 @@ class Trainer:
             self.log.info(f"starting from scratch in {self.run_dir}")
             return
         path, manifest = newest
-        require_same_run(path, manifest["config"], config_to_dict(self.config))
+        resumption.require_same_run(path, manifest["config"], config_to_dict(self.config))
         saved = TrainingState.from_dict(manifest["state"])
-        require_same_artifact(path, saved.autoencoder_hash, self.task.autoencoder_hash, self.config.artifact)
-        require_same_data(saved.data_digest, self._data_digest, self.config)
+        resumption.require_not_beyond_end(saved.cur_images, self.config.train, self.run_dir)
+        resumption.require_same_artifact(path, saved.autoencoder_hash, self.task.autoencoder_hash, self.config.artifact)
+        resumption.require_same_data(saved.data_digest, self._data_digest, self.config)
         self.state = TrainingState.from_dict(load_checkpoint(path, self.task.trained, verified=True))
         self.saving.resumed_at(self.state.cur_images)
         self.log.info(f"continuing at {self.state.cur_images} images from {path}")

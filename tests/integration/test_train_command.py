@@ -178,6 +178,12 @@ def test_a_finished_run_is_left_as_it_is(folder: Path, tmp_path: Path) -> None:
 
     before = contents()
     assert run_ranks(main, 2, arguments) == [0, 0]
+    # A total that its last step exceeds is this one too; one that it would have ended before is not.
+    shorter = [*arguments, "optimizer.warmup_images=0"]
+    assert run_ranks(main, 2, [*shorter, "train.total_images=9"]) == [0, 0]
+    with pytest.raises(AssertionError) as refused:
+        run_ranks(main, 2, [*shorter, "train.total_images=8"])
+    assert str(refused.value).count("ConfigError: train.total_images=8: the run in") == 2
     assert contents() == before
     (run_dir / "result.json").write_text("null")
     assert run_ranks(main, 1, arguments) == [0]
