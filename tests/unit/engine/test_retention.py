@@ -21,6 +21,7 @@ from ldm_scale.engine.verification import newest_verified
 from ldm_scale.errors import CheckpointError
 
 OPERATIONS = 14
+CONTENT = {"models": {"net": {}}, "state": {}, "config": {}}  # of manifests
 
 
 class Killed(BaseException):
@@ -59,7 +60,7 @@ class Disk:
             retire_older(self.root, self.images, 0, keep=self.random.randint(1, 3))
 
         try:
-            write_folder(self.root, self.images, 0, pieces, {"models": {"net": {}}}, after=retire)
+            write_folder(self.root, self.images, 0, pieces, CONTENT, after=retire)
         except Killed as kill:
             self.history[-1] += f" at {kill}"
         self._until_kill = -1
