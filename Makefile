@@ -84,7 +84,7 @@ soak: $(STAMP) slurm-programs ## as root: a run on that cluster for two hours, a
 soak-short: $(STAMP) slurm-programs ## as root: five of the faults in ten minutes
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.soak --short
 
-test-faults: $(STAMP) ## kills at every point of a save, resumptions in many settings, other ranks and ZeRO stages (15 minutes)
+test-faults: $(STAMP) ## kills at every point of a save, resumptions in many settings, other ranks and ZeRO stages, all conditioning (25 minutes)
 	$(BIN)/python -m pytest --numprocesses 2 --dist load -m faults
 
 aot: $(STAMP) ## compile every kernel for sm_80, sm_90 and sm_100 and compare with the committed table (no GPU needed)

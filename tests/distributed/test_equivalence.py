@@ -97,7 +97,12 @@ def test_diffusion_losses_do_not_depend_on_ranks_or_stage(
 
 @pytest.mark.parametrize(
     ("ranks", "zero_stage", "mode"),
-    [(1, 0, "full"), (2, 2, "selective"), (2, 3, "full"), (2, 3, "selective")],
+    [
+        (1, 0, "full"),
+        (2, 2, "selective"),
+        (2, 3, "full"),
+        pytest.param(2, 3, "selective", marks=pytest.mark.faults),
+    ],
 )
 def test_diffusion_losses_do_not_depend_on_checkpointing(
     folder: Path, reference_losses: list[float], ranks: int, zero_stage: int, mode: str

@@ -149,6 +149,7 @@ def test_a_hang_ends_and_is_named(case: str, manifest: Path, tmp_path: Path) -> 
         assert re.search(r"\nLoader process \d+, sleeping:\n.*in _decoded", stacks, re.DOTALL), stacks
 
 
+@pytest.mark.faults
 @pytest.mark.timeout(240)
 def test_a_run_names_its_slow_rank(manifest: Path, tmp_path: Path) -> None:
     rules = "sleep:at=step.forward,rank=1,times=1000,seconds=0.05"

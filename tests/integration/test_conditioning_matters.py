@@ -60,6 +60,8 @@ KINDS: dict[str, ConditioningConfig] = {
     "text and inpainting": ConditioningConfig(text=TEXT, inpainting=InpaintingConditioningConfig(masks="thick")),
 }
 
+SAMPLE = ("text", "classes", "layout", "inpainting")  # of `make test`
+
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -134,7 +136,9 @@ def _last_validation(folder: Path, name: str, conditioning: ConditioningConfig, 
     return [row for row in rows if "validation/true/mean" in row][-1]  # type: ignore[no-any-return]
 
 
-@pytest.mark.parametrize("name", KINDS)
+@pytest.mark.parametrize(
+    "name", [name if name in SAMPLE else pytest.param(name, marks=pytest.mark.faults) for name in KINDS]
+)
 def test_the_loss_is_lower_with_the_images_own_conditioning(
     folder: Path, kinds: dict[str, ConditioningConfig], name: str
 ) -> None:
