@@ -178,7 +178,7 @@ class Reader:
 
 
 def _fix(folder: Path) -> str:
-    return f"give another checkpoint, or put {folder} back from a copy"
+    return f"put it back from a copy, or remove the folder {folder} and use the others"
 
 
 def json_crc32(content: dict[str, Any]) -> int:
