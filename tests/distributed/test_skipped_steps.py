@@ -231,6 +231,20 @@ def _require_record(run_dir: Path, fault: str) -> None:
     assert row["skipped_steps"] == 1
 
 
+def _rollback_config(root: Path, checkpoint_every_images: int) -> Config:
+    manifest = make_dataset(root / "data", num_samples=20, resolution=20)
+    tiny_artifact(root / "artifact")
+    return tiny_config(
+        "diffusion",
+        manifest,
+        root / "run",
+        train={"total_images": 11 * BATCH, "checkpoint_every_images": checkpoint_every_images},
+        zero={"stage": 2},
+        spikes={"action": "rollback", "window_steps": 16},
+        **SMALLEST,
+    )
+
+
 def _go_back(config: Config) -> dict[str, Any]:
     environment = env.start(env.read_launch(), config.train)
     between = range(SAVED // BATCH, SPIKE // BATCH + 1)
@@ -249,17 +263,7 @@ def _go_back(config: Config) -> dict[str, Any]:
 
 
 def test_a_rollback_leaves_out_what_led_to_the_spike_and_does_so_again_when_resumed(tmp_path: Path) -> None:
-    manifest = make_dataset(tmp_path / "data", num_samples=20, resolution=20)
-    tiny_artifact(tmp_path / "artifact")
-    config = tiny_config(
-        "diffusion",
-        manifest,
-        tmp_path / "run",
-        train={"total_images": 11 * BATCH, "checkpoint_every_images": SAVED},
-        zero={"stage": 2},
-        spikes={"action": "rollback", "window_steps": 16},
-        **SMALLEST,
-    )
+    config = _rollback_config(tmp_path, SAVED)
     for report in run_ranks(_go_back, 2, config):
         assert report["differences"] == report["at_once"] == report["resumed"] == []
         assert report["between"] > 0
@@ -292,17 +296,7 @@ def _go_back_disturbed(config: Config) -> dict[str, Any]:
 def test_a_rollback_leads_where_configuration_and_images_say_or_to_the_one_before_in_plain_words(
     tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    manifest = make_dataset(tmp_path / "data", num_samples=20, resolution=20)
-    tiny_artifact(tmp_path / "artifact")
-    config = tiny_config(
-        "diffusion",
-        manifest,
-        tmp_path / "run",
-        train={"total_images": 11 * BATCH, "checkpoint_every_images": SAVED // 2},
-        zero={"stage": 2},
-        spikes={"action": "rollback", "window_steps": 16},
-        **SMALLEST,
-    )
+    config = _rollback_config(tmp_path, SAVED // 2)
     for report in run_ranks(_go_back_disturbed, 2, config):
         assert report["stopped"] == ([], 2, [[SAVED, SPIKE + BATCH]]), "a stop moved it"
         assert report["clock"] == ([], 11, [[SAVED, SPIKE + BATCH]]), "saves by the clock moved it"
