@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import dataclasses
 import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -32,12 +33,13 @@ class HostMemory:
     def copies(self, pieces: Iterable[Piece]) -> list[Piece]:
         """The pieces with copies of their values, which hold until the next call."""
         copied, is_on_device = [], False
-        for number, piece in enumerate(pieces):
-            values = piece.values.detach()
-            is_on_device |= values.is_cuda
-            copied.append(
-                dataclasses.replace(piece, values=self._room(number, values).copy_(values, non_blocking=True))
-            )
+        with _one_more_thread():
+            for number, piece in enumerate(pieces):
+                values = piece.values.detach()
+                is_on_device |= values.is_cuda
+                copied.append(
+                    dataclasses.replace(piece, values=self._room(number, values).copy_(values, non_blocking=True))
+                )
         if is_on_device:
             torch.cuda.current_stream().synchronize()
         return copied
@@ -48,6 +50,17 @@ class HostMemory:
         if self._kept[number].shape != values.shape or self._kept[number].dtype != values.dtype:
             self._kept[number] = torch.empty(values.shape, dtype=values.dtype, pin_memory=values.is_cuda)
         return self._kept[number]
+
+
+@contextmanager
+def _one_more_thread() -> Iterator[None]:
+    """The core that `env.cpu_threads` leaves to others copies too: they get all cores again when training goes on."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(threads + 1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 class BackgroundSave:

@@ -91,12 +91,13 @@ def test_copies_go_to_the_same_memory_unless_they_do_not_fit() -> None:
     def copied(*values: torch.Tensor) -> list[Piece]:
         return memory.copies(Piece("net", "weight", str(n), tuple(v.shape), 0, v) for n, v in enumerate(values))
 
-    memory = HostMemory()
+    memory, threads = HostMemory(), torch.get_num_threads()
     first = [piece.values.data_ptr() for piece in copied(torch.ones(3), torch.zeros(2))]
     long, same = copied(torch.ones(5, dtype=torch.bfloat16), torch.full((2,), 4.0))
     assert long.values.tolist() == [1.0] * 5
     assert long.values.dtype == torch.bfloat16
     assert (same.values.data_ptr(), same.values.tolist()) == (first[1], [4.0, 4.0])
+    assert torch.get_num_threads() == threads, "training goes on with its own number"
 
 
 def _run(config: Config, rules: str, stop_at_save: bool) -> bool:
