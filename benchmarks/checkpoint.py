@@ -186,11 +186,11 @@ class Measurement:
         actions = [("verify_and_load", verify_and_load)]
         actions.append(("load", lambda: load_checkpoint(newest, self._trained, verified=True)))
         for what, action in self._by_turns(actions):
-            _forget(self._ours)
+            forget(self._ours)
             self._timed(what, action)
 
     def _load_theirs(self) -> None:
-        _forget(self._theirs)
+        forget(self._theirs)
         self._timed("deepspeed_load", lambda: self._model.engine.load_checkpoint(str(self._theirs), tag="t"))
 
     def _save_in_background(self) -> None:
@@ -225,7 +225,7 @@ def _bytes(folder: Path) -> int:
     return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
 
 
-def _forget(folder: Path) -> None:
+def forget(folder: Path) -> None:
     """Nothing; the system holds no pages of the folder's files, so that the disk answers."""
     for path in folder.rglob("*"):
         if path.is_file():

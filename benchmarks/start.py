@@ -79,14 +79,14 @@ def make_inputs(folder: Path) -> None:
 
 
 class Run:
-    """One command on so many ranks, started again and again."""
+    """One command on so many ranks, started again and again; `overrides` come last."""
 
-    def __init__(self, folder: Path, case: str, ranks: int, device: str) -> None:
+    def __init__(self, folder: Path, case: str, ranks: int, device: str, overrides: Sequence[str] = ()) -> None:
         self._folder, self._ranks = folder, ranks
-        self._run_dir = folder / "run"
+        self.run_dir = folder / "run"
         self._arguments = [
             f"experiment={EXPERIMENTS[case]}",
-            f"run_dir={self._run_dir}",
+            f"run_dir={self.run_dir}",
             f"data.manifest={folder / 'data' / 'manifest.json'}",
             "data.validation_split=",
             f"artifact={folder / 'artifact' if case == 'stage2' else ''}",
@@ -95,14 +95,15 @@ class Run:
             "train.validate_every_images=0",
             "train.sample_every_images=0",
             "train.checkpoint_every_images=64",
+            *overrides,
         ]
 
     def round(self) -> dict[str, dict[str, float]]:
         """Seconds of the parts of a start, of one that continues, and from the kill to training."""
-        shutil.rmtree(self._run_dir, ignore_errors=True)
+        shutil.rmtree(self.run_dir, ignore_errors=True)
         with self._started("first") as (processes, lines):
             first = split(self._wait(processes, lines, _has_begun))
-            self._wait(processes, lines, lambda _: any(self._run_dir.glob("checkpoints/images-*")))
+            self._wait(processes, lines, lambda _: any(self.run_dir.glob("checkpoints/images-*")))
             steps = len(lines())
             self._wait(processes, lines, lambda found: len(found) >= steps + STEPS_AFTER_SAVE)
             killed_s = time.monotonic()
@@ -117,8 +118,18 @@ class Run:
         after["until training again"] += again[TOTAL]
         return {"start": first, "start that continues": again, "after a kill": after}
 
+    def until_saved(self) -> None:
+        """Nothing; the run has a checkpoint, and was killed."""
+        with self._started("first") as (processes, lines):
+            self._wait(processes, lines, lambda _: any(self.run_dir.glob("checkpoints/images-*")))
+
+    def again(self, module: str) -> dict[str, float]:
+        """Seconds of the parts of a start that continues, its ranks being of this module; it is killed then."""
+        with self._started("again", module) as (processes, lines):
+            return split(self._wait(processes, lines, _has_begun))
+
     @contextmanager
-    def _started(self, name: str) -> Any:
+    def _started(self, name: str, module: str = "benchmarks.start_rank") -> Any:
         """The ranks' processes, and what returns rank 0's lines; the processes end with the block."""
         port, processes = _free_port(), []
         log, notes = self._folder / "log", [self._folder / f"{name}-{rank}.jsonl" for rank in range(self._ranks)]
@@ -129,7 +140,7 @@ class Run:
                 place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": self._ranks, "LOCAL_WORLD_SIZE": self._ranks}
                 environ = {**os.environ, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
                 environ |= {key: str(value) for key, value in place.items()}
-                command = [sys.executable, "-m", "benchmarks.start_rank", str(time.monotonic()), str(path)]
+                command = [sys.executable, "-m", module, str(time.monotonic()), str(path)]
                 processes.append(
                     subprocess.Popen([*command, *self._arguments], env=environ, stdout=output, stderr=output)
                 )

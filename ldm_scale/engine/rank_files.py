@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import json
 import zlib
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -116,11 +117,18 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     return manifest  # type: ignore[no-any-return]
 
 
-def check_file(folder: Path, manifest: dict[str, Any], name: str, from_disk: bool = False) -> None:
+def files_of_rank(manifest: dict[str, Any], rank: int, num_ranks: int) -> list[str]:
+    """Names of the files that this rank looks at: all are, each by one rank."""
+    return sorted(manifest["files"])[rank::num_ranks]
+
+
+def check_file(
+    folder: Path, manifest: dict[str, Any], name: str, checksum_of: Callable[[Path], int] = file_crc32
+) -> None:
     """Nothing, if the bytes of a file are those that were written. Raises: DamagedError."""
     path = folder / name
     faults.reach("load.verify", path)
-    if file_crc32(path, from_disk) != manifest["files"][name]["crc32"]:
+    if checksum_of(path) != manifest["files"][name]["crc32"]:
         raise DamagedError(f"{path} is damaged: its CRC-32 is not the manifest's", _fix(folder))
 
 

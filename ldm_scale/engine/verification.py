@@ -16,7 +16,8 @@ from typing import Any, NamedTuple
 from ldm_scale.engine import collectives
 from ldm_scale.engine.checkpoint import PROGRESS
 from ldm_scale.engine.folder_write import restore_replaced
-from ldm_scale.engine.rank_files import DamagedError, check_file, has_own_name, images_of, read_manifest
+from ldm_scale.engine.rank_files import DamagedError, check_file, files_of_rank, has_own_name, images_of, read_manifest
+from ldm_scale.engine.tensor_file import file_crc32
 from ldm_scale.errors import CheckpointError
 from ldm_scale.telemetry.log import get_logger
 
@@ -31,13 +32,13 @@ class Verified(NamedTuple):
     manifest: dict[str, Any]
 
 
-def newest_verified(root: Path, rank: int) -> Verified | None:
-    """The checkpoint to continue from; None if the run has had none yet.
+def newest_verified(root: Path, rank: int, checksum_of: Callable[[Path], int] = file_crc32) -> Verified | None:
+    """The checkpoint to continue from; None if the run has had none yet. `checksum_of` may know some (EarlyChecksums).
 
     Raises: CheckpointError on all ranks if none is whole though the run had some, or files cannot be read at all.
     Collective: all ranks.
     """
-    newest, damaged = newest_whole(root, rank)
+    newest, damaged = newest_whole(root, rank, checksum_of=checksum_of)
     if newest is not None:
         return newest
     had = collectives.broadcast_object(_traces(root) if rank == 0 else None)
@@ -47,7 +48,10 @@ def newest_verified(root: Path, rank: int) -> Verified | None:
 
 
 def newest_whole(
-    root: Path, rank: int, counts: Callable[[int], bool] = lambda images: True
+    root: Path,
+    rank: int,
+    counts: Callable[[int], bool] = lambda images: True,
+    checksum_of: Callable[[Path], int] = file_crc32,
 ) -> tuple[Verified | None, list[str]]:
     """The newest whole checkpoint of those whose images count, if any is; and which were damaged: they are set aside.
 
@@ -60,7 +64,7 @@ def newest_whole(
     for path in found["value"]:
         if not counts(images_of(path)):
             continue
-        manifest, damages = _examine(path, rank)
+        manifest, damages = _examine(path, rank, checksum_of)
         if not damages:
             return Verified(path, manifest), damaged
         damaged.append(f"{path.name}: {damages[0]}")
@@ -79,7 +83,7 @@ def _candidates(root: Path) -> list[Path]:
     return sorted((p for p in root.iterdir() if has_own_name(p) and p.is_dir()), key=images_of, reverse=True)
 
 
-def _examine(path: Path, rank: int) -> tuple[dict[str, Any], list[str]]:
+def _examine(path: Path, rank: int, checksum_of: Callable[[Path], int]) -> tuple[dict[str, Any], list[str]]:
     """The manifest, and what is wrong with the folder. Collective: all ranks."""
     first = collectives.broadcast_object(_outcome(lambda: _read_own_manifest(path)) if rank == 0 else None)
     _require_readable([first])
@@ -88,8 +92,8 @@ def _examine(path: Path, rank: int) -> tuple[dict[str, Any], list[str]]:
     manifest: dict[str, Any] = first["value"]
 
     def check() -> None:
-        for name in sorted(manifest["files"])[rank :: collectives.world_size()]:
-            check_file(path, manifest, name)
+        for name in files_of_rank(manifest, rank, collectives.world_size()):
+            check_file(path, manifest, name, checksum_of)
 
     outcomes = collectives.gather_objects(_outcome(check))
     _require_readable(outcomes)

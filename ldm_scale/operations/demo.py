@@ -27,6 +27,7 @@ from ldm_scale.interchange.publish import publish
 from ldm_scale.operations.demo_report import write_report
 from ldm_scale.operations.demo_speed import images_per_s
 from ldm_scale.telemetry.log import get_logger
+from ldm_scale.telemetry.side_files import read_record
 
 INTERRUPTED = 130
 SAMPLES_PER_SHARD = 256
@@ -131,8 +132,9 @@ def _report_data(recipe: Recipe) -> dict[str, Path]:
 def _plan_totals(recipe: Recipe, autoencoder: Config, diffusion: Config, minutes: float) -> list[int]:
     """Images of the two trainings: as configured, or the same share of both so that they fit the time."""
     path = recipe.out / "plan.json"
-    if path.is_file():
-        return [int(total) for total in json.loads(path.read_text())["total_images"]]
+    planned = read_record(path, lambda plan: [int(total) for total in plan["total_images"]])
+    if planned is not None and len(planned) == 2:
+        return planned
     log = get_logger(0)
     rates = images_per_s(autoencoder, diffusion)
     configs = (autoencoder, diffusion)
@@ -170,7 +172,7 @@ def _train(run_dir: Path, overrides: Sequence[str], total_images: int) -> bool:
     Raises: LdmScaleError if the process failed; it has told why.
     """
     result = run_dir / "result.json"
-    if result.is_file() and json.loads(result.read_text())["images"] >= total_images:
+    if read_record(result, lambda written: int(written["images"]) >= total_images):
         get_logger(0).info(f"{run_dir} is finished: reused")
         return True
     command = [sys.executable, "-m", "ldm_scale", "train", *overrides, f"train.total_images={total_images}"]

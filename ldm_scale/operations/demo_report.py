@@ -32,6 +32,7 @@ from ldm_scale.interchange.load import LoadedDiffusion, load_autoencoder, read_s
 from ldm_scale.models.build import build_seeded
 from ldm_scale.operations.sample import sample_images
 from ldm_scale.telemetry.log import get_logger
+from ldm_scale.telemetry.side_files import read_record
 from ldm_scale.telemetry.tensorboard import read_metrics
 
 NUM_SAMPLES = 256
@@ -52,11 +53,10 @@ def write_report(out: Path, diffusion_run: Path, autoencoder_run: Path, manifest
     assert isinstance(artifact, DiffusionArtifact), "a stage-2 run holds a diffusion model"
     model = LoadedDiffusion(artifact)
     path = out / "report.json"
-    if path.is_file() and (out / "samples.png").is_file():
-        report: dict[str, Any] = json.loads(path.read_text())
-        if report["model_hash"] == model.content_hash:
-            get_logger(0).info(f"{path} belongs to these runs: reused")
-            return report
+    written = read_record(path, lambda r: r if r["model_hash"] == model.content_hash and r["summary"] else None)
+    if written is not None and (out / "samples.png").is_file():
+        get_logger(0).info(f"{path} belongs to these runs: reused")
+        return written
     get_logger(0).info("measuring: reconstructions, losses per noise level, Frechet distances of samples")
     model.to("cuda" if torch.cuda.is_available() else "cpu")
     config = config_from_dict(read_manifest(checkpoint)["config"])
@@ -196,7 +196,11 @@ def _losses(run_dir: Path) -> dict[str, list[float]]:
 
 
 def _images(run_dir: Path) -> int:
-    return int(json.loads((run_dir / "result.json").read_text())["images"])
+    path = run_dir / "result.json"
+    images = read_record(path, lambda result: int(result["images"]))
+    if images is None:
+        raise CheckpointError(f"{path} is missing or damaged; run the demo again, which writes it anew")
+    return images
 
 
 def _summary(report: dict[str, Any]) -> dict[str, str]:

@@ -14,6 +14,7 @@ from ldm_scale.data.manifest import needs_manifest
 from ldm_scale.engine import collectives, env
 from ldm_scale.engine.checkpoint import latest_checkpoint
 from ldm_scale.engine.collectives import set_time_limit
+from ldm_scale.engine.early_checksums import EarlyChecksums
 from ldm_scale.engine.rank_files import images_of
 from ldm_scale.engine.restarts import count_start
 from ldm_scale.engine.versions import require_versions
@@ -50,10 +51,11 @@ def train(config: Config, launch: env.Launch) -> bool:
 
     assert environment.meeting is not None, "started here"
     with Watchdog(config.watchdog, Path(config.run_dir), environment.rank, environment.meeting):
+        early = EarlyChecksums(Path(config.run_dir) / "checkpoints", environment.rank, environment.world_size)
         task = build_task(config, plan, environment)
         set_time_limit(env.collective_limit(config.watchdog))  # of the groups that DeepSpeed made, too
         try:
-            finished = Trainer(config, task, environment).run()
+            finished = Trainer(config, task, environment, early.of).run()
         except Restart:
             _leave()
             raise

@@ -105,8 +105,15 @@ def read_rows(path: Path, check: Callable[[dict[str, Any]], object] = lambda row
     return rows
 
 
+def read_record(path: Path, check: Callable[[dict[str, Any]], T]) -> T | None:
+    """What the check says of the object in a JSON file; None if that is missing, damaged or lacks what it looks for."""
+    with contextlib.suppress(OSError):
+        return _checked(path.read_bytes(), check)
+    return None
+
+
 def _checked(line: bytes, check: Callable[[dict[str, Any]], T]) -> T | None:
-    """What the check says of the line's row; None if it is damaged."""
+    """What the check says of the object that the text is; None if it is damaged."""
     try:
         row = json.loads(line)
         return check(row) if isinstance(row, dict) else None

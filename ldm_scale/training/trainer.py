@@ -12,7 +12,7 @@ import itertools
 import json
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
@@ -32,12 +32,13 @@ from ldm_scale.engine.rank_files import folder_of
 from ldm_scale.engine.run_lock import RunLock
 from ldm_scale.engine.snapshots import remove_snapshots_beyond, save_snapshot
 from ldm_scale.engine.stragglers import Stragglers
-from ldm_scale.engine.tensor_file import replace_file
+from ldm_scale.engine.tensor_file import file_crc32, replace_file
 from ldm_scale.engine.verification import newest_verified
 from ldm_scale.engine.weights import SNAPSHOTS
 from ldm_scale.errors import CheckpointError, Restart
 from ldm_scale.models.fused import describe_kernels
 from ldm_scale.telemetry.log import get_logger
+from ldm_scale.telemetry.side_files import read_record
 from ldm_scale.telemetry.tensorboard import ScalarWriter
 from ldm_scale.telemetry.throughput import TrainProgress
 from ldm_scale.training import resumption
@@ -55,13 +56,19 @@ SHOWN_LOSSES = ("loss", "loss/l1", "loss/discriminator", "accuracy")  # beside t
 
 
 class Trainer:
-    """Runs a task from where its run directory stands to `train.total_images`."""
+    """Runs a task from where its run directory stands to `train.total_images`.
 
-    def __init__(self, config: Config, task: Task, environment: Environment) -> None:
+    `checksum_of` may know files of the checkpoint that it continues from already (EarlyChecksums).
+    """
+
+    def __init__(
+        self, config: Config, task: Task, environment: Environment, checksum_of: Callable[[Path], int] = file_crc32
+    ) -> None:
         self.config, self.task, self.environment = config, task, environment
         self.plan: BatchPlan = batch_plan(config, environment.world_size)
         self.run_dir = Path(config.run_dir)
         self.checkpoints = self.run_dir / "checkpoints"
+        self._checksum_of = checksum_of
         unindexed = open_unindexed(config.data.manifest)
         dataset = open_manifest(config.data.manifest, config.data.split, False) if unindexed is None else unindexed
         self._validates = unindexed is None  # what is looked at again and again takes images that stay the same
@@ -281,7 +288,7 @@ class Trainer:
 
     def _resume(self) -> None:
         """Continues from the newest whole checkpoint of the run directory, which rank 0 chooses for all."""
-        newest = newest_verified(self.checkpoints, self.environment.rank)
+        newest = newest_verified(self.checkpoints, self.environment.rank, self._checksum_of)
         if newest is None:
             self.log.info(f"starting from scratch in {self.run_dir}")
             return
@@ -311,10 +318,8 @@ class Trainer:
         """
         finished = False
         if self.environment.is_main and self._at_end():
-            try:
-                finished = json.loads((self.run_dir / RESULT).read_text())["images"] == self.state.cur_images
-            except (OSError, ValueError, KeyError, TypeError, RecursionError):
-                finished = False
+            images = self.state.cur_images
+            finished = read_record(self.run_dir / RESULT, lambda result: result["images"] == images) is True
         return bool(collectives.broadcast_object(finished))
 
     def _loader(self) -> Loader:

@@ -13,9 +13,11 @@ import pytest
 
 from ldm_scale.config.convert import config_to_dict
 from ldm_scale.config.schema import Config, TrainConfig
-from ldm_scale.engine import env, verification
+from ldm_scale.engine import early_checksums, env, verification
 from ldm_scale.engine.checkpoint import PROGRESS, Trained, load_checkpoint, save_checkpoint
+from ldm_scale.engine.early_checksums import EarlyChecksums
 from ldm_scale.engine.rank_files import CHECKSUM, MANIFEST, complete_folders, images_of, json_crc32
+from ldm_scale.engine.tensor_file import file_crc32
 from ldm_scale.engine.verification import newest_verified
 from ldm_scale.errors import CheckpointError
 from tests.helpers.faulty import faults_set
@@ -68,9 +70,9 @@ DAMAGES: dict[str, Callable[[Path], object]] = {
 
 
 def _choose(root: Path) -> str:
-    rank = env.start(env.read_launch(), TrainConfig(device="cpu")).rank
+    here = env.start(env.read_launch(), TrainConfig(device="cpu"))
     try:
-        found = newest_verified(root, rank)
+        found = newest_verified(root, here.rank, EarlyChecksums(root, here.rank, here.world_size).of)
     except CheckpointError as error:
         return str(error)
     return found.path.name if found else "scratch"
@@ -100,6 +102,44 @@ def test_every_damage_to_every_file_is_found_by_all_ranks(tmp_path: Path, intact
                 assert outcome == OLD, (file, damage, outcome)
                 assert sorted(p.name for p in root.iterdir()) == [f"damaged-{NEW}", OLD]
     assert run_ranks(_choose, ranks, intact / "checkpoints") == [NEW] * ranks
+
+
+@pytest.mark.parametrize("damage", [damage for damage in DAMAGES if damage != "exchanged with the one before"])
+def test_what_is_damaged_after_its_checksum_was_made_is_found(tmp_path: Path, intact: Path, damage: str) -> None:
+    for file in FILES:
+        root = shutil.copytree(intact, tmp_path / file) / "checkpoints"
+        early = EarlyChecksums(root, 0, 1)
+        assert early.of(root / NEW / FILES[0]) == file_crc32(root / NEW / FILES[0])
+        DAMAGES[damage](root / NEW / file)
+        found = newest_verified(root, 0, early.of)
+        assert found is not None
+        assert found.path.name == OLD, (file, damage)
+
+
+def test_what_is_whole_is_read_once(tmp_path: Path, intact: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    read: list[str] = []
+    monkeypatch.setattr(early_checksums, "file_crc32", lambda path: (read.append(path.name), file_crc32(path))[1])
+    root = shutil.copytree(intact, tmp_path / "run") / "checkpoints"
+    parts = [EarlyChecksums(root, rank, 2) for rank in range(2)]
+    for name, early in zip(FILES[:2], parts, strict=True):
+        early.of(root / NEW / name)
+    assert sorted(read) == list(FILES[:2])
+    found = newest_verified(root, 0, EarlyChecksums(root, 0, 1).of)
+    assert found is not None
+    assert found.path.name == NEW
+    assert sorted(read) == sorted(2 * FILES[:2])
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", '{"files": {"rank-00000.safetensors": 1}}', None])
+def test_what_cannot_be_read_early_is_left_to_the_verification(
+    tmp_path: Path, intact: Path, capfd: pytest.CaptureFixture[str], content: str | None
+) -> None:
+    root = shutil.copytree(intact, tmp_path / "run") / "checkpoints"
+    manifest = root / NEW / MANIFEST
+    manifest.unlink() if content is None else manifest.write_text(content)
+    early = EarlyChecksums(root, 0, 1)
+    assert early.of(root / NEW / FILES[0]) == file_crc32(root / NEW / FILES[0])
+    assert capfd.readouterr().err == ""
 
 
 def test_copies_under_other_names_are_left_alone(tmp_path: Path, intact: Path) -> None:

@@ -147,12 +147,14 @@ def test_no_secret_shows(place: Place) -> None:
         place.run("sample", str(run), "--out", str(folder / "samples"), "--prompt", "a"),
         place.run("export", str(run), "--to", "safetensors", "--out", str(folder / "export")),
     ]
+    measured = ["--data", str(manifest), "--split", "train", "--out", str(folder / "measured")]
+    said.append(place.run("evaluate", "autoencoder", str(folder / "artifact"), *measured))
     # `encode` reads local shards alone and says so; the others succeed.
-    assert [one.status for one in said] == [0, 0, DataError.exit_code, 0, 0], "".join(one.output for one in said)
+    assert [one.status for one in said] == [0, 0, DataError.exit_code, 0, 0, 0], "".join(one.output for one in said)
     assert [one.places for one in said] == [[]] * len(said)
     assert said[1].command_lines  # its loader process, at least
-    left = [name for name in (run, folder / "samples", folder / "export") if _files_with_canary(name)]
-    assert left == []
+    outputs = (run, folder / "samples", folder / "export", folder / "measured")
+    assert [name for name in outputs if _files_with_canary(name)] == []
 
 
 @pytest.mark.timeout(600)

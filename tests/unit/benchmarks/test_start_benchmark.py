@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.start import IMPORTS, PARTS, STEP, TOTAL, read_lines, split, summary, table
+from benchmarks import verified_start
+from benchmarks.start import IMPORTS, PARTS, RESUMED, STEP, TOTAL, read_lines, split, summary, table
 
 
 def _notes(path: Path) -> None:
@@ -34,3 +35,14 @@ def test_the_table_has_medians() -> None:
     assert "total                                         20.00    15.00 .. 40.00" in table(
         {"stage1-1": summary(rounds)}
     )
+
+
+def test_starts_with_and_without_verification_are_compared_round_by_round() -> None:
+    totals = {verified_start.VERIFIED: (11.0, 24.0, 30.0), verified_start.UNVERIFIED: (10.0, 20.0, 30.0)}
+    starts = {kind: [{RESUMED: s / 10, TOTAL: s} for s in found] for kind, found in totals.items()}
+    results = verified_start.summary(starts)
+    assert results["ratio"]["median"] == pytest.approx(1.1)
+    lines = verified_start.table(results | {"bytes": 3 << 29}).splitlines()
+    assert [line.split() for line in lines[1:3]] == [["verified", "24.00", "2.40"], ["unverified", "20.00", "2.00"]]
+    assert "1.50 GiB" in lines[0]
+    assert lines[3] == "ratio 1.100 (1.050 .. 1.150), goal 1.05"

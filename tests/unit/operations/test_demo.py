@@ -10,7 +10,7 @@ from ldm_scale.config.schema import Config, OptimizerConfig, TrainConfig
 from ldm_scale.errors import LdmScaleError
 from ldm_scale.operations import demo
 from ldm_scale.operations.demo import Recipe, choose_recipe
-from ldm_scale.operations.demo_report import _markdown, _summary
+from ldm_scale.operations.demo_report import _images, _markdown, _summary
 
 CONFIGS = [
     Config(
@@ -61,6 +61,23 @@ def test_a_finished_training_is_reused_and_a_failed_one_is_told(tmp_path: Path) 
     assert demo._train(tmp_path, ["experiment=none_such"], total_images=64)
     with pytest.raises(LdmScaleError, match="ended with status 2"):
         demo._train(tmp_path, ["experiment=none_such"], total_images=128)
+
+
+@pytest.mark.parametrize(
+    "content", [b"", b'{"images": 6', b"[]", b"{}", b"\xff\x00", b'{"images": null, "total_images": 7}']
+)
+def test_a_damaged_record_is_made_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, content: bytes) -> None:
+    recipe = _recipe(tmp_path)
+    recipe.out.mkdir(parents=True)
+    for path in (recipe.out / "plan.json", tmp_path / "result.json"):
+        path.write_bytes(content)
+    monkeypatch.setattr(demo, "images_per_s", lambda *_: (1000.0, 1000.0))
+    assert demo._plan_totals(recipe, *CONFIGS, minutes=1.0) == [8000, 16000]
+    assert json.loads((recipe.out / "plan.json").read_text())["total_images"] == [8000, 16000]
+    with pytest.raises(LdmScaleError, match="ended with status 2"):  # it is trained once more, here with a typo
+        demo._train(tmp_path, ["experiment=none_such"], total_images=64)
+    with pytest.raises(LdmScaleError, match=r"result\.json is missing or damaged; run the demo again"):
+        _images(tmp_path)
 
 
 def test_stage_2_reads_the_artifact_that_stage_1_leaves(tmp_path: Path) -> None:
