@@ -11,6 +11,7 @@ import open_clip
 import pytest
 import torch
 from torch import Tensor
+from torch.testing import assert_close
 
 from ldm_scale.conditioning.base import Conditioner, Conditions, Tools
 from ldm_scale.conditioning.frozen_text import FrozenTextCondition, FrozenTextEncoder
@@ -109,12 +110,13 @@ def test_a_condition_passes_contexts_on_and_its_null_is_the_empty_captions(
     assert torch.equal(given, inputs)
     assert not condition.has_null
     condition.set_null(encoder([""]))
-    assert torch.equal(condition.null(inputs)[2], inputs[1])
+    # Not to the bit: the one was encoded alone and the other beside two more, which changes the order of a sum.
+    assert_close(condition.null(inputs)[2], inputs[1])
     assert not torch.allclose(condition.null(inputs)[0], inputs[0], atol=1e-2)
     dropped = Conditioner({"frozen_text": condition}).drop(
         {"frozen_text": inputs}, torch.tensor([[0.05], [0.5], [0.5], [0.5]])
     )["frozen_text"]
-    assert torch.equal(dropped[0], inputs[1])
+    assert_close(dropped[0], inputs[1])
     assert torch.equal(dropped[1:], inputs[1:])
 
 
