@@ -106,7 +106,8 @@ def _one_step(config: Config) -> dict[str, torch.Tensor]:
     """The autoencoder's and the discriminator's full gradients of the first step, from fixed weights."""
     task, stream = _start(config)
     assert isinstance(task, AutoencoderTask)
-    set_random_outputs(task.network, seed=3)
+    # Rounding alone comes to 0.7e-5 with these weights, and to 1.3e-5 with others whose sums cancel more.
+    set_random_outputs(task.network, seed=5)
     task.accumulate(list(itertools.islice(stream, task.plan.accumulation_steps)), 0)
     gradients = {}
     for name, trained in task.trained.items():
@@ -125,8 +126,7 @@ def test_one_autoencoder_step_has_the_same_gradients(folder: Path) -> None:
     assert any(name.endswith("channel_bias") for name in steps["reference"])
     for name, expected in steps["reference"].items():
         error = (steps["triton"][name] - expected).norm()
-        # Rounding alone: up to 1.3e-5, by processor.
-        assert error <= 3e-5 * expected.norm() + 1e-9, f"{name}: {error} of {expected.norm()}"
+        assert error <= 1e-5 * expected.norm() + 1e-9, f"{name}: {error} of {expected.norm()}"
 
 
 def test_networks_stay_in_channels_last_from_end_to_end() -> None:

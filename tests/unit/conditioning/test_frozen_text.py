@@ -109,14 +109,16 @@ def test_a_condition_passes_contexts_on_and_its_null_is_the_empty_captions(
     given = condition.prepare(Conditions(text_contexts=inputs), Tools(torch.device("cpu")))
     assert torch.equal(given, inputs)
     assert not condition.has_null
-    condition.set_null(encoder([""]))
-    # Not to the bit: the one was encoded alone and the other beside two more, which changes the order of a sum.
-    assert_close(condition.null(inputs)[2], inputs[1])
+    null = encoder([""])
+    condition.set_null(null)
+    assert torch.equal(condition.null(inputs)[2], null[0])
+    # The one was encoded alone and the other beside two more: on some processors another order of sums.
+    assert_close(null[0], inputs[1])
     assert not torch.allclose(condition.null(inputs)[0], inputs[0], atol=1e-2)
     dropped = Conditioner({"frozen_text": condition}).drop(
         {"frozen_text": inputs}, torch.tensor([[0.05], [0.5], [0.5], [0.5]])
     )["frozen_text"]
-    assert_close(dropped[0], inputs[1])
+    assert torch.equal(dropped[0], null[0])
     assert torch.equal(dropped[1:], inputs[1:])
 
 
