@@ -16,6 +16,10 @@ from ldm_scale.telemetry.log import get_logger
 
 torch.set_num_threads(1)
 
+# Autograd counts devices at its first backward pass. FakeTensorMode makes it count a GPU that is not there and start
+# threads that no fork survives: this pass counts before any test does, so that forked ranks can train.
+torch.ones(1, requires_grad=True).backward()
+
 
 @pytest.fixture(autouse=True)
 def fixed_seed() -> None:
