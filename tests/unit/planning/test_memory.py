@@ -20,6 +20,7 @@ from ldm_scale.models.build import build_seeded
 from ldm_scale.planning.activations import backward_peak
 from ldm_scale.planning.live_bytes import LiveBytes
 from ldm_scale.planning.memory import MemoryPlan, plan_memory
+from tests.helpers.cases import rarely
 from tests.helpers.ranks import run_ranks
 from tests.helpers.runs import UNET, tiny_config
 
@@ -67,16 +68,16 @@ def _counted(config: Config) -> dict[str, int]:
     ("ranks", "precision", "zero"),
     [
         (1, "fp32", {"stage": 0}),
-        (2, "bf16", {"stage": 0}),
-        (2, "fp32", {"stage": 1}),
+        rarely(2, "bf16", {"stage": 0}),
+        rarely(2, "fp32", {"stage": 1}),
         (2, "bf16", {"stage": 2}),
-        (2, "fp32", {"stage": 2, "offload_optimizer": True}),
+        rarely(2, "fp32", {"stage": 2, "offload_optimizer": True}),
         (2, "bf16", {"stage": 1, "offload_optimizer": True}),
-        (2, "fp32", {"stage": 3}),
+        rarely(2, "fp32", {"stage": 3}),
         (2, "bf16", {"stage": 3, "live_elements": 10_000}),
         (2, "bf16", {"stage": 3, "offload_optimizer": True, "offload_parameters": True}),
-        pytest.param(4, "fp32", {"stage": 3}, marks=pytest.mark.faults),
-        pytest.param(4, "bf16", {"stage": 2}, marks=pytest.mark.faults),
+        rarely(4, "fp32", {"stage": 3}),
+        rarely(4, "bf16", {"stage": 2}),
     ],
 )
 @pytest.mark.timeout(400)

@@ -1,0 +1,12 @@
+"""Cases that are many: `make test` runs a sample of them, `make test-faults` the others."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+
+def rarely(*values: Any, id: str | None = None) -> Any:
+    """A case of `make test-faults` alone, for `pytest.mark.parametrize`."""
+    return pytest.param(*values, marks=pytest.mark.faults, id=id)
