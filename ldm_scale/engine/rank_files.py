@@ -17,6 +17,7 @@ import json
 import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from ldm_scale import faults
+from ldm_scale.engine.lazy_tensors import Deferred, LazyTensors
 from ldm_scale.engine.tensor_file import file_crc32
 from ldm_scale.errors import CheckpointError
 
@@ -135,11 +137,13 @@ def check_file(
 class Reader:
     """Reads elements of tensors out of the pieces that the ranks wrote.
 
-    Each file's CRC-32 is checked when it is first needed, but of a folder that was `verified` as a whole.
+    Each file's CRC-32 is checked when it is first needed, but of a folder that was `verified` as a whole. With
+    `streams` files are read instead of mapped: of what was read nothing stays in memory.
     """
 
-    def __init__(self, folder: Path, manifest: dict[str, Any], verified: bool = False) -> None:
+    def __init__(self, folder: Path, manifest: dict[str, Any], verified: bool = False, streams: bool = False) -> None:
         self._folder, self._manifest, self._verified = folder, manifest, verified
+        self._backend = "pread" if streams else "mmap"
         self._open: dict[str, Any] = {}
 
     def has(self, model: str, kind: str, name: str) -> bool:
@@ -158,6 +162,19 @@ class Reader:
         self.read(model, kind, name, 0, result)
         return result.view(shape)
 
+    def later(self, model: str, kind: str) -> LazyTensors:
+        """Tensors of a kind, each put together when it is asked for; their files are open and checked."""
+        records = self._manifest["models"][model]["tensors"].get(kind, {})
+        for name in sorted({piece["file"] for record in records.values() for piece in record["pieces"]}):
+            self._file(name)
+        entries = {}
+        for name, shape in self.shapes(model, kind).items():
+            like = torch.empty(shape, device="meta")
+            held = sum(piece["length"] for piece in records[name]["pieces"])
+            self._require_all(held, like.numel(), f"{model}/{kind}/{name}")
+            entries[name] = Deferred(like, partial(self.whole, model, kind, name))
+        return LazyTensors(entries)
+
     def read(self, model: str, kind: str, name: str, offset: int, out: Tensor) -> None:
         """Nothing; `out` has the elements of the flattened tensor from `offset` on. Shapes: out (n,), of any type."""
         record = self._manifest["models"][model]["tensors"][kind][name]
@@ -167,13 +184,17 @@ class Reader:
         for piece in record["pieces"]:
             first, last = max(begin, piece["offset"]), min(end, piece["offset"] + piece["length"])
             if first < last:
-                values = self._file(piece["file"]).get_slice(f"{model}/{kind}/{name}")
+                file, key = self._file(piece["file"]), f"{model}/{kind}/{name}"
+                whole = last - first == piece["length"]  # read at once, where a slice would read more than itself
+                values = file.get_tensor(key) if whole else file.get_slice(key)
                 out[first - begin : last - begin] = values[first - piece["offset"] : last - piece["offset"]]
                 covered += last - first
-        if covered != length:
+        self._require_all(covered, length, f"{model}/{kind}/{name}")
+
+    def _require_all(self, found: int, wanted: int, what: str) -> None:
+        if found != wanted:
             raise CheckpointError(
-                f"{self._folder}: {model}/{kind}/{name} has {covered} of the {length} elements asked for; "
-                f"{_fix(self._folder)}"
+                f"{self._folder}: {what} has {found} of the {wanted} elements asked for; {_fix(self._folder)}"
             )
 
     def _file(self, name: str) -> Any:
@@ -181,7 +202,7 @@ class Reader:
             if not self._verified:
                 check_file(self._folder, self._manifest, name)
             faults.reach("load.read", self._folder / name)
-            self._open[name] = safe_open(self._folder / name, framework="pt")
+            self._open[name] = safe_open(self._folder / name, framework="pt", backend=self._backend)
         return self._open[name]
 
 

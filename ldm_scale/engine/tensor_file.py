@@ -8,9 +8,10 @@ the device, so that a save needs a chunk of host memory and the bytes are looked
 from __future__ import annotations
 
 import json
+import math
 import os
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from itertools import cycle
@@ -25,7 +26,25 @@ from ldm_scale.errors import CheckpointError
 
 CHUNK_BYTES = 1 << 22
 _BEGIN_BYTES, _SMALL_BYTES = 1 << 25, 1 << 16
-_NAMES = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
+TYPES = {  # names of the format -> types
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "C64": torch.complex64,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U64": torch.uint64,
+    "U32": torch.uint32,
+    "U16": torch.uint16,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+}
+_NAMES = {dtype: name for name, dtype in TYPES.items()}
 
 
 class Stored(NamedTuple):
@@ -36,12 +55,26 @@ class Stored(NamedTuple):
     dtype: torch.dtype
 
 
+class Described(NamedTuple):
+    """What the header says of a tensor."""
+
+    name: str
+    shape: Sequence[int]
+    dtype: torch.dtype
+
+
 def write_tensors(path: Path, tensors: Sequence[Stored]) -> int:
     """CRC-32 of the written file, which lies on the disk when this returns. The same tensors give the same bytes.
 
+    They are written flat.
     Raises: OSError; CheckpointError if a value does not fit the type it is to be written in.
     """
-    header = _header(tensors)
+    header = file_header([Described(tensor.name, [tensor.values.numel()], tensor.dtype) for tensor in tensors])
+    return write_stream(path, header, tensors)
+
+
+def write_stream(path: Path, header: bytes, tensors: Iterable[Stored]) -> int:
+    """As `write_tensors`, of tensors that come one by one, in the order in which `header` has them."""
     begun = written = 0
     with path.open("wb") as file, _Checksum() as checksum:
         checksum.add(header)
@@ -50,7 +83,7 @@ def write_tensors(path: Path, tensors: Sequence[Stored]) -> int:
             faults.reach("save.write", path)
             for part in torch.split(tensor.values.detach().reshape(-1), CHUNK_BYTES // tensor.dtype.itemsize):
                 values = part.to(tensor.dtype)
-                if tensor.dtype == torch.float16 and not values.isfinite().all():
+                if tensor.dtype == torch.float16 != part.dtype and not values.isfinite().all():
                     raise CheckpointError(f"{tensor.name} does not fit float16; set ema.snapshot_dtype=fp32")
                 chunk = memoryview(values.cpu().contiguous().view(torch.uint8).numpy())  # type: ignore[arg-type]
                 checksum.add(chunk)
@@ -137,15 +170,14 @@ def sync_folder(path: Path) -> None:
         os.close(descriptor)
 
 
-def _header(tensors: Sequence[Stored]) -> bytes:
-    """Length, then JSON, filled up so that the values begin at a multiple of 8."""
-    entries: dict[str, dict[str, object]] = {}
+def file_header(tensors: Iterable[Described], metadata: Mapping[str, str] | None = None) -> bytes:
+    """Length, then JSON, filled up so that the values begin at a multiple of 8; they follow without gaps."""
+    entries: dict[str, object] = {} if metadata is None else {"__metadata__": dict(metadata)}
     end = 0
-    for tensor in tensors:
-        assert tensor.name not in entries, f"{tensor.name} twice in a file"
-        begin, end = end, end + tensor.values.numel() * tensor.dtype.itemsize
-        shape, dtype = [tensor.values.numel()], _NAMES[tensor.dtype]
-        entries[tensor.name] = {"dtype": dtype, "shape": shape, "data_offsets": [begin, end]}
+    for name, shape, dtype in tensors:
+        assert name not in entries, f"{name} twice in a file"
+        begin, end = end, end + math.prod(shape) * dtype.itemsize
+        entries[name] = {"dtype": _NAMES[dtype], "shape": list(shape), "data_offsets": [begin, end]}
     text = json.dumps(entries, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     return len(text).to_bytes(8, "little") + text

@@ -1,10 +1,12 @@
 """Whole weights out of a checkpoint: the trained ones, an average that it holds, or one reconstructed afterwards.
 
-Reconstruction needs no GPU and reads a tensor at a time: memory for one set of weights, and each snapshot read once.
+What a checkpoint holds is read a tensor at a time, when it is asked for. Reconstruction needs no GPU: memory for one
+set of weights, and each snapshot read once.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -34,8 +36,10 @@ def held_weights(manifest: dict[str, Any], model: str) -> list[str]:
     return [RAW, *(kind for kind in kinds if kind.partition("=")[0] == EMA)]
 
 
-def read_full_tensors(checkpoint: Path, model: str, weights: str) -> dict[str, Tensor]:
+def read_full_tensors(checkpoint: Path, model: str, weights: str) -> Mapping[str, Tensor]:
     """All parameters of a model in fp32. weights: "raw", "ema" or "ema=STD", kept or not.
+
+    What the checkpoint keeps is read when it is asked for, from files that stay open: it may be removed meanwhile.
 
     Raises: ConfigError if `weights` names none; CheckpointError if the checkpoint has no such model or no such average
     and, of a profile, what the run has kept does not come near to it.
@@ -47,8 +51,7 @@ def read_full_tensors(checkpoint: Path, model: str, weights: str) -> dict[str, T
     held = held_weights(manifest, model)
     if name in held:
         kind = WEIGHT if name == RAW else name
-        reader = Reader(checkpoint, manifest)
-        return {tensor: reader.whole(model, kind, tensor) for tensor in reader.shapes(model, kind)}
+        return Reader(checkpoint, manifest, streams=True).later(model, kind)
     if std is None:
         raise CheckpointError(
             f"{checkpoint} has no EMA of {model} (the run had ema.half_life_images=0); use {' or '.join(held)} weights"
@@ -100,6 +103,6 @@ def _reconstruct(checkpoint: Path, manifest: dict[str, Any], model: str, std: fl
 
 
 def _kept_in(folder: Path, manifest: dict[str, Any], model: str) -> list[_Kept]:
-    reader = Reader(folder, manifest)
+    reader = Reader(folder, manifest, streams=True)
     kinds = [(kind, power_std(kind)) for kind in held_weights(manifest, model)]
     return [_Kept(reader, kind, Profile(std, manifest["images"])) for kind, std in kinds if std is not None]

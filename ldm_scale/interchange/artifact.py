@@ -33,6 +33,7 @@ from ldm_scale.config.schema import (
     SamplingConfig,
     UNetConfig,
 )
+from ldm_scale.engine.lazy_tensors import LazyTensors, converted
 from ldm_scale.errors import CheckpointError, ConfigError
 from ldm_scale.interchange.safetensors_io import (
     describe_difference,
@@ -66,7 +67,7 @@ class Artifact:
     """
 
     content: dict[str, Any]
-    state: dict[str, Tensor] = field(repr=False)  # of `models.autoencoder.Autoencoder`
+    state: Mapping[str, Tensor] = field(repr=False)  # of `models.autoencoder.Autoencoder`; in files, as `LazyTensors`
 
     @cached_property
     def config(self) -> AutoencoderConfig:
@@ -100,7 +101,7 @@ class DiffusionArtifact:
     """A trained latent diffusion model with the autoencoder that it belongs to; `content` as in `Artifact`."""
 
     content: dict[str, Any]
-    state: dict[str, Tensor] = field(repr=False)  # of `conditioning.latent_diffusion.LatentDiffusion`
+    state: Mapping[str, Tensor] = field(repr=False)  # of `conditioning.latent_diffusion.LatentDiffusion`
     autoencoder: Artifact
     vocabulary: Path | None = None  # the folder's copy of the text encoder's vocabulary, where it needs one
 
@@ -201,7 +202,7 @@ def make_diffusion_artifact(
         "provenance": dict(provenance),
         "weights_sha256": tensors_sha256(state),
     }
-    return DiffusionArtifact(content, dict(state), autoencoder)
+    return DiffusionArtifact(content, state, autoencoder)
 
 
 def write_artifact(
@@ -317,7 +318,7 @@ def expected_diffusion_tensors(
         return LatentDiffusion(unet, conditioning, latent_channels).state_dict()
 
 
-def _read_verified(directory: Path, expected_format: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
+def _read_verified(directory: Path, expected_format: str) -> tuple[dict[str, Any], LazyTensors]:
     """config.json without its content hash, and the weights, both as they were written."""
     path = directory / CONFIG
     content = read_json(path)
@@ -331,7 +332,7 @@ def _read_verified(directory: Path, expected_format: str) -> tuple[dict[str, Any
             f"{written_hash}; restore the file, or export the model again"
         )
     # Files may hold half precision to be small; the weights are what they hold, in single.
-    state = {name: x.float() if x.is_floating_point() else x for name, x in read_tensors(directory / WEIGHTS).items()}
+    state = converted(read_tensors(directory / WEIGHTS), lambda x: x.float() if x.is_floating_point() else x)
     weights_hash = tensors_sha256(state)
     if weights_hash != content.get("weights_sha256"):
         raise CheckpointError(

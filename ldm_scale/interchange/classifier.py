@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Self
 
@@ -30,7 +30,7 @@ class LoadedClassifier:
     """p(class | z_t, t), differentiable in z_t."""
 
     def __init__(
-        self, config: Config, state: dict[str, Tensor], autoencoder_hash: str, names: Sequence[str], source: str
+        self, config: Config, state: Mapping[str, Tensor], autoencoder_hash: str, names: Sequence[str], source: str
     ) -> None:
         """`names` are the data's classes, the first ones that the network knows; `source` is where it was read."""
         with torch.device("meta"):

@@ -12,7 +12,10 @@ is worse than none.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import fields, replace
+from functools import partial
+from operator import add
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +25,7 @@ from torch import Tensor
 
 from ldm_scale.config.convert import section_from_dict
 from ldm_scale.config.schema import ConditioningConfig, DiffusionConfig, TextConditioningConfig
+from ldm_scale.engine.lazy_tensors import LazyTensors, renamed
 from ldm_scale.errors import CheckpointError
 from ldm_scale.interchange.artifact import (
     DESCRIPTION,
@@ -117,13 +121,13 @@ def read_diffusers(folder: Path) -> Artifact | DiffusionArtifact:
         (UNET_PREFIX, folder / "unet" / WEIGHTS, unet_names(described.unet)),
         (CONDITIONER_PREFIX, folder / pipeline.text_encoder / TEXT_WEIGHTS, text_encoder_names(text)),
     )
-    state: dict[str, Tensor] = {}
+    state = LazyTensors({})
     for prefix, path, names in sides:
         theirs = read_tensors(path)
         if prefix == CONDITIONER_PREFIX:
             theirs = published(theirs, pipeline.text_model)
         part = restore(theirs, names, _without_prefix(target, prefix), str(path))
-        state |= {f"{prefix}{name}": tensor for name, tensor in part.items()}
+        state |= renamed(part, partial(add, prefix))
     artifact = replace(described, content=described.content | {"weights_sha256": tensors_sha256(state)}, state=state)
     check_diffusion_content(artifact, folder)
     return artifact
@@ -171,12 +175,12 @@ def make_scheduler(config: DiffusionConfig, pipeline: str = "StableDiffusionPipe
     )
 
 
-def unet_state(state: dict[str, Tensor]) -> dict[str, Tensor]:
+def unet_state(state: Mapping[str, Tensor]) -> LazyTensors:
     """The UNet's share of a diffusion model's tensors, under its own names."""
     return _without_prefix(state, UNET_PREFIX)
 
 
-def conditioner_state(state: dict[str, Tensor]) -> dict[str, Tensor]:
+def conditioner_state(state: Mapping[str, Tensor]) -> LazyTensors:
     """The text encoder's share of a diffusion model's tensors, under its own names."""
     return _without_prefix(state, CONDITIONER_PREFIX)
 
@@ -215,5 +219,5 @@ def require_text_alone(conditioning: ConditioningConfig) -> TextConditioningConf
     return conditioning.text
 
 
-def _without_prefix(state: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
-    return {name.removeprefix(prefix): tensor for name, tensor in state.items() if name.startswith(prefix)}
+def _without_prefix(state: Mapping[str, Tensor], prefix: str) -> LazyTensors:
+    return renamed(state, lambda name: name.removeprefix(prefix) if name.startswith(prefix) else None)

@@ -6,6 +6,7 @@ convolutions that this changes lie as they were in ldm_scale.safetensors, so tha
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from diffusers import AutoencoderKL, VQModel
 from torch import Tensor, nn
 
 from ldm_scale.config.schema import AutoencoderConfig, UNetConfig
+from ldm_scale.engine.lazy_tensors import LazyTensors, deferred
 from ldm_scale.errors import CheckpointError
 from ldm_scale.interchange.artifact import Artifact, expected_autoencoder_tensors, with_weights
 from ldm_scale.interchange.folding import FOLDED, fold, unfold
@@ -92,13 +94,13 @@ def read_autoencoder(folder: Path, content: dict[str, Any]) -> Artifact:
     described = Artifact(content, {})
     target = expected_autoencoder_tensors(described.config)
     path = folder / WEIGHTS
-    state = restore(read_tensors(path), autoencoder_names(described.config), target, str(path))
+    state: Mapping[str, Tensor] = restore(read_tensors(path), autoencoder_names(described.config), target, str(path))
     if described.statistics.channel_mean:
         state = _unfolded(state, described.statistics, folder / ORIGINALS)
     return Artifact(with_weights(content, state), state)
 
 
-def fill_model(folder: Path, model: Any, state: dict[str, Tensor], names: NameMap, what: str) -> None:
+def fill_model(folder: Path, model: Any, state: Mapping[str, Tensor], names: NameMap, what: str) -> None:
     """Nothing; `folder` holds `state` as a model of diffusers like `model`."""
     write_tensors(folder / WEIGHTS, translate(state, names, model.state_dict(), what))
     model.save_config(folder)
@@ -118,10 +120,10 @@ def require_plain_first_level(section: str, config: AutoencoderConfig | UNetConf
         )
 
 
-def _unfolded(state: dict[str, Tensor], statistics: LatentStatistics, originals: Path) -> dict[str, Tensor]:
+def _unfolded(state: Mapping[str, Tensor], statistics: LatentStatistics, originals: Path) -> Mapping[str, Tensor]:
     """The weights from which `fold` made `state`: exactly, unless other software has changed them since."""
     if originals.is_file():
-        kept = state | read_tensors(originals)
+        kept = LazyTensors(deferred(state)) | read_tensors(originals)
         fits = not describe_difference(state, kept)
         if fits and tensors_sha256(fold(kept, statistics)) == tensors_sha256(state):
             return kept

@@ -17,19 +17,20 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from ldm_scale.engine.lazy_tensors import LazyTensors, deferred, without_values
 from ldm_scale.models.autoencoder import LatentStatistics
 
 QUANT, POST_QUANT = "quant_conv", "post_quant_conv"
 FOLDED = tuple(f"{conv}.{leaf}" for conv in (QUANT, POST_QUANT) for leaf in ("weight", "bias"))
 
 
-def fold(state: Mapping[str, Tensor], statistics: LatentStatistics) -> dict[str, Tensor]:
+def fold(state: Mapping[str, Tensor], statistics: LatentStatistics) -> Mapping[str, Tensor]:
     """A KL autoencoder's tensors whose raw latents are `state`'s latents; the same tensors where one scale is for all.
 
     Computed in float64, returned in the tensors' own types.
     """
     if not statistics.channel_mean:
-        return dict(state)
+        return state
     mean, std = _columns(statistics)
     mean_weight, logvar_weight, mean_bias, logvar_bias = _quant_halves(state)
     post_weight, post_bias = _post_quant(state)
@@ -42,10 +43,10 @@ def fold(state: Mapping[str, Tensor], statistics: LatentStatistics) -> dict[str,
     )
 
 
-def unfold(state: Mapping[str, Tensor], statistics: LatentStatistics) -> dict[str, Tensor]:
+def unfold(state: Mapping[str, Tensor], statistics: LatentStatistics) -> Mapping[str, Tensor]:
     """The inverse of `fold`, to the rounding of the tensors' types."""
     if not statistics.channel_mean:
-        return dict(state)
+        return state
     mean, std = _columns(statistics)
     mean_weight, logvar_weight, mean_bias, logvar_bias = _quant_halves(state)
     post_weight, post_bias = _post_quant(state)
@@ -76,9 +77,10 @@ def _post_quant(state: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
     return state[f"{POST_QUANT}.weight"].double().flatten(1), state[f"{POST_QUANT}.bias"].double()[:, None]
 
 
-def _with_convolutions(state: Mapping[str, Tensor], *convolutions: Tensor) -> dict[str, Tensor]:
+def _with_convolutions(state: Mapping[str, Tensor], *convolutions: Tensor) -> LazyTensors:
     """`state` with other values in the tensors of FOLDED, in that order."""
-    return dict(state) | {
-        name: values.reshape(state[name].shape).to(state[name].dtype)
+    kinds = without_values(state)
+    return LazyTensors(deferred(state)) | {
+        name: values.reshape(kinds[name].shape).to(kinds[name].dtype)
         for name, values in zip(FOLDED, convolutions, strict=True)
     }

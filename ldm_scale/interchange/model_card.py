@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import fields
 from typing import Literal
 
+from ldm_scale.engine.lazy_tensors import num_elements
 from ldm_scale.interchange.artifact import Artifact, DiffusionArtifact
 from ldm_scale.models.autoencoder import LatentStatistics
 
@@ -59,7 +60,7 @@ def model_card(artifact: Artifact | DiffusionArtifact, target: Target, differenc
         "weights": provenance.get("weights", "-"),
         "images seen in training": f"{provenance['images']:,}" if "images" in provenance else "-",
         "resolution": f"{provenance['resolution']} pixels",
-        "parameters": f"{sum(tensor.numel() for tensor in artifact.state.values()):,}",
+        "parameters": f"{num_elements(artifact.state):,}",
         "content hash (sha256)": artifact.content_hash,
     }
     autoencoder = artifact if isinstance(artifact, Artifact) else artifact.autoencoder

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from ldm_scale.config.schema import AutoencoderConfig, TextConditioningConfig, UNetConfig
+from ldm_scale.engine.lazy_tensors import LazyTensors, joined, parts_of
 from ldm_scale.errors import CheckpointError
 from ldm_scale.interchange.safetensors_io import describe_difference
 
@@ -149,7 +150,7 @@ def text_encoder_names(config: TextConditioningConfig) -> NameMap:
     return _tensor_names(modules) | {"encoder.position_embedding": (f"{positions}.weight",)}
 
 
-def translate(ours: Mapping[str, Tensor], names: NameMap, target: Mapping[str, Tensor], what: str) -> dict[str, Tensor]:
+def translate(ours: Mapping[str, Tensor], names: NameMap, target: Mapping[str, Tensor], what: str) -> LazyTensors:
     """`ours` under their names and in their shapes; `target` is a state dict of theirs (meta tensors will do).
 
     Raises: CheckpointError that names the tensors of `what` that have no place there, or places left empty.
@@ -157,22 +158,24 @@ def translate(ours: Mapping[str, Tensor], names: NameMap, target: Mapping[str, T
     unnamed = [name for name in ours if name not in names]
     if unnamed:
         raise CheckpointError(f"{what}: no place in the diffusers model for {', '.join(unnamed[:4])}; do not export it")
-    theirs: dict[str, Tensor] = {}
-    for name, tensor in ours.items():
+
+    def split(name: str, tensor: Tensor) -> list[Tensor]:
         parts = names[name]
-        for their_name, part in zip(parts, _rows(tensor, parts, target), strict=True):
-            assert their_name not in theirs, f"{their_name} is filled twice"
-            theirs[their_name] = _reshaped(part, target.get(their_name, part))
+        rows = zip(parts, _rows(tensor, parts, target), strict=True)
+        return [_reshaped(part, target.get(their_name, part)) for their_name, part in rows]
+
+    theirs = parts_of(ours, names, split)
     difference = describe_difference(target, theirs)
     if difference:
         raise CheckpointError(f"{what} does not fit the diffusers model of its configuration: {difference}")
     return theirs
 
 
-def restore(theirs: Mapping[str, Tensor], names: NameMap, target: Mapping[str, Tensor], what: str) -> dict[str, Tensor]:
+def restore(theirs: Mapping[str, Tensor], names: NameMap, target: Mapping[str, Tensor], what: str) -> LazyTensors:
     """The inverse of `translate`: `theirs` under our names and in our shapes; `target` is a state dict of ours.
 
-    Raises: CheckpointError that names the tensors that are missing in `what` or that it should not have.
+    Raises: CheckpointError that names the tensors that are missing in `what`, that it should not have, or whose shapes
+    are others'.
     """
     wanted = {name: names[name] for name in target}
     expected = dict.fromkeys((part for parts in wanted.values() for part in parts), torch.empty(0))
@@ -182,9 +185,16 @@ def restore(theirs: Mapping[str, Tensor], names: NameMap, target: Mapping[str, T
             f"{what} does not fit its configuration: {len(absent)} tensors missing ({', '.join(absent[:4])}), "
             f"{len(unknown)} not expected ({', '.join(unknown[:4])})"
         )
-    ours = {
-        name: _reshaped(torch.cat([theirs[part] for part in parts]), target[name]) for name, parts in wanted.items()
-    }
+
+    def join(name: str, parts: list[Tensor]) -> Tensor:
+        if len({part.shape[1:] for part in parts}) > 1:
+            shapes = ", ".join(f"{part} {tuple(t.shape)}" for part, t in zip(wanted[name], parts, strict=True))
+            raise CheckpointError(
+                f"{what} does not fit its configuration: parts of {name} do not go together: {shapes}"
+            )
+        return _reshaped(torch.cat(parts) if len(parts) > 1 else parts[0], target[name])
+
+    ours = joined(theirs, wanted, join)
     difference = describe_difference(target, ours)
     if difference:
         raise CheckpointError(f"{what} does not fit its configuration: {difference}")

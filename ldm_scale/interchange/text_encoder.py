@@ -9,6 +9,7 @@ Tokenizers go with either: `CLIPTokenizer`, or for WordPiece `BertTokenizer` on 
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from transformers import BertTokenizer, CLIPTextConfig, CLIPTextModel, CLIPToken
 
 from ldm_scale.conditioning.tokenizers import build_tokenizer, copy_vocabulary
 from ldm_scale.config.schema import TextConditioningConfig
+from ldm_scale.engine.lazy_tensors import LazyTensors, renamed
 from ldm_scale.errors import CheckpointError
 from ldm_scale.interchange.artifact import VOCABULARY, Artifact
 from ldm_scale.interchange.clip_tokenizer import VOCABULARY_SIZE, write_clip_tokenizer
@@ -139,7 +141,7 @@ def text_model_config(text: TextConditioningConfig) -> Any:
     )
 
 
-def fill_text_encoder(folder: Path, text: TextConditioningConfig, state: dict[str, Tensor]) -> None:
+def fill_text_encoder(folder: Path, text: TextConditioningConfig, state: Mapping[str, Tensor]) -> None:
     """Nothing; the existing `folder` holds the model with the tensors `state` of a `TextCondition`."""
     config = text_model_config(text)
     with torch.device("meta"):
@@ -152,17 +154,17 @@ def fill_text_encoder(folder: Path, text: TextConditioningConfig, state: dict[st
     config.save_pretrained(folder)
 
 
-def published(state: dict[str, Tensor], model_class: type[nn.Module]) -> dict[str, Tensor]:
+def published(state: Mapping[str, Tensor], model_class: type[nn.Module]) -> LazyTensors:
     """The tensors of their model that have a place in ours, under the names that they have in files.
 
     transformers 5 dropped `CLIPTextModel`'s prefix in memory.
     """
     if issubclass(model_class, CLIPTextModel):
-        return {CLIP_PREFIX + name.removeprefix(CLIP_PREFIX): tensor for name, tensor in state.items()}
-    return {name: tensor for name, tensor in state.items() if not name.startswith(_UNUSED)}
+        return renamed(state, lambda name: CLIP_PREFIX + name.removeprefix(CLIP_PREFIX))
+    return renamed(state, lambda name: None if name.startswith(_UNUSED) else name)
 
 
-def loadable(published_state: dict[str, Tensor], own: dict[str, Tensor]) -> dict[str, Tensor]:
+def loadable(published_state: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> LazyTensors:
     """The inverse of `published`: tensors for a model whose state dict is `own`."""
-    named = {n if n in own else n.removeprefix(CLIP_PREFIX): tensor for n, tensor in published_state.items()}
-    return {name: tensor for name, tensor in own.items() if name.startswith(_UNUSED)} | named
+    named = renamed(published_state, lambda name: name if name in own else name.removeprefix(CLIP_PREFIX))
+    return renamed(own, lambda name: name if name.startswith(_UNUSED) else None) | named

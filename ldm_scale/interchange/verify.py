@@ -2,12 +2,13 @@
 
 Two checks per part: the tensors that diffusers loads are exactly ours, and both networks give the same output on
 fixed inputs. Layers that start at zero (and would hide everything before them in an untrained model) are given fixed
-random values on both sides for the second check.
+random values on both sides for the second check. The two networks of a part come one after the other, so that memory
+holds one of them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -18,14 +19,16 @@ from torch import Tensor, nn
 from ldm_scale.conditioning.text import TextCondition
 from ldm_scale.conditioning.tokenizers import build_tokenizer
 from ldm_scale.config.schema import TextConditioningConfig
+from ldm_scale.engine.lazy_tensors import LazyTensors, deferred
 from ldm_scale.errors import CheckpointError
 from ldm_scale.interchange.artifact import Artifact, DiffusionArtifact
 from ldm_scale.interchange.diffusers import conditioner_state, require_text_alone, unet_state
 from ldm_scale.interchange.diffusers_autoencoder import autoencoder_class
 from ldm_scale.interchange.folding import fold
 from ldm_scale.interchange.name_maps import NameMap, autoencoder_names, text_encoder_names, translate, unet_names
+from ldm_scale.interchange.safetensors_io import passing
 from ldm_scale.interchange.text_encoder import loadable, pipeline_of, published, tokenizer_class
-from ldm_scale.models.autoencoder import Autoencoder, LatentStatistics
+from ldm_scale.models.autoencoder import LatentStatistics
 from ldm_scale.models.build import build_autoencoder, build_unet
 
 TOLERANCE = 1e-4  # of the outputs' relative difference, in float32
@@ -66,95 +69,138 @@ def relative_difference(theirs: Tensor, ours: Tensor) -> float:
     return float((theirs.double() - ours.double()).norm() / ours.double().norm())
 
 
-def load_both(
-    ours: nn.Module,
+def filled(state: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+    """`state` with fixed random values where a tensor is zero throughout."""
+    generator = torch.Generator().manual_seed(0)
+    noise = {
+        name: torch.randn(tensor.shape, generator=generator) * ZERO_REPLACEMENT_STD
+        for name, tensor in passing(state, "looking for zeros")
+        if not tensor.any()
+    }
+    return LazyTensors(deferred(state)) | noise if noise else state
+
+
+def fill_theirs(
     theirs: nn.Module,
-    state: dict[str, Tensor],
+    state: Mapping[str, Tensor],
+    full: Mapping[str, Tensor],
     names: NameMap,
     statistics: LatentStatistics | None = None,
 ) -> None:
-    """Nothing; both networks hold `state`, with fixed random values where a tensor is zero throughout.
+    """Nothing; the network, as it was opened, holds `state`, and from now on `full`, which is `filled(state)`.
 
     Theirs holds it with the latent statistics folded in, where an export folds them.
+    Raises: CheckpointError if what was opened is not exactly what was to be written.
     """
-    generator = torch.Generator().manual_seed(0)
-    filled = {
-        name: tensor if tensor.any() else torch.randn(tensor.shape, generator=generator) * ZERO_REPLACEMENT_STD
-        for name, tensor in state.items()
-    }
-    ours.load_state_dict(filled, assign=True)
-    folded = filled if statistics is None else fold(filled, statistics)
-    theirs.load_state_dict(_translated_for(theirs, folded, names))
+    own, tensors = theirs.state_dict(), _translated_for(theirs, _folded(state, statistics), names)
+    for name, tensor in passing(tensors, f"comparing {type(theirs).__name__}"):
+        if not torch.equal(own[name], tensor):
+            raise CheckpointError(
+                f"{type(theirs).__name__}: {name} is read back with other values than were written, so nothing was "
+                "written; is the disk sound?"
+            )
+    if full is not state:
+        for name, tensor in _translated_for(theirs, _folded(full, statistics), names).items():
+            if not torch.equal(own[name], tensor):
+                own[name].copy_(tensor)
+
+
+def _folded(state: Mapping[str, Tensor], statistics: LatentStatistics | None) -> Mapping[str, Tensor]:
+    return state if statistics is None else fold(state, statistics)
+
+
+def _differences(ours: Mapping[str, Tensor], theirs: Mapping[str, Tensor]) -> dict[str, float]:
+    """Of the outputs of both, by part."""
+    return {part: relative_difference(theirs[part], output) for part, output in ours.items()}
 
 
 def _compare_autoencoder(folder: Path, artifact: Artifact) -> dict[str, float]:
-    theirs = _open(autoencoder_class(artifact.config), folder)
-    names = autoencoder_names(artifact.config)
-    _require_loaded(theirs, fold(artifact.state, artifact.statistics), names)
-    ours = _on_meta(lambda: build_autoencoder(artifact.config))
-    load_both(ours, theirs, artifact.state, names, artifact.statistics)
-    ours.statistics = artifact.statistics
-
-    f = artifact.config.downsampling_factor
+    f, full = artifact.config.downsampling_factor, filled(artifact.state)
     x = _noise(2, 3, 2 * f, 3 * f).clamp(-1, 1)
+    z, ours = _our_autoencoder(artifact, full, x)
+    return _differences(ours, _their_autoencoder(folder, artifact, full, x, z))
+
+
+def _our_autoencoder(artifact: Artifact, full: Mapping[str, Tensor], x: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+    """Latents to decode, and outputs.
+
+    Those latents of a VQ model lie on codes. Anywhere else two searches may take different ones of two codes that are
+    equally near, to rounding. What is compared of its encoder are the latents before quantisation.
+    """
+    ours = _on_meta(lambda: build_autoencoder(artifact.config), full)
+    ours.statistics = artifact.statistics
+    outputs = {"autoencoder's latents": ours.encode(x)}
     if ours.quantizer is not None:
-        return _compare_vq(ours, theirs, x)
+        codebook = ours.quantizer.codebook
+        chosen = torch.linspace(0, codebook.shape[0] - 1, 2 * 4 * 6).long()
+        z = ours.statistics.normalize(codebook[chosen].view(2, 4, 6, -1).permute(0, 3, 1, 2))
+        return z, outputs | {"autoencoder's pixels": ours.decode(z)}
     z = _noise(2, artifact.config.latent_channels, 2, 3)
-    shift, scale = theirs.config.shift_factor or 0.0, theirs.config.scaling_factor
-    posterior = theirs.encode(x).latent_dist
     mean, logvar = ours.encode_moments(x)
     assert logvar is not None, "the posterior of a KL autoencoder has a variance"
     if artifact.statistics.channel_mean:
         # Folded: their posterior is that of our latents.
         std = torch.tensor(artifact.statistics.channel_std).view(1, -1, 1, 1)
         mean, logvar = artifact.statistics.normalize(mean), logvar - 2 * std.log()
+    posterior = torch.cat([mean, logvar], dim=1)
+    return z, outputs | {"autoencoder's posterior": posterior, "autoencoder's pixels": ours.decode(z)}
+
+
+def _their_autoencoder(
+    folder: Path, artifact: Artifact, full: Mapping[str, Tensor], x: Tensor, z: Tensor
+) -> dict[str, Tensor]:
+    """As `_our_autoencoder`, of these latents."""
+    theirs = _open(autoencoder_class(artifact.config), folder)
+    fill_theirs(theirs, artifact.state, full, autoencoder_names(artifact.config), artifact.statistics)
+    scale = theirs.config.scaling_factor
+    if artifact.config.kind == "vq":
+        latents = theirs.encode(x).latents * scale
+        return {"autoencoder's latents": latents, "autoencoder's pixels": theirs.decode(z / scale).sample}
+    shift = theirs.config.shift_factor or 0.0
+    posterior = theirs.encode(x).latent_dist
     return {
-        "autoencoder's latents": relative_difference((posterior.mode() - shift) * scale, ours.encode(x)),
-        "autoencoder's posterior": relative_difference(
-            torch.cat([posterior.mean, posterior.logvar], dim=1), torch.cat([mean, logvar], dim=1)
-        ),
-        "autoencoder's pixels": relative_difference(theirs.decode(z / scale + shift).sample, ours.decode(z)),
-    }
-
-
-def _compare_vq(ours: Autoencoder, theirs: Any, x: Tensor) -> dict[str, float]:
-    """Latents before quantisation, and pixels of latents that lie on codes.
-
-    Anywhere else two searches may take different ones of two codes that are equally near, to rounding.
-    """
-    assert ours.quantizer is not None, "a VQ autoencoder has a codebook"
-    codebook, scale = ours.quantizer.codebook, theirs.config.scaling_factor
-    chosen = torch.linspace(0, codebook.shape[0] - 1, 2 * 4 * 6).long()
-    z = ours.statistics.normalize(codebook[chosen].view(2, 4, 6, -1).permute(0, 3, 1, 2))
-    return {
-        "autoencoder's latents": relative_difference(theirs.encode(x).latents * scale, ours.encode(x)),
-        "autoencoder's pixels": relative_difference(theirs.decode(z / scale).sample, ours.decode(z)),
+        "autoencoder's latents": (posterior.mode() - shift) * scale,
+        "autoencoder's posterior": torch.cat([posterior.mean, posterior.logvar], dim=1),
+        "autoencoder's pixels": theirs.decode(z / scale + shift).sample,
     }
 
 
 def _compare_unet(folder: Path, artifact: DiffusionArtifact) -> dict[str, float]:
-    theirs = _open(UNet2DConditionModel, folder)
-    state, names = unet_state(artifact.state), unet_names(artifact.unet)
-    _require_loaded(theirs, state, names)
-    channels, text = artifact.autoencoder.config.latent_channels, require_text_alone(artifact.conditioning)
-    ours = _on_meta(lambda: build_unet(artifact.unet, channels, channels, text.width))
-    load_both(ours, theirs, state, names)
-
+    state, channels = unet_state(artifact.state), artifact.autoencoder.config.latent_channels
+    text, full = require_text_alone(artifact.conditioning), filled(state)
     smallest = 2 ** (len(artifact.unet.channel_multipliers) - 1)
     z = _noise(2, channels, 2 * smallest, 3 * smallest)
     t = torch.tensor([1, artifact.diffusion.num_timesteps - 1])
     context = _noise(2, text.max_tokens, text.width)
-    return {"UNet": relative_difference(theirs(z, t, context).sample, ours(z, t, context))}
+
+    def ours() -> Tensor:
+        network = _on_meta(lambda: build_unet(artifact.unet, channels, channels, text.width), full)
+        return network(z, t, context)  # type: ignore[no-any-return]
+
+    def theirs() -> Tensor:
+        network = _open(UNet2DConditionModel, folder)
+        fill_theirs(network, state, full, unet_names(artifact.unet))
+        return network(z, t, context).sample  # type: ignore[no-any-return]
+
+    return _differences({"UNet": ours()}, {"UNet": theirs()})
 
 
 def _compare_text_encoder(folder: Path, text: TextConditioningConfig, artifact: DiffusionArtifact) -> dict[str, float]:
-    theirs = _open(pipeline_of(text).text_model, folder)
-    state, names = conditioner_state(artifact.state), text_encoder_names(text)
-    _require_loaded(theirs, state, names)
-    ours = _on_meta(lambda: TextCondition(text))
-    load_both(ours, theirs, state, names)
-    tokens = ours.tokens(CAPTIONS)
-    return {"text encoder": relative_difference(theirs(tokens)[0], ours(tokens, (1, 1)))}
+    state = conditioner_state(artifact.state)
+    full = filled(state)
+
+    def ours() -> tuple[Tensor, Tensor]:
+        network = _on_meta(lambda: TextCondition(text), full)
+        tokens = network.tokens(CAPTIONS)
+        return tokens, network(tokens, (1, 1))
+
+    def theirs(tokens: Tensor) -> Tensor:
+        network = _open(pipeline_of(text).text_model, folder)
+        fill_theirs(network, state, full, text_encoder_names(text))
+        return network(tokens)[0]  # type: ignore[no-any-return]
+
+    tokens, output = ours()
+    return _differences({"text encoder": output}, {"text encoder": theirs(tokens)})
 
 
 def _compare_tokens(folder: Path, text: TextConditioningConfig) -> None:
@@ -168,18 +214,7 @@ def _compare_tokens(folder: Path, text: TextConditioningConfig) -> None:
         )
 
 
-def _require_loaded(theirs: nn.Module, state: dict[str, Tensor], names: NameMap) -> None:
-    """Nothing, if what was read back from disk is exactly what was to be written."""
-    loaded = theirs.state_dict()
-    for name, tensor in _translated_for(theirs, state, names).items():
-        if not torch.equal(loaded[name], tensor):
-            raise CheckpointError(
-                f"{type(theirs).__name__}: {name} is read back with other values than were written, so nothing was "
-                "written; is the disk sound?"
-            )
-
-
-def _translated_for(theirs: nn.Module, state: dict[str, Tensor], names: NameMap) -> dict[str, Tensor]:
+def _translated_for(theirs: nn.Module, state: Mapping[str, Tensor], names: NameMap) -> LazyTensors:
     """`state` under the names that `theirs` has in memory."""
     own = theirs.state_dict()
     return loadable(translate(state, names, published(own, type(theirs)), type(theirs).__name__), own)
@@ -190,10 +225,12 @@ def _open(model_class: Any, folder: Path) -> Any:
     return model_class.from_pretrained(folder).eval()
 
 
-def _on_meta(build: Callable[[], ModuleT]) -> ModuleT:
-    """The network that `build` returns, in evaluation mode and without memory behind its weights."""
+def _on_meta(build: Callable[[], ModuleT], state: Mapping[str, Tensor]) -> ModuleT:
+    """The network that `build` returns, in evaluation mode, with no other weights than these."""
     with torch.device("meta"):
-        return build().eval()
+        network = build().eval()
+    network.load_state_dict(state, assign=True)
+    return network
 
 
 def _noise(*shape: int) -> Tensor:

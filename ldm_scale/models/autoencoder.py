@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from ldm_scale.config.schema import AutoencoderConfig, Recomputation
+from ldm_scale.engine.lazy_tensors import renamed
 from ldm_scale.models.attention import ImageSelfAttention
 from ldm_scale.models.blocks import Downsample, ResidualBlock, Upsample
 from ldm_scale.models.fused import GroupNorm
@@ -309,9 +310,9 @@ class Autoencoder(nn.Module):
         return self.decoder.conv_out(features), features, mean, logvar, codes, indices, output_logvar
 
 
-def without_training_parameters(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def without_training_parameters(state: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
     """The tensors of a trained autoencoder that belong to the model: all but the output's learned variance."""
-    return {name: tensor for name, tensor in state.items() if name != OUTPUT_LOGVAR}
+    return state if OUTPUT_LOGVAR not in state else renamed(state, lambda name: None if name == OUTPUT_LOGVAR else name)
 
 
 def kl_divergence(mean: Tensor, logvar: Tensor) -> Tensor:

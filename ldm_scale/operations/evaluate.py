@@ -15,6 +15,7 @@ from tqdm import tqdm
 from ldm_scale import __version__
 from ldm_scale.config.schema import AutoencoderLossConfig
 from ldm_scale.engine.ema import canonical_name
+from ldm_scale.engine.lazy_tensors import num_elements
 from ldm_scale.errors import ConfigError, DataError
 from ldm_scale.evaluation.autoencoder import (
     BASELINE,
@@ -163,7 +164,7 @@ def _describe_model(source: Path, artifact: Artifact) -> dict[str, Any]:
         "f": config.downsampling_factor,
         "latent_channels": config.latent_channels,
         "codebook_size": config.codebook_size,
-        "parameters": sum(tensor.numel() for tensor in artifact.state.values()),
+        "parameters": num_elements(artifact.state),
     }
 
 

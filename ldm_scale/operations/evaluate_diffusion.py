@@ -20,6 +20,7 @@ from ldm_scale.conditioning.batches import conditions_of
 from ldm_scale.config.schema import ConditioningConfig, SamplingConfig
 from ldm_scale.data.annotations import MAP, TEXT
 from ldm_scale.data.shards import Dataset
+from ldm_scale.engine.lazy_tensors import num_elements
 from ldm_scale.errors import CheckpointError, ConfigError, DataError
 from ldm_scale.evaluation.generation import captioned_grid
 from ldm_scale.evaluation.images import CROP, RESIZE, open_split
@@ -199,7 +200,7 @@ def _describe_model(
             "guidance_rescale": sampling.guidance_rescale,
             "guidance_interval": None if sampling.guidance_interval is None else list(sampling.guidance_interval),
         },
-        "parameters": sum(tensor.numel() for tensor in artifact.state.values()),
+        "parameters": num_elements(artifact.state),
     }
 
 
