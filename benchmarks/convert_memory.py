@@ -7,13 +7,12 @@ resident before, in bytes of the model (fp32, autoencoder and text encoder inclu
 is mapped and touched, pages of mapped files too, which the system could take back; what it holds of files beside that
 (the page cache) is not the process's.
 
-    OMP_NUM_THREADS=1 python -m benchmarks.convert_memory [--case 1b] [--folder DIR] [--out DIR]
+    OMP_NUM_THREADS=1 python -m benchmarks.convert_memory [--case 1b] [--step artifact:diffusers] [--folder DIR]
 """
 
 from __future__ import annotations
 
 import argparse
-import contextlib
 import json
 import os
 import shutil
@@ -21,7 +20,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -42,16 +41,17 @@ from ldm_scale.config.schema import (
 GOAL = 1.3
 MARK = "result: "
 TINY = "tiny"
-ARTIFACT, CHECKPOINT, DIFFUSERS = "artifact", "checkpoints/images-0000000064", "diffusers"
+ARTIFACT, CHECKPOINT, DIFFUSERS = "artifact", "checkpoint", "diffusers"
+FOLDERS = {ARTIFACT: "artifact", CHECKPOINT: "checkpoints/images-0000000064", DIFFUSERS: "diffusers"}
 LOAD = "load_diffusion"
-STEPS = (  # source, what becomes of it
-    (ARTIFACT, "safetensors"),
-    (ARTIFACT, "diffusers"),
-    (DIFFUSERS, "safetensors"),
-    (CHECKPOINT, "safetensors"),
-    (CHECKPOINT, "diffusers"),
-    (ARTIFACT, LOAD),
-    (CHECKPOINT, LOAD),
+STEPS = (  # source:what becomes of it
+    "artifact:safetensors",
+    "artifact:diffusers",
+    "diffusers:safetensors",
+    "checkpoint:safetensors",
+    "checkpoint:diffusers",
+    "artifact:load_diffusion",
+    "checkpoint:load_diffusion",
 )
 
 
@@ -77,9 +77,10 @@ def main(argv: Sequence[str]) -> int:
     """0 if every conversion took less than GOAL times the model's size."""
     parser = argparse.ArgumentParser(description="Peak memory of conversions, as a ratio to the model's size.")
     parser.add_argument("--case", choices=("small", "300m", "1b"), default="1b", help="size of the model; default: 1b")
+    parser.add_argument("--step", choices=STEPS, action="append", help="a conversion, in this order; default: all")
     parser.add_argument("--folder", type=Path, help="where files lie, on the disk that is meant; 4 times the model")
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the JSON file")
-    parser.add_argument("--one", nargs=3, metavar=("FOLDER", "SOURCE", "WHAT"), help=argparse.SUPPRESS)
+    parser.add_argument("--one", nargs=3, metavar=("FOLDER", "CASE", "STEP"), help=argparse.SUPPRESS)
     parser.add_argument("--make", nargs=2, metavar=("FOLDER", "CASE"), help=argparse.SUPPRESS)
     parser.add_argument("--rank-of", nargs=2, metavar=("FOLDER", "CASE"), help=argparse.SUPPRESS)
     arguments = parser.parse_args(argv)
@@ -93,29 +94,28 @@ def main(argv: Sequence[str]) -> int:
         if arguments.folder:
             arguments.folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix="convert", dir=arguments.folder) as folder:
-            results = measure(Path(folder), arguments.case)
-        print(table(results))
-        write_results(arguments.out, "convert_memory", torch.device("cpu"), {arguments.case: results})
+            for results in measure(Path(folder), arguments.case, arguments.step or STEPS):
+                print(table(results))
+                write_results(arguments.out, "convert_memory", torch.device("cpu"), {arguments.case: results})
         return int(any(step["ratio"] >= GOAL for step in results["steps"]))
     return 0
 
 
-def measure(folder: Path, case: str, steps: Sequence[tuple[str, str]] = STEPS) -> dict[str, Any]:
-    """The model's size, and peak memory and time of each conversion. The folder holds what they need afterwards."""
+def measure(folder: Path, case: str, steps: Sequence[str]) -> Iterator[dict[str, Any]]:
+    """The model's size, and peak memory and time of the conversions so far, after each."""
     for name in (TINY, case):
         _run("benchmarks.convert_memory", "--make", str(folder), name)
-        if any(source == CHECKPOINT for source, _ in steps):
+        if any(step.startswith(CHECKPOINT) for step in steps):
             ranks = ("torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m")
             _run(*ranks, "benchmarks.convert_memory", "--rank-of", str(folder), name)
     size = sum(path.stat().st_size for path in (folder / case / ARTIFACT).rglob("*.safetensors"))
-    (folder / "case").write_text(case)
     results = []
-    for source, what in tqdm(steps, desc="conversions", unit="conversion"):
-        output = _run("benchmarks.convert_memory", "--one", str(folder), source, what)
+    for step in tqdm(steps, desc="conversions", unit="conversion"):
+        output = _run("benchmarks.convert_memory", "--one", str(folder), case, step)
         (line,) = [line for line in output.splitlines() if line.startswith(MARK)]
         found = json.loads(line.removeprefix(MARK))
-        results.append({"source": source, "what": what, **found, "ratio": found["peak_bytes"] / size})
-    return {"bytes": size, "parameters": size // 4, "steps": results}
+        results.append({"step": step, **found, "ratio": found["peak_bytes"] / size})
+        yield {"bytes": size, "parameters": size // 4, "steps": results}
 
 
 def make_artifact_folder(folder: Path, case: str) -> None:
@@ -144,7 +144,7 @@ def write_checkpoint(folder: Path, case: str) -> None:
         # Boundaries of ranks run through tensors.
         begin, end = (values.numel() * rank // here.world_size for rank in (here.rank, here.rank + 1))
         pieces.append(Piece("diffusion", "weight", name, tuple(values.shape), begin, values.reshape(-1)[begin:end]))
-    write = FolderWrite((folder / case / CHECKPOINT).parent, 64, here.rank)
+    write = FolderWrite((folder / case / FOLDERS[CHECKPOINT]).parent, 64, here.rank)
     write.begin()
     write.write(pieces)
     write.exchange(
@@ -162,40 +162,41 @@ def write_checkpoint(folder: Path, case: str) -> None:
 def table(results: dict[str, Any]) -> str:
     """A line per conversion."""
     lines = [f"{results['parameters'] / 1e6:,.0f}M parameters, {results['bytes'] / 1e9:.2f} GB"]
-    lines.append(f"{'from':<32}{'to':<16}{'peak GB':>9}{'ratio':>7}{'s':>8}{'CPU s':>8}")
+    lines.append(f"{'from:to':<28}{'peak GB':>9}{'ratio':>7}{'s':>8}{'CPU s':>8}")
     for step in results["steps"]:
         lines.append(
-            f"{step['source']:<32}{step['what']:<16}{step['peak_bytes'] / 1e9:>9.2f}{step['ratio']:>7.2f}"
+            f"{step['step']:<28}{step['peak_bytes'] / 1e9:>9.2f}{step['ratio']:>7.2f}"
             f"{step['seconds']:>8.1f}{step['cpu_seconds']:>8.1f}"
         )
     return "\n".join(lines)
 
 
-def _convert(folder: Path, source: str, what: str) -> dict[str, float]:
+def _convert(folder: Path, case: str, step: str) -> dict[str, float]:
     """Bytes beyond what was resident before, and seconds, of one conversion in this process."""
-    case = (folder / "case").read_text()
-    _once(folder / TINY, source, what)
+    _once(folder / TINY, step)
     # 5: the mark is what is resident now.
     Path("/proc/self/clear_refs").write_text("5")
     before, begun, cpu = _status("VmRSS"), time.perf_counter(), time.process_time()
-    _once(folder / case, source, what)
+    _once(folder / case, step)
     seconds = {"seconds": time.perf_counter() - begun, "cpu_seconds": time.process_time() - cpu}
     return {"before_bytes": before, "peak_bytes": _status("VmHWM") - before, **seconds}
 
 
-def _once(folder: Path, source: str, what: str) -> None:
+def _once(folder: Path, step: str) -> None:
+    """Nothing; the conversion is done. A diffusers folder stays, for the way back."""
+    name, what = step.split(":")
+    source = folder / FOLDERS[name]
     if what == LOAD:
         import ldm_scale
 
-        model = ldm_scale.load_diffusion(folder / source)
+        model = ldm_scale.load_diffusion(source)
         side = model.side_multiple
-        with contextlib.redirect_stdout(sys.stderr):
-            model.sample(["a red apple"], seeds=[0], num_steps=1, guidance_scale=1.0, height=side, width=side)
+        model.sample(["a red apple"], seeds=[0], num_steps=1, guidance_scale=1.0, height=side, width=side)
         return
     from ldm_scale import export
 
-    out = folder / (DIFFUSERS if what == "diffusers" else "out")
-    export.main([str(folder / source), "--to", what, "--out", str(out)])
+    out = folder / (FOLDERS[DIFFUSERS] if what == "diffusers" else "out")
+    export.main([str(source), "--to", what, "--out", str(out)])
     if out.name == "out":
         shutil.rmtree(out)
 
