@@ -23,9 +23,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     # The libraries behind the two formats print notices when they are imported; stdout belongs to the result.
     with contextlib.redirect_stdout(sys.stderr):
         # Imported here: torch and the networks take seconds, which --help and a refused command line need not wait for.
-        from ldm_scale.interchange.publish import publish
+        from ldm_scale.interchange.publish import is_export, out_of_memory, publish
+        from ldm_scale.interchange.safetensors_io import require_replaceable
 
-        published = publish(_read(arguments), arguments.to, arguments.out)
+        require_replaceable(arguments.out, is_export)  # before a large source is read
+        published = publish(out_of_memory(_read(arguments), arguments.out.parent), arguments.to, arguments.out)
     if arguments.json:
         fields = {"path": str(published.path), "to": published.target, "kind": published.kind}
         print(json.dumps(fields | {"content_sha256": published.content_hash, "differences": published.differences}))

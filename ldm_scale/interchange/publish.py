@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import cast
 
 from ldm_scale.conditioning.latent_diffusion import LatentDiffusion
 from ldm_scale.config.convert import config_to_dict
 from ldm_scale.config.schema import Config
+from ldm_scale.engine.lazy_tensors import LazyTensors
 from ldm_scale.errors import CheckpointError
 from ldm_scale.interchange.artifact import (
     DESCRIPTION,
@@ -20,7 +22,7 @@ from ldm_scale.interchange.artifact import (
 )
 from ldm_scale.interchange.load import read_source, require_diffusers
 from ldm_scale.interchange.model_card import Target, model_card
-from ldm_scale.interchange.safetensors_io import published_folder
+from ldm_scale.interchange.safetensors_io import published_folder, spilled
 from ldm_scale.models.autoencoder import LatentStatistics
 from ldm_scale.models.build import build_autoencoder, build_seeded
 from ldm_scale.telemetry.log import get_logger
@@ -66,6 +68,20 @@ def publish(artifact: Artifact | DiffusionArtifact, target: Target, out: Path) -
         (folder / CARD).write_text(model_card(artifact, target, differences), encoding="utf-8")
     kind = "autoencoder" if isinstance(artifact, Artifact) else "diffusion"
     return Published(out, target, kind, artifact.content_hash, differences)
+
+
+def out_of_memory(artifact: Artifact | DiffusionArtifact, folder: Path) -> Artifact | DiffusionArtifact:
+    """The same model, its weights in a file in `folder` that ends with it, where they were in memory.
+
+    Averages that nobody kept and untrained models are made there: else verification would hold them twice.
+    Raises: OSError that names the folder.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    if isinstance(artifact, DiffusionArtifact):
+        artifact = replace(artifact, autoencoder=cast(Artifact, out_of_memory(artifact.autoencoder, folder)))
+    if isinstance(artifact.state, LazyTensors):
+        return artifact
+    return replace(artifact, state=spilled(artifact.state, folder))
 
 
 def is_export(folder: Path) -> bool:

@@ -64,8 +64,11 @@ def read_tensors(path: Path) -> LazyTensors:
 
 
 def spilled(tensors: Mapping[str, Tensor], folder: Path) -> LazyTensors:
-    """The same tensors in a file in `folder` that nobody else sees and that ends with them, instead of in memory."""
-    with tempfile.TemporaryDirectory(prefix=".", suffix=".tmp", dir=folder) as temporary:
+    """The same tensors in a file in `folder` that nobody else sees and that ends with them, instead of in memory.
+
+    Raises: OSError that names the folder.
+    """
+    with _naming_place(folder), tempfile.TemporaryDirectory(prefix=".", suffix=".tmp", dir=folder) as temporary:
         path = Path(temporary) / "tensors.safetensors"
         write_tensors(path, tensors)
         return read_tensors(path)
@@ -152,14 +155,10 @@ def describe_difference(expected: Mapping[str, Tensor], found: Mapping[str, Tens
     return "; ".join(f"{len(names)} {kind} ({_shortened(names)})" for kind, names in kinds.items() if names)
 
 
-@contextmanager
-def published_folder(target: Path, may_replace: Callable[[Path], object]) -> Iterator[Path]:
-    """An empty folder beside `target` that takes its place when the block ends, and vanishes if the block fails.
+def require_replaceable(target: Path, may_replace: Callable[[Path], object]) -> None:
+    """Nothing, if a folder may be written at `target`: nothing is there, or what `may_replace` recognises.
 
-    A target that `may_replace` recognises is replaced. Between two renames it is absent for an instant (there is no
-    portable way to exchange two folders), but it is never seen half-written, and a crash in between leaves the old one
-    under a sibling name.
-    Raises: CheckpointError if there is something else, before the block runs.
+    Raises: CheckpointError.
     """
     if target.is_dir():
         if any(target.iterdir()) and not may_replace(target):
@@ -169,24 +168,31 @@ def published_folder(target: Path, may_replace: Callable[[Path], object]) -> Ite
             )
     elif target.exists():
         raise CheckpointError(f"{target} is a file, expected a folder to write: give another path")
+
+
+@contextmanager
+def published_folder(target: Path, may_replace: Callable[[Path], object]) -> Iterator[Path]:
+    """An empty folder beside `target` that takes its place when the block ends, and vanishes if the block fails.
+
+    A target that `may_replace` recognises is replaced. Between two renames it is absent for an instant (there is no
+    portable way to exchange two folders), but it is never seen half-written, and a crash in between leaves the old one
+    under a sibling name.
+    Raises: CheckpointError if there is something else, before the block runs.
+    """
+    require_replaceable(target, may_replace)
     target.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".tmp", dir=target.parent))
     try:
-        # mkdtemp makes it private; what is published follows the user's umask like any other folder.
-        content = temporary / "new"
-        content.mkdir()
-        yield content
-        _sync(content)
-        if target.exists():
-            target.rename(temporary / "old")
-        content.rename(target)
-        _sync(target.parent)
-    except SafetensorError as error:
-        raise CheckpointError(f"{target} not written ({error}); free space there, or fix its permissions") from error
-    except OSError as error:
-        if error.errno is not None and error.filename is None:  # a full disk's error does not say where
-            error.filename = str(target)
-        raise
+        with _naming_place(target):
+            # mkdtemp makes it private; what is published follows the user's umask like any other folder.
+            content = temporary / "new"
+            content.mkdir()
+            yield content
+            _sync(content)
+            if target.exists():
+                target.rename(temporary / "old")
+            content.rename(target)
+            _sync(target.parent)
     finally:
         if (temporary / "old").exists() and not target.exists():
             (temporary / "old").rename(target)
@@ -209,6 +215,19 @@ def _stored_in(file: Any, path: Path, name: str) -> Deferred:
             return file.get_tensor(name)  # type: ignore[no-any-return]
 
     return Deferred(torch.empty(header.get_shape(), dtype=TYPES[header.get_dtype()], device="meta"), read)
+
+
+@contextmanager
+def _naming_place(target: Path) -> Iterator[None]:
+    """Errors of writing there say where."""
+    try:
+        yield
+    except SafetensorError as error:  # of other libraries' writers
+        raise CheckpointError(f"{target} not written ({error}); free space there, or fix its permissions") from error
+    except OSError as error:
+        if error.errno is not None and error.filename is None:  # a full disk's error does not say where
+            error.filename = str(target)
+        raise
 
 
 @contextmanager
