@@ -105,12 +105,13 @@ def measure(folder: Path, case: str, steps: Sequence[str]) -> Iterator[dict[str,
     """The model's size, and peak memory and time of the conversions so far, after each."""
     for name in (TINY, case):
         _run("benchmarks.convert_memory", "--make", str(folder), name)
-        if any(step.startswith(CHECKPOINT) for step in steps):
-            ranks = ("torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m")
-            _run(*ranks, "benchmarks.convert_memory", "--rank-of", str(folder), name)
     size = sum(path.stat().st_size for path in (folder / case / ARTIFACT).rglob("*.safetensors"))
     results = []
     for step in tqdm(steps, desc="conversions", unit="conversion"):
+        if step.startswith(CHECKPOINT) and not (folder / case / FOLDERS[CHECKPOINT]).exists():
+            ranks = ("torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m")
+            for name in (TINY, case):
+                _run(*ranks, "benchmarks.convert_memory", "--rank-of", str(folder), name)
         output = _run("benchmarks.convert_memory", "--one", str(folder), case, step)
         (line,) = [line for line in output.splitlines() if line.startswith(MARK)]
         found = json.loads(line.removeprefix(MARK))
