@@ -157,7 +157,11 @@ class Reader:
 
     def whole(self, model: str, kind: str, name: str) -> Tensor:
         """A tensor put together from its pieces, in fp32."""
-        shape = torch.Size(self._manifest["models"][model]["tensors"][kind][name]["shape"])
+        record = self._manifest["models"][model]["tensors"][kind][name]
+        shape, pieces = torch.Size(record["shape"]), record["pieces"]
+        if len(pieces) == 1 and pieces[0]["length"] == shape.numel():
+            file = self._file(pieces[0]["file"])
+            return file.get_tensor(f"{model}/{kind}/{name}").float().view(shape)  # type: ignore[no-any-return]
         result = torch.empty(shape.numel())
         self.read(model, kind, name, 0, result)
         return result.view(shape)

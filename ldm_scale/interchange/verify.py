@@ -109,47 +109,39 @@ def _folded(state: Mapping[str, Tensor], statistics: LatentStatistics | None) ->
     return state if statistics is None else fold(state, statistics)
 
 
-def _differences(ours: Mapping[str, Tensor], theirs: Mapping[str, Tensor]) -> dict[str, float]:
-    """Of the outputs of both, by part."""
-    return {part: relative_difference(theirs[part], output) for part, output in ours.items()}
+def _differences(theirs: Mapping[str, Tensor], ours: Mapping[str, Tensor]) -> dict[str, float]:
+    """Of the outputs of both, by part.
+
+    Theirs are computed first: their weights are pages of a mapped file, which go with the network. Memory of ours may
+    stay with the allocator, for what comes after.
+    """
+    return {part: relative_difference(output, ours[part]) for part, output in theirs.items()}
 
 
 def _compare_autoencoder(folder: Path, artifact: Artifact) -> dict[str, float]:
     f, full = artifact.config.downsampling_factor, filled(artifact.state)
     x = _noise(2, 3, 2 * f, 3 * f).clamp(-1, 1)
-    z, ours = _our_autoencoder(artifact, full, x)
-    return _differences(ours, _their_autoencoder(folder, artifact, full, x, z))
+    z = _latents(artifact, full)
+    return _differences(_their_autoencoder(folder, artifact, full, x, z), _our_autoencoder(artifact, full, x, z))
 
 
-def _our_autoencoder(artifact: Artifact, full: Mapping[str, Tensor], x: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-    """Latents to decode, and outputs.
+def _latents(artifact: Artifact, full: Mapping[str, Tensor]) -> Tensor:
+    """Latents to decode.
 
-    Those latents of a VQ model lie on codes. Anywhere else two searches may take different ones of two codes that are
-    equally near, to rounding. What is compared of its encoder are the latents before quantisation.
+    Those of a VQ model lie on codes. Anywhere else two searches may take different ones of two codes that are equally
+    near, to rounding. What is compared of its encoder are the latents before quantisation.
     """
-    ours = _on_meta(lambda: build_autoencoder(artifact.config), full)
-    ours.statistics = artifact.statistics
-    outputs = {"autoencoder's latents": ours.encode(x)}
-    if ours.quantizer is not None:
-        codebook = ours.quantizer.codebook
-        chosen = torch.linspace(0, codebook.shape[0] - 1, 2 * 4 * 6).long()
-        z = ours.statistics.normalize(codebook[chosen].view(2, 4, 6, -1).permute(0, 3, 1, 2))
-        return z, outputs | {"autoencoder's pixels": ours.decode(z)}
-    z = _noise(2, artifact.config.latent_channels, 2, 3)
-    mean, logvar = ours.encode_moments(x)
-    assert logvar is not None, "the posterior of a KL autoencoder has a variance"
-    if artifact.statistics.channel_mean:
-        # Folded: their posterior is that of our latents.
-        std = torch.tensor(artifact.statistics.channel_std).view(1, -1, 1, 1)
-        mean, logvar = artifact.statistics.normalize(mean), logvar - 2 * std.log()
-    posterior = torch.cat([mean, logvar], dim=1)
-    return z, outputs | {"autoencoder's posterior": posterior, "autoencoder's pixels": ours.decode(z)}
+    if artifact.config.kind != "vq":
+        return _noise(2, artifact.config.latent_channels, 2, 3)
+    codebook = full["quantizer.codebook"]
+    chosen = torch.linspace(0, codebook.shape[0] - 1, 2 * 4 * 6).long()
+    return artifact.statistics.normalize(codebook[chosen].view(2, 4, 6, -1).permute(0, 3, 1, 2))
 
 
 def _their_autoencoder(
     folder: Path, artifact: Artifact, full: Mapping[str, Tensor], x: Tensor, z: Tensor
 ) -> dict[str, Tensor]:
-    """As `_our_autoencoder`, of these latents."""
+    """Outputs by part, for these pixels and latents."""
     theirs = _open(autoencoder_class(artifact.config), folder)
     fill_theirs(theirs, artifact.state, full, autoencoder_names(artifact.config), artifact.statistics)
     scale = theirs.config.scaling_factor
@@ -165,6 +157,21 @@ def _their_autoencoder(
     }
 
 
+def _our_autoencoder(artifact: Artifact, full: Mapping[str, Tensor], x: Tensor, z: Tensor) -> dict[str, Tensor]:
+    """As `_their_autoencoder`."""
+    ours = _on_meta(lambda: build_autoencoder(artifact.config), full)
+    ours.statistics = artifact.statistics
+    outputs = {"autoencoder's latents": ours.encode(x), "autoencoder's pixels": ours.decode(z)}
+    mean, logvar = ours.encode_moments(x)
+    if logvar is None:
+        return outputs
+    if artifact.statistics.channel_mean:
+        # Folded: their posterior is that of our latents.
+        std = torch.tensor(artifact.statistics.channel_std).view(1, -1, 1, 1)
+        mean, logvar = artifact.statistics.normalize(mean), logvar - 2 * std.log()
+    return outputs | {"autoencoder's posterior": torch.cat([mean, logvar], dim=1)}
+
+
 def _compare_unet(folder: Path, artifact: DiffusionArtifact) -> dict[str, float]:
     state, channels = unet_state(artifact.state), artifact.autoencoder.config.latent_channels
     text, full = require_text_alone(artifact.conditioning), filled(state)
@@ -173,34 +180,33 @@ def _compare_unet(folder: Path, artifact: DiffusionArtifact) -> dict[str, float]
     t = torch.tensor([1, artifact.diffusion.num_timesteps - 1])
     context = _noise(2, text.max_tokens, text.width)
 
-    def ours() -> Tensor:
-        network = _on_meta(lambda: build_unet(artifact.unet, channels, channels, text.width), full)
-        return network(z, t, context)  # type: ignore[no-any-return]
-
     def theirs() -> Tensor:
         network = _open(UNet2DConditionModel, folder)
         fill_theirs(network, state, full, unet_names(artifact.unet))
         return network(z, t, context).sample  # type: ignore[no-any-return]
 
-    return _differences({"UNet": ours()}, {"UNet": theirs()})
+    def ours() -> Tensor:
+        network = _on_meta(lambda: build_unet(artifact.unet, channels, channels, text.width), full)
+        return network(z, t, context)  # type: ignore[no-any-return]
+
+    return _differences({"UNet": theirs()}, {"UNet": ours()})
 
 
 def _compare_text_encoder(folder: Path, text: TextConditioningConfig, artifact: DiffusionArtifact) -> dict[str, float]:
     state = conditioner_state(artifact.state)
     full = filled(state)
+    tokens, _ = build_tokenizer(text)(CAPTIONS, text.max_tokens)
 
-    def ours() -> tuple[Tensor, Tensor]:
-        network = _on_meta(lambda: TextCondition(text), full)
-        tokens = network.tokens(CAPTIONS)
-        return tokens, network(tokens, (1, 1))
-
-    def theirs(tokens: Tensor) -> Tensor:
+    def theirs() -> Tensor:
         network = _open(pipeline_of(text).text_model, folder)
         fill_theirs(network, state, full, text_encoder_names(text))
         return network(tokens)[0]  # type: ignore[no-any-return]
 
-    tokens, output = ours()
-    return _differences({"text encoder": output}, {"text encoder": theirs(tokens)})
+    def ours() -> Tensor:
+        network = _on_meta(lambda: TextCondition(text), full)
+        return network(network.tokens(CAPTIONS), (1, 1))
+
+    return _differences({"text encoder": theirs()}, {"text encoder": ours()})
 
 
 def _compare_tokens(folder: Path, text: TextConditioningConfig) -> None:
