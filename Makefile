@@ -25,7 +25,7 @@ PIP_INSTALL := $(BIN)/python -m pip --disable-pip-version-check install --progre
 # pip's own report reduced to what takes time: large downloads, source builds and the copying at the end.
 PIP_PROGRESS := sed -un 's/^ *\(Downloading\|Using cached\) \([^ ]*\) \(([0-9.]* MB)\)/      \2 \3/p; s/^ *Building [^ ]* for \([^ ]*\) .*started/      building \1/p; s/^Installing collected packages.*/      copying files/p'
 
-.PHONY: help env lint types test test-faults test-slurm test-slurm-quick slurm-programs soak soak-short aot demo bench data-soak gpu-proof gpu-demo clean
+.PHONY: help env lint types test test-faults test-slurm test-slurm-quick slurm-programs soak soak-short aot demo docs bench data-soak gpu-proof gpu-demo clean
 
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 26
@@ -45,7 +45,7 @@ $(STAMP): pyproject.toml constraints.txt
 	@echo "[2/3] torch and torchvision: 2.5 GB to download the first time"
 	@$(PIP_INSTALL) torch torchvision | $(PIP_PROGRESS)
 	@echo "[3/3] the other dependencies, and ldm-scale itself (editable)"
-	@$(PIP_INSTALL) --editable '.[interchange,dev]' | $(PIP_PROGRESS)
+	@$(PIP_INSTALL) --editable '.[interchange,dev,docs]' | $(PIP_PROGRESS)
 	@rm -f $(INCOMPLETE); touch $@
 
 lint: $(STAMP) ## ruff: rules and formatting
@@ -92,6 +92,10 @@ aot: $(STAMP) ## compile every kernel for sm_80, sm_90 and sm_100 and compare wi
 
 demo: $(STAMP) ## both stages on real images, from shards to samples and an export (at most 20 minutes on 2 cores)
 	$(BIN)/ldm-scale demo
+
+docs: $(STAMP) ## the documentation as a site that needs no network, in build/site; a broken link is an error
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
+	@echo "open build/site/index.html, or, to search in it too: $(BIN)/python -m http.server --directory build/site"
 
 bench: $(STAMP) ## the training step's speed against diffusers' UNet, on this machine
 	$(BIN)/python -m benchmarks.unet_step

@@ -25,6 +25,11 @@ def check_ranges(config: Config) -> None:
         rule.check(config)
 
 
+def bounds(key: str) -> str:
+    """Where the number at a dotted key must lie, as "above 0 and at most 1"; "" where nothing is asked."""
+    return " and ".join(rule.words() for rule in _RANGES if key in rule.keys)
+
+
 @dataclass(frozen=True)
 class _Range:
     """Where a number must lie; `above` and `below` are exclusive bounds, the other two inclusive. None passes."""
@@ -40,7 +45,7 @@ class _Range:
             value = _value(config, key)
             for number in value if isinstance(value, tuple) else (value,):
                 if number is not None and not self._contains(number):
-                    raise ConfigError(f"{key}={_plain(value)}: must be {self._rule()}; change {key}")
+                    raise ConfigError(f"{key}={_plain(value)}: must be {self.words()}; change {key}")
 
     def _contains(self, number: float) -> bool:
         return (
@@ -50,7 +55,8 @@ class _Range:
             and (self.below is None or number < self.below)
         )
 
-    def _rule(self) -> str:
+    def words(self) -> str:
+        """The bounds as a message has them."""
         bounds = (("above", self.above), ("at least", self.at_least), ("at most", self.at_most), ("below", self.below))
         return " and ".join(f"{word} {bound:g}" for word, bound in bounds if bound is not None)
 
