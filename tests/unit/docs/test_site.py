@@ -107,7 +107,7 @@ def test_what_is_wrong_is_named(tmp_path: Path) -> None:
     assert "'../gone.py'" in built.stderr
     assert "names absent, which code.py does not define" in built.stderr
     assert "present" not in built.stderr
-    assert "Aborted with 4 warnings" in built.stderr
+    assert built.stderr.count("WARNING") == 4
     # It is last in the menu all the same.
     assert 'href="unnamed.html"' in (tmp_path / "site" / "index.html").read_text("utf-8")
 
