@@ -95,7 +95,7 @@ demo: $(STAMP) ## both stages on real images, from shards to samples and an expo
 
 docs: $(STAMP) ## the documentation as a site that needs no network, in build/site; a broken link is an error
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
-	@echo "open build/site/index.html, or, to search in it too: $(BIN)/python -m http.server --directory build/site"
+	@echo "open build/site/index.html in a browser; no server is needed, to search neither"
 
 bench: $(STAMP) ## the training step's speed against diffusers' UNet, on this machine
 	$(BIN)/python -m benchmarks.unet_step
