@@ -29,7 +29,6 @@ from ldm_scale.config.schema import Config
 # Units that the last word of a name stands for; of a `num_` what it counts.
 UNITS = {
     "images": "images",
-    "image": "images",
     "batch": "images",
     "steps": "steps",
     "batches": "micro-batches",
@@ -67,7 +66,7 @@ MOST_SHOWN = 6  # experiments named for one value; of more the rest is counted
 
 @dataclasses.dataclass(frozen=True)
 class Key:
-    """One field of the configuration, or a section that may be absent."""
+    """One field of the configuration that holds a value, not a section."""
 
     name: str  # dotted, as in an override
     hint: Any
@@ -109,7 +108,7 @@ def _sections(section: type, place: str = "") -> Iterator[tuple[str, type]]:
 
 def _section_of(hint: Any) -> type | None:
     members = get_args(hint) if get_origin(hint) in (Union, types.UnionType) else (hint,)
-    return next((member for member in members if dataclasses.is_dataclass(member)), None)
+    return next((member for member in members if isinstance(member, type) and dataclasses.is_dataclass(member)), None)
 
 
 def _default(field: dataclasses.Field[Any]) -> Any:

@@ -63,6 +63,7 @@ def test_units_are_those_of_the_names() -> None:
     assert units["train.global_batch"] == units["ema.half_life_images"] == "images"
     assert units["train.async_checkpoints"] == units["optimizer.lr"] == units["sampling.guidance_scale"] == ""
     assert units["data.resolution"] == "pixels"
+    assert set(KEYS.UNITS.values()) == set(units.values()) - {""}
 
 
 def test_stages_read_sections_that_exist() -> None:
