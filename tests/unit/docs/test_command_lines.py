@@ -281,8 +281,11 @@ def _faults_of_span(text: str) -> Iterator[str]:
 @cache
 def _options(command: str) -> set[str]:
     """Every option that a command or one of its sub-commands has, by its sources."""
-    sources = [ROOT / "ldm_scale" / f"{command}.py", *(ROOT / "ldm_scale" / "operations").glob(f"{command}*.py")]
-    texts = [source.read_text("utf-8") for source in sources if source.is_file()]
+    sources = [
+        *(ROOT / "ldm_scale").glob(f"{command}*.py"),
+        *(ROOT / "ldm_scale" / "operations").glob(f"{command}*.py"),
+    ]
+    texts = [source.read_text("utf-8") for source in sources]
     return {option for text in texts for option in re.findall(r'"(--[a-z-]+)"', text)} | {"--help"}
 
 

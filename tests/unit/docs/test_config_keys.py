@@ -8,12 +8,13 @@ from functools import cache
 
 import pytest
 
-from ldm_scale.config.compose import load_config
+from ldm_scale.config.compose import list_experiments, load_config
 from ldm_scale.config.ranges import _RANGES, bounds
 from ldm_scale.config.schema import Config
 from ldm_scale.config.validate import validate
 from ldm_scale.errors import ConfigError
 from tests.helpers.documents import ROOT, generator
+from tests.helpers.sizes import measured
 
 KEYS = generator("config_keys")
 PAGE = (ROOT / "docs" / "configuration.md").read_text("utf-8")
@@ -87,3 +88,17 @@ def _accepted(experiment: str) -> None:
 
 def test_the_table_of_refusals_is_read() -> None:
     assert len(REFUSED) > 12
+
+
+def test_the_table_of_autoencoders_is_what_the_experiments_say() -> None:
+    text = (ROOT / "docs" / "stage1.md").read_text("utf-8")
+    rows = re.findall(r"^\| `(\w+)` \| (.*?) \| (\d+) \| (\d*) ?\| ([\d.]+)M \|", text, flags=re.MULTILINE)
+    assert {row[0] for row in rows} == {name for name in list_experiments() if re.match(r"(kl|vq|vqgan)_f\d", name)}
+    for name, latents, fewer, codes, millions in rows:
+        autoencoder = KEYS.experiment_config(name).autoencoder
+        c, f = autoencoder.latent_channels, autoencoder.downsampling_factor
+        assert latents == f"{c} x {256 // f} x {256 // f}", name
+        assert int(fewer) == 3 * f * f // c, name
+        assert codes == str(autoencoder.codebook_size or ""), name
+        if name in ("kl_f2", "vq_f4_noattn", "vqgan_f16"):  # the networks of all take a while to count
+            assert float(millions) == round(measured(f"experiment={name}").trained.parameters / 1e6, 2), name
