@@ -19,6 +19,7 @@ pytest.importorskip("mkdocs", reason="the extra `docs` is not installed, with wh
 
 REPOSITORY = generator("repository")
 SETTINGS = {"NO_MKDOCS_2_WARNING": "1"}
+pytestmark = pytest.mark.timeout(300)  # six seconds on an idle core
 
 
 def _build(root: Path, site: Path) -> subprocess.CompletedProcess[str]:
@@ -26,7 +27,7 @@ def _build(root: Path, site: Path) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(site)]
     paths = os.pathsep.join([str(ROOT), str(ROOT / "kernels")])
     environment = os.environ | SETTINGS | {"PYTHONPATH": paths}
-    return subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, timeout=110)
+    return subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, timeout=280)
 
 
 @pytest.fixture(scope="module")
