@@ -7,6 +7,7 @@ descriptions on purpose: help must not import torch six times, and a test holds 
 from __future__ import annotations
 
 import difflib
+import keyword
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -28,7 +29,8 @@ COMMANDS = {
     "train": "train an autoencoder or a diffusion model: ldm-scale train experiment=NAME [key=value ...]",
     "sample": "draw images from a trained model",
     "evaluate": "measure autoencoders and diffusion models, compare results, draw distortion over rate",
-    "export": "turn a run or a checkpoint into a diffusers folder or plain safetensors",
+    "export": "turn a run or a checkpoint into a diffusers folder, a CompVis checkpoint or plain safetensors",
+    "import": "turn a checkpoint of CompVis or Stability into an artifact to train on, sample from and evaluate",
     "replay": "make a step again that was skipped, image by image, to see which images are to blame",
     "doctor": "look at data, machine or latent caches before money is spent",
     "demo": "both stages on OpenMoji, from shards to samples and an export",
@@ -56,7 +58,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         fix = f"did you mean {near[0]}?" if near else f"choose {', '.join(COMMANDS)}"
         print(f"error: ldm-scale has no command {public_urls(name)!r}; {fix}", file=sys.stderr)
         return EXIT_USAGE
-    return run_command(import_module(f"ldm_scale.{name}").main, rest)
+    # A module cannot bear the name of a keyword of Python's.
+    module = f"{name}_" if keyword.iskeyword(name) else name
+    return run_command(import_module(f"ldm_scale.{module}").main, rest)
 
 
 def run_command(command: Callable[[ArgvT], int | None], argv: ArgvT) -> int:

@@ -1,4 +1,4 @@
-"""`ldm-scale export SOURCE --to diffusers|safetensors --out DIR`: a trained model for other people's software."""
+"""`ldm-scale export SOURCE --to diffusers|compvis|safetensors --out DIR`: a trained model for others' software."""
 
 from __future__ import annotations
 
@@ -41,8 +41,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = Parser(
         prog="ldm-scale export",
-        description="Writes a model as a diffusers folder or as a self-contained folder of safetensors. The folder is "
-        "read back and compared with the model; if it computes anything else, nothing is written.",
+        description="Writes a model as a diffusers folder, as a checkpoint of CompVis' layout with its YAML, or as a "
+        "self-contained folder of safetensors. The folder is read back and compared with the model; if it computes "
+        "anything else, nothing is written.",
     )
     parser.add_argument(
         "source",
@@ -50,7 +51,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
         metavar="SOURCE",
         help="a run, a checkpoint, an artifact or an export; or experiment=NAME [key=value ...] with --random-init",
     )
-    parser.add_argument("--to", choices=("diffusers", "safetensors"), required=True)
+    parser.add_argument("--to", choices=("diffusers", "compvis", "safetensors"), required=True)
     parser.add_argument("--out", type=output_path, required=True, help="new folder, or an earlier export to replace")
     parser.add_argument(
         "--weights",

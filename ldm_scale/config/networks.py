@@ -127,6 +127,11 @@ def _check_text(text: TextConditioningConfig) -> None:
             f"conditioning.text.vocab_size={text.vocab_size}: the tokenizer numbers {TOKENIZER_VOCABULARY} tokens; set "
             f"conditioning.text.vocab_size={TOKENIZER_VOCABULARY}"
         )
+    if text.tokenizer == "wordpiece" and text.padding != "end":
+        raise ConfigError(
+            f"conditioning.text.padding={text.padding}: WordPiece fills captions with [PAD], its own token; set "
+            "conditioning.text.padding=end, or tokenizer=clip"
+        )
     if text.tokenizer == "clip" and text.vocabulary is not None:
         raise ConfigError(
             f"conditioning.text.vocabulary={text.vocabulary}: tokenizer=clip brings its own vocabulary; set "

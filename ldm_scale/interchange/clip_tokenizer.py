@@ -18,8 +18,11 @@ START, END = "<|startoftext|>", "<|endoftext|>"
 VOCABULARY_SIZE = 49408
 
 
-def write_clip_tokenizer(folder: Path, max_tokens: int) -> None:
-    """Nothing; the existing `folder` holds vocab.json, merges.txt and tokenizer_config.json."""
+def write_clip_tokenizer(folder: Path, max_tokens: int, padding: int | None = None) -> None:
+    """Nothing; the existing `folder` holds vocab.json, merges.txt and tokenizer_config.json.
+
+    `padding` is the number of the token that fills captions up; None: `clip_tokenizer`'s.
+    """
     tokenizer = SimpleTokenizer()
     vocabulary = dict(tokenizer.encoder)
     assert len(vocabulary) == VOCABULARY_SIZE, f"OpenCLIP's vocabulary has {len(vocabulary)} entries"
@@ -27,7 +30,7 @@ def write_clip_tokenizer(folder: Path, max_tokens: int) -> None:
     numbers = {START: vocabulary.pop("<start_of_text>"), END: vocabulary.pop("<end_of_text>")}
     merges = [" ".join(pair) for pair, _ in sorted(tokenizer.bpe_ranks.items(), key=lambda item: item[1])]
     by_number = {number: token for token, number in (vocabulary | numbers).items()}
-    padding = by_number[clip_tokenizer().padding]
+    filler = by_number[clip_tokenizer().padding if padding is None else padding]
     (folder / "vocab.json").write_text(json.dumps(vocabulary | numbers, ensure_ascii=False), encoding="utf-8")
     (folder / "merges.txt").write_text("\n".join(["#version: 0.2", *merges]) + "\n", encoding="utf-8")
     settings = {
@@ -36,6 +39,6 @@ def write_clip_tokenizer(folder: Path, max_tokens: int) -> None:
         "bos_token": START,
         "eos_token": END,
         "unk_token": END,
-        "pad_token": padding,
+        "pad_token": filler,
     }
     (folder / "tokenizer_config.json").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")

@@ -18,9 +18,9 @@ from ldm_scale.config.schema import AutoencoderConfig, UNetConfig
 from ldm_scale.engine.lazy_tensors import LazyTensors, deferred
 from ldm_scale.errors import CheckpointError
 from ldm_scale.interchange.artifact import Artifact, expected_autoencoder_tensors, with_weights
-from ldm_scale.interchange.folding import FOLDED, fold, unfold
+from ldm_scale.interchange.folding import FOLDED, fold, unfold_kept
 from ldm_scale.interchange.name_maps import NameMap, autoencoder_names, restore, translate
-from ldm_scale.interchange.safetensors_io import describe_difference, read_tensors, tensors_sha256, write_tensors
+from ldm_scale.interchange.safetensors_io import read_tensors, write_tensors
 from ldm_scale.models.autoencoder import LatentStatistics
 
 # diffusers ships no types for its constructors.
@@ -96,7 +96,7 @@ def read_autoencoder(folder: Path, content: dict[str, Any]) -> Artifact:
     path = folder / WEIGHTS
     state: Mapping[str, Tensor] = restore(read_tensors(path), autoencoder_names(described.config), target, str(path))
     if described.statistics.channel_mean:
-        state = _unfolded(state, described.statistics, folder / ORIGINALS)
+        state = unfold_kept(state, described.statistics, folder / ORIGINALS)
     return Artifact(with_weights(content, state), state)
 
 
@@ -118,16 +118,6 @@ def require_plain_first_level(section: str, config: AutoencoderConfig | UNetConf
             "first convolution or its timestep embedding; train with a first multiplier of 1 and "
             f"{section}.base_channels={config.base_channels * first}, or export with --to safetensors"
         )
-
-
-def _unfolded(state: Mapping[str, Tensor], statistics: LatentStatistics, originals: Path) -> Mapping[str, Tensor]:
-    """The weights from which `fold` made `state`: exactly, unless other software has changed them since."""
-    if originals.is_file():
-        kept = LazyTensors(deferred(state)) | read_tensors(originals)
-        fits = not describe_difference(state, kept)
-        if fits and tensors_sha256(fold(kept, statistics)) == tensors_sha256(state):
-            return kept
-    return unfold(state, statistics)
 
 
 def _require_statistics(config: AutoencoderConfig, statistics: LatentStatistics) -> None:

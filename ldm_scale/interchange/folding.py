@@ -13,11 +13,13 @@ way back rounds (1e-7 of the weights), which is why an export keeps the two conv
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from ldm_scale.engine.lazy_tensors import LazyTensors, deferred, without_values
+from ldm_scale.interchange.safetensors_io import describe_difference, read_tensors, tensors_sha256
 from ldm_scale.models.autoencoder import LatentStatistics
 
 QUANT, POST_QUANT = "quant_conv", "post_quant_conv"
@@ -58,6 +60,19 @@ def unfold(state: Mapping[str, Tensor], statistics: LatentStatistics) -> Mapping
         post_weight,
         post_bias - post_weight @ mean,
     )
+
+
+def unfold_kept(state: Mapping[str, Tensor], statistics: LatentStatistics, originals: Path) -> Mapping[str, Tensor]:
+    """The weights from which `fold` made `state`: exactly, where the file `originals` has kept those that it changed.
+
+    They are calculated where there is none, or where other software has changed `state` since.
+    """
+    if originals.is_file():
+        kept = LazyTensors(deferred(state)) | read_tensors(originals)
+        fits = not describe_difference(state, kept)
+        if fits and tensors_sha256(fold(kept, statistics)) == tensors_sha256(state):
+            return kept
+    return unfold(state, statistics)
 
 
 def _columns(statistics: LatentStatistics) -> tuple[Tensor, Tensor]:

@@ -1,7 +1,7 @@
 """Trained models as objects to call, from whatever this program has left of them on disk.
 
-    load_autoencoder(path)    artifact | diffusion artifact | diffusers export | run folder | checkpoint
-    load_diffusion(path)      diffusion artifact | diffusers export | run folder | checkpoint
+    load_autoencoder(path)    artifact | diffusion artifact | diffusers or CompVis export | run folder | checkpoint
+    load_diffusion(path)      diffusion artifact | diffusers or CompVis export | run folder | checkpoint
 
 `read_source` is what both and the export share: it turns each of these into an artifact in memory. A run folder
 stands for its newest checkpoint, except that a finished stage-1 run stands for its artifact, whose latent statistics
@@ -43,6 +43,7 @@ from ldm_scale.interchange.artifact import (
     read_artifact,
     read_diffusion_artifact,
 )
+from ldm_scale.interchange.safetensors_io import read_json
 from ldm_scale.interchange.sampling import SampleOptions, draw
 from ldm_scale.models.autoencoder import Autoencoder, LatentStatistics
 from ldm_scale.models.blocks import place_biases
@@ -316,6 +317,10 @@ def _read_folder(path: Path, weights: Weights | None) -> Artifact | DiffusionArt
     if found == DIFFUSION_FORMAT:
         return read_diffusion_artifact(path)
     if (path / DESCRIPTION).is_file():
+        if read_json(path / DESCRIPTION).get("layout") == "compvis":
+            from ldm_scale.interchange.compvis import read_compvis_folder
+
+            return read_compvis_folder(path)
         require_diffusers()
         # diffusers takes seconds to import, and only its own folders need it.
         from ldm_scale.interchange.diffusers import read_diffusers

@@ -10,7 +10,7 @@ from ldm_scale.engine.lazy_tensors import num_elements
 from ldm_scale.interchange.artifact import Artifact, DiffusionArtifact
 from ldm_scale.models.autoencoder import LatentStatistics
 
-Target = Literal["diffusers", "safetensors"]
+Target = Literal["diffusers", "compvis", "safetensors"]
 
 _DIFFUSERS_PIPELINE = """\
 from diffusers import DiffusionPipeline
@@ -22,6 +22,16 @@ _DIFFUSERS_AUTOENCODER = """\
 from diffusers import {model_class}
 
 autoencoder = {model_class}.from_pretrained("path/of/this/folder")
+"""
+_COMPVIS = """\
+# in a checkout of CompVis' or Stability's repository
+import torch
+from omegaconf import OmegaConf
+from ldm.util import instantiate_from_config
+
+model = instantiate_from_config(OmegaConf.load("path/of/this/folder/config.yaml").model)
+checkpoint = torch.load("path/of/this/folder/model.ckpt", map_location="cpu", weights_only=True)
+model.load_state_dict(checkpoint["state_dict"], strict=False)
 """
 _OWN_DIFFUSION = """\
 from ldm_scale import load_diffusion
@@ -45,6 +55,11 @@ from ldm_scale import load_autoencoder
 
 latents = load_autoencoder("path/of/this/folder").encode(pixels)  # pixels (B, 3, H, W) in [-1, 1]
 """
+_READERS = {
+    "diffusers": " by diffusers and transformers",
+    "compvis": " as a stranger's checkpoint by `ldm-scale import`",
+    "safetensors": "",
+}
 _CAPTIONS = """\
 Captions were tokenised by OpenCLIP, which first repairs text: curly quotes become straight, HTML entities characters,
 ligatures and full-width letters plain. `CLIPTokenizer` leaves that out, so give it captions in plain characters.
@@ -63,6 +78,12 @@ def model_card(artifact: Artifact | DiffusionArtifact, target: Target, differenc
         "parameters": f"{num_elements(artifact.state):,}",
         "content hash (sha256)": artifact.content_hash,
     }
+    imported = provenance.get("imported")
+    if imported is not None:
+        facts["imported from"] = f"{imported['from']} ({imported['layout']})"
+        if imported.get("left_out"):
+            parts = (f"{number} tensors: {what}" for what, number in imported["left_out"].items())
+            facts["left out of it"] = "; ".join(parts)
     autoencoder = artifact if isinstance(artifact, Artifact) else artifact.autoencoder
     statistics = autoencoder.statistics
     facts["latents"] = (
@@ -78,7 +99,7 @@ def model_card(artifact: Artifact | DiffusionArtifact, target: Target, differenc
     ]
     if target == "diffusers" and isinstance(artifact, DiffusionArtifact) and _has_byte_pairs(artifact):
         sections.append(_CAPTIONS.rstrip())
-    sections += ["## Checked before publication", _checks(differences)]
+    sections += ["## Checked before publication", _checks(differences, target)]
     return "\n\n".join(sections) + "\n"
 
 
@@ -90,11 +111,15 @@ def _has_byte_pairs(artifact: DiffusionArtifact) -> bool:
 def _normalization(statistics: LatentStatistics, target: Target) -> str:
     if not statistics.channel_mean:
         return f"z = (raw - {statistics.shift:g}) * {statistics.scale:.6g}"
-    where = "in quant_conv and post_quant_conv" if target == "diffusers" else "in config.json"
+    where = {"diffusers": "in quant_conv and post_quant_conv", "compvis": "ldm_scale.json"}.get(
+        target, "in config.json"
+    )
     return f"z = (raw - mean) / deviation of each channel ({where})"
 
 
 def _usage(artifact: Artifact | DiffusionArtifact, target: Target) -> str:
+    if target == "compvis":
+        return _COMPVIS
     if isinstance(artifact, Artifact):
         if target == "safetensors":
             return _OWN_AUTOENCODER
@@ -107,12 +132,12 @@ def _usage(artifact: Artifact | DiffusionArtifact, target: Target) -> str:
     return _DIFFUSERS_PIPELINE.format(num_steps=sampling.num_steps, guidance_scale=sampling.guidance_scale)
 
 
-def _checks(differences: Mapping[str, float]) -> str:
+def _checks(differences: Mapping[str, float], target: Target) -> str:
     if not differences:
         return "The folder was read back; names, shapes and values of all tensors are those that were written."
     rows = "\n".join(f"| {part} | {difference:.1e} |" for part, difference in differences.items())
     return (
-        "The folder was read back by diffusers and transformers. All tensors are those that were written; the outputs "
+        f"The folder was read back{_READERS[target]}. All tensors are those that were written; the outputs "
         "on fixed inputs, in float32, differ from the original model's by\n\n"
         f"| part | difference / norm |\n|---|---|\n{rows}"
     )

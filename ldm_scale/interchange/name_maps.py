@@ -29,7 +29,7 @@ _RESIDUAL_BLOCK: NameMap = {
     "conv2": ("conv2",),
     "skip": ("conv_shortcut",),
 }
-_TRANSFORMER_BLOCK: NameMap = {
+TRANSFORMER_BLOCK: NameMap = {
     "norm1": ("norm1",),
     "self_attention.to_qkv": ("attn1.to_q", "attn1.to_k", "attn1.to_v"),
     "self_attention.to_out": ("attn1.to_out.0",),
@@ -221,7 +221,7 @@ def _attention(config: UNetConfig, ours: str, theirs: str) -> NameMap:
         return _prefixed(ours, theirs, _IMAGE_ATTENTION)
     modules = _prefixed(ours, theirs, {name: (name,) for name in ("norm", "proj_in", "proj_out")})
     for index in range(config.transformer_depth):
-        modules |= _prefixed(f"{ours}.blocks.{index}", f"{theirs}.transformer_blocks.{index}", _TRANSFORMER_BLOCK)
+        modules |= _prefixed(f"{ours}.blocks.{index}", f"{theirs}.transformer_blocks.{index}", TRANSFORMER_BLOCK)
     return modules
 
 

@@ -20,6 +20,7 @@ from ldm_scale.interchange.artifact import (
     make_artifact,
     make_diffusion_artifact,
 )
+from ldm_scale.interchange.comparison import differences as compared
 from ldm_scale.interchange.load import read_source, require_diffusers
 from ldm_scale.interchange.model_card import Target, model_card
 from ldm_scale.interchange.safetensors_io import published_folder, spilled
@@ -41,9 +42,10 @@ class Published:
     differences: dict[str, float]  # part -> |theirs - ours| / |ours|; empty for our own format
 
 
-def publish(artifact: Artifact | DiffusionArtifact, target: Target, out: Path) -> Published:
+def publish(artifact: Artifact | DiffusionArtifact, target: Target, out: Path, compute: bool = False) -> Published:
     """What `out` holds from now on; an earlier export there is replaced.
 
+    `compute`: an artifact of ours is run, too, as it is read back.
     Raises: ConfigError without the target's libraries; CheckpointError if `out` holds anything else, if the target
     cannot hold the model, or if what was written does not compute the same. `out` is as before then.
     """
@@ -60,11 +62,19 @@ def publish(artifact: Artifact | DiffusionArtifact, target: Target, out: Path) -
             fill_diffusers_folder(folder, artifact)
             log.info("reading them back with diffusers and comparing outputs")
             differences = measure_differences(folder, artifact)
+        elif target == "compvis":
+            # An importer with many parts, which only its own target needs.
+            from ldm_scale.interchange.compvis import measure_compvis
+            from ldm_scale.interchange.compvis_write import fill_compvis_folder
+
+            fill_compvis_folder(folder, artifact)
+            log.info("reading them back as another program's and comparing outputs")
+            differences = measure_compvis(folder, artifact)
         else:
             fill_artifact_folder(folder, artifact)
             log.info("reading them back")
-            _require_same(folder, artifact)
-            differences = {}
+            back = _read_same(folder, artifact)
+            differences = compared(back, artifact) if compute else {}
         (folder / CARD).write_text(model_card(artifact, target, differences), encoding="utf-8")
     kind = "autoencoder" if isinstance(artifact, Artifact) else "diffusion"
     return Published(out, target, kind, artifact.content_hash, differences)
@@ -118,6 +128,8 @@ def untrained_artifact(config: Config, seed: int) -> Artifact | DiffusionArtifac
     )
 
 
-def _require_same(folder: Path, artifact: Artifact | DiffusionArtifact) -> None:
-    if read_source(folder).content_hash != artifact.content_hash:
+def _read_same(folder: Path, artifact: Artifact | DiffusionArtifact) -> Artifact | DiffusionArtifact:
+    back = read_source(folder)
+    if back.content_hash != artifact.content_hash:
         raise CheckpointError(f"{folder} is read back with other content than was written; is the disk sound?")
+    return back

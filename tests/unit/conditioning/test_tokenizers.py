@@ -53,6 +53,13 @@ def test_byte_pairs_have_open_clips_numbers() -> None:
         assert torch.equal(torch.where(expected == 0, END, expected), ours)
 
 
+def test_padding_with_zero_is_open_clips() -> None:
+    """SD-2 was trained so."""
+    captions = ["a red apple", "what?! ... 100% (sure)", LONG]
+    ours, _ = build_tokenizer(TextConditioningConfig(padding="zero", max_tokens=9))(captions, 9)
+    assert torch.equal(ours, SimpleTokenizer()(captions, 9))
+
+
 def test_a_caption_that_just_fits_is_not_cut() -> None:
     caption = "one two three"
     assert len(SimpleTokenizer().encode(caption)) == 3

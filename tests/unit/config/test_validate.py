@@ -65,6 +65,10 @@ AUTOENCODER = ("experiment=demo_autoencoder", "data.manifest=m.json")
         (["conditioning.text.drop_probability=1.5"], "must be at least 0 and at most 1"),
         (["conditioning.text.head_dim=32"], "heads of encoder=clip are width / num_heads wide"),
         (["conditioning.text.vocabulary=v.txt"], "tokenizer=clip brings its own vocabulary"),
+        (
+            ["conditioning.text.tokenizer=wordpiece", "conditioning.text.padding=zero"],
+            "conditioning.text.padding=zero: WordPiece fills captions with [PAD]",
+        ),
         (["conditioning.text.tokenizer=wordpiece"], "conditioning.text.vocabulary=null: conditioning.text.tokenizer=w"),
         (["conditioning.classes.width=64"], "conditioning.text.width=128, conditioning.classes.width=64: the tokens"),
         (["conditioning.layout.num_classes=8192"], "set conditioning.layout.num_tokens to at least 8193"),

@@ -10,7 +10,8 @@ import pytest
 import torch
 from transformers import CLIPTokenizer
 
-from ldm_scale.conditioning.tokenizers import clip_tokenizer
+from ldm_scale.conditioning.tokenizers import build_tokenizer, clip_tokenizer
+from ldm_scale.config.schema import TextConditioningConfig
 from ldm_scale.interchange.clip_tokenizer import write_clip_tokenizer
 
 CAPTIONS = [
@@ -82,6 +83,15 @@ def test_settings(folder: Path, tmp_path: Path) -> None:
     tokenizer.save_pretrained(tmp_path)
     saved = CLIPTokenizer.from_pretrained(tmp_path)
     assert torch.equal(numbers(saved, CAPTIONS), numbers(tokenizer, CAPTIONS))
+
+
+def test_padding_with_zero(tmp_path: Path) -> None:
+    """Captions with exclamation marks are left out: to `CLIPTokenizer` every one of them is padding then."""
+    captions = [caption for caption in CAPTIONS if "!" not in caption]
+    write_clip_tokenizer(tmp_path, 20, padding=0)
+    theirs = numbers(CLIPTokenizer.from_pretrained(tmp_path), captions)
+    ours, _ = build_tokenizer(TextConditioningConfig(padding="zero"))(captions, 20)
+    assert torch.equal(theirs, ours)
 
 
 def test_other_lengths(tmp_path: Path) -> None:

@@ -1,0 +1,97 @@
+"""`ldm-scale import PATH --out DIR`: other people's trained models as artifacts of ours."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ldm_scale.command_line import Parser, output_path
+
+if TYPE_CHECKING:
+    from ldm_scale.interchange.compvis import Imported
+
+_EXAMPLE = """\
+examples:
+  ldm-scale import v1-5-pruned-emaonly.safetensors --out models/sd1
+  ldm-scale import 512-base-ema.ckpt --config v2-inference.yaml --out models/sd2
+  ldm-scale import kl-f8/model.ckpt --scale-factor 0.18215 --out models/kl_f8
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """0, after the artifact was written, read back and found to compute the same."""
+    arguments = _parse(argv)
+    # Libraries print notices when they are imported; stdout belongs to the result.
+    with contextlib.redirect_stdout(sys.stderr):
+        # Imported here: torch and the networks take seconds, which --help need not wait for.
+        from ldm_scale.interchange.publish import publish
+
+        imported = _read(arguments)
+        published = publish(imported.artifact, "safetensors", arguments.out, compute=True)
+    if arguments.json:
+        fields = {"path": str(published.path), "kind": published.kind, "left_out": imported.left_out}
+        weights = imported.artifact.provenance["weights"]
+        fields |= {"content_sha256": published.content_hash, "weights": weights}
+        print(json.dumps(fields | {"differences": published.differences}))
+        return 0
+    print(f"{published.kind} model written to {published.path}, content {published.content_hash}")
+    for what, number in imported.left_out.items():
+        print(f"  left out: {number} tensors, {what}")
+    return 0
+
+
+def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = Parser(
+        prog="ldm-scale import",
+        description="Turns a checkpoint of CompVis' or Stability's layout (Stable Diffusion 1 and 2, the latent "
+        "diffusion "
+        "zoo, KL and VQ autoencoders) into an artifact. Nothing that the file contains is run. The YAML of the model "
+        "is "
+        "looked for beside the checkpoint, under its name or as config.yaml.",
+        epilog=_EXAMPLE,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("path", type=Path, help="a .ckpt, .pt or .safetensors file, or the folder that holds it")
+    parser.add_argument("--out", type=output_path, required=True, help="new folder, or an earlier import to replace")
+    parser.add_argument("--config", type=Path, metavar="YAML", help="the model's configuration, if it lies elsewhere")
+    parser.add_argument("--weights", choices=("raw", "ema"), help="default: ema where the checkpoint has it, else raw")
+    parser.add_argument(
+        "--prediction", choices=("eps", "v", "x0"), help="what the UNet predicts, against or without a YAML"
+    )
+    parser.add_argument(
+        "--resolution", type=_positive, metavar="PIXELS", help="per side in training, if not the YAML's"
+    )
+    parser.add_argument("--scale-factor", type=float, help="of the latents, if not the checkpoint's or the YAML's")
+    parser.add_argument("--num-classes", type=_positive, help="classes of the data, where no tensor shows it")
+    parser.add_argument("--vocabulary", type=Path, metavar="VOCAB.TXT", help="words of bert-base-uncased, where needed")
+    parser.add_argument("--json", action="store_true", help="print one JSON object about the result")
+    return parser.parse_args(argv)
+
+
+def _positive(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"{text}: must be at least 1")
+    return number
+
+
+def _read(arguments: argparse.Namespace) -> Imported:
+    from ldm_scale.interchange.compvis import ImportOptions, read_compvis
+
+    return read_compvis(
+        arguments.path,
+        ImportOptions(
+            config=arguments.config,
+            weights=arguments.weights,
+            prediction=arguments.prediction,
+            resolution=arguments.resolution,
+            num_classes=arguments.num_classes,
+            scale_factor=arguments.scale_factor,
+            vocabulary=arguments.vocabulary,
+        ),
+    )

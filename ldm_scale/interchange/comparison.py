@@ -1,0 +1,127 @@
+"""Whether two models in memory compute the same: their networks on fixed inputs.
+
+Layers that start at zero (and would hide everything before them in an untrained model) hold the same fixed random
+values in both.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from ldm_scale.conditioning.base import Conditioned, Inputs
+from ldm_scale.conditioning.latent_diffusion import LatentDiffusion, with_spatial
+from ldm_scale.errors import CheckpointError
+from ldm_scale.interchange.artifact import Artifact, DiffusionArtifact
+from ldm_scale.models.autoencoder import Autoencoder, LatentStatistics
+
+TOLERANCE = 1e-4  # of the outputs' relative difference, in float32
+_ZERO_REPLACEMENT_STD = 0.02
+
+ModuleT = TypeVar("ModuleT", bound=nn.Module)
+
+
+@torch.no_grad()
+def differences(theirs: Artifact | DiffusionArtifact, ours: Artifact | DiffusionArtifact) -> dict[str, float]:
+    """|theirs - ours| / |ours| of every part; of autoencoders alone in raw latents, which have no statistics.
+
+    Raises: CheckpointError if one exceeds TOLERANCE.
+    """
+    if isinstance(theirs, Artifact) or isinstance(ours, Artifact):
+        assert isinstance(theirs, Artifact), "models of one stage"
+        assert isinstance(ours, Artifact), "models of one stage"
+        found = _compare_autoencoders(theirs, ours, statistics=False)
+    else:
+        found = _compare_autoencoders(theirs.autoencoder, ours.autoencoder, statistics=True)
+        found |= _compare_diffusion(theirs, ours)
+    for part, difference in found.items():
+        # Written so that a NaN fails too.
+        if not difference <= TOLERANCE:
+            raise CheckpointError(
+                f"the {part} read back differs by {difference:.2e} of its norm (allowed {TOLERANCE:.0e}), so nothing "
+                "was "
+                "written; weights that are not finite give this, anything else is a defect of ldm-scale: please report "
+                "the configuration"
+            )
+    return found
+
+
+def _compare_autoencoders(theirs: Artifact, ours: Artifact, *, statistics: bool) -> dict[str, float]:
+    if ours.config.kind == "identity":
+        return {}
+    networks = []
+    for artifact in (theirs, ours):
+        network = _loaded(lambda artifact=artifact: Autoencoder(artifact.config), artifact.state)  # type: ignore[misc]
+        network.statistics = artifact.statistics if statistics else LatentStatistics()
+        networks.append(network)
+    f, channels = ours.config.downsampling_factor, ours.config.latent_channels
+    x, z = _noise(2, 3, 2 * f, 3 * f).clamp(-1, 1), _noise(2, channels, 4, 6)
+    codebook = networks[1].quantizer
+    if codebook is not None:
+        # Latents that lie on codes: elsewhere rounding may choose another of two that are equally near.
+        numbers = torch.linspace(0, codebook.codebook.shape[0] - 1, 2 * 4 * 6).long()
+        z = networks[1].statistics.normalize(codebook.codebook[numbers].view(2, 4, 6, -1).permute(0, 3, 1, 2))
+    noise = _noise(2, channels, 2, 3)
+    outputs = [(n.encode(x), n.encode(x, noise), n.decode(z)) for n in networks]
+    names = ("latents", "sampled latents", "pixels")
+    return {f"autoencoder's {name}": _relative(a, b) for name, a, b in zip(names, outputs[0], outputs[1], strict=True)}
+
+
+def _compare_diffusion(theirs: DiffusionArtifact, ours: DiffusionArtifact) -> dict[str, float]:
+    channels = ours.autoencoder.config.latent_channels
+    networks = [
+        _loaded(lambda a=a: LatentDiffusion(a.unet, a.conditioning, channels), a.state)  # type: ignore[misc]
+        for a in (theirs, ours)
+    ]
+    smallest = 2 ** (len(ours.unet.channel_multipliers) - 1)
+    size = (2 * smallest, 3 * smallest)
+    z, t = _noise(2, channels, *size), torch.tensor([1, ours.diffusion.num_timesteps - 1])
+    inputs = _inputs(networks[1], size)
+    given: list[Conditioned] = [network.conditioner(inputs, size) for network in networks]
+    found = {}
+    for name in ("context", "spatial"):
+        a, b = (getattr(conditioned, name) for conditioned in given)
+        if b is not None:
+            found[f"{name} conditioning"] = _relative(a, b)
+    # Both UNets see the same conditioning: their difference is their own.
+    x = with_spatial(z, given[1])
+    outputs = [network.unet(x, t, given[1].context) for network in networks]
+    return found | {"UNet": _relative(*outputs)}
+
+
+def _inputs(network: LatentDiffusion, size: tuple[int, int]) -> Inputs:
+    """Fixed inputs of the kinds of conditioning: noise, or numbers that all exist."""
+    inputs = {}
+    for name, example in network.conditioner.example(2, size).items():
+        if example.is_floating_point():
+            inputs[name] = _noise(*example.shape)
+            continue
+        tables = [module for module in network.conditioner[name].modules() if isinstance(module, nn.Embedding)]
+        bound = min(table.num_embeddings for table in tables) - 1
+        numbers = torch.arange(example.numel()) * 7919 % max(bound, 1)
+        inputs[name] = numbers.view(example.shape).to(example.dtype)
+    return inputs
+
+
+def _loaded(build: Callable[[], ModuleT], state: Mapping[str, Tensor]) -> ModuleT:
+    generator = torch.Generator().manual_seed(0)
+    filled = {
+        name: tensor if tensor.any() else torch.randn(tensor.shape, generator=generator) * _ZERO_REPLACEMENT_STD
+        for name, tensor in sorted(state.items())  # the same draws for both
+    }
+    with torch.device("meta"):
+        network = build()
+    network.load_state_dict(filled, assign=True)
+    return network.eval()
+
+
+def _relative(theirs: Tensor, ours: Tensor) -> float:
+    assert theirs.shape == ours.shape, f"{theirs.shape} and {ours.shape} cannot be compared"
+    return float((theirs.double() - ours.double()).norm() / ours.double().norm())
+
+
+def _noise(*shape: int) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(sum(shape)))

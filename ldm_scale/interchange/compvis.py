@@ -1,0 +1,360 @@
+"""Checkpoints of CompVis and Stability as artifacts: Stable Diffusion 1 and 2, the LDM zoo, KL and VQ autoencoders.
+
+`read_compvis` takes a stranger's file with its YAML; `read_compvis_folder` an export of ours, by our own description.
+compvis_write.py is the way there. Every tensor of a file is either taken or named: schedules that follow from the YAML,
+discriminators and averages that were not asked for are left out and said so, anything else is an error.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ldm_scale.config.schema import ConditioningConfig, DiffusionConfig, SamplingConfig
+from ldm_scale.diffusion.schedule import alphas_cumprod
+from ldm_scale.errors import CheckpointError
+from ldm_scale.interchange.artifact import (
+    DESCRIPTION,
+    VOCABULARY,
+    Artifact,
+    DiffusionArtifact,
+    check_autoencoder_content,
+    check_diffusion_content,
+    expected_autoencoder_tensors,
+    expected_diffusion_tensors,
+    make_artifact,
+    make_diffusion_artifact,
+    with_weights,
+)
+from ldm_scale.interchange.comparison import differences
+from ldm_scale.interchange.compvis_conditioning import conditioner_places, conv_in_form
+from ldm_scale.interchange.compvis_file import ENDINGS, read_checkpoint, read_yaml, yaml_beside
+from ldm_scale.interchange.compvis_infer import inferred_model
+from ldm_scale.interchange.compvis_names import (
+    COND_STAGE,
+    FIRST_STAGE,
+    UNET,
+    Places,
+    autoencoder_places,
+    to_ours,
+    to_theirs,
+    unet_places,
+)
+from ldm_scale.interchange.compvis_read import (
+    AUTOENCODER_TARGETS,
+    DIFFUSION_TARGETS,
+    autoencoder_config,
+    autoencoder_resolution,
+    class_name,
+    diffusion_config,
+    unet_config,
+)
+from ldm_scale.interchange.compvis_read_conditioning import Given, has_null_class, read_conditioning
+from ldm_scale.interchange.compvis_section import Section
+from ldm_scale.interchange.compvis_write import CHECKPOINT, ORIGINALS, diffusion_places
+from ldm_scale.interchange.folding import FOLDED, unfold_kept
+from ldm_scale.interchange.safetensors_io import read_json, tensors_sha256
+from ldm_scale.models.autoencoder import LatentStatistics
+
+_EMA = "model_ema."
+# Beginnings of tensors that are no part of the model, and what they are. Tried in this order, on what nothing took.
+_LEFT_OUT = (
+    (_EMA, "averages of the weights (model_ema)"),
+    ("loss.", "discriminator and losses"),
+    (f"{FIRST_STAGE}loss.", "discriminator and losses"),
+    (f"{FIRST_STAGE}{_EMA}", "averages of the first stage"),
+    *((name, "the schedule, which the YAML gives") for name in ("betas", "alphas_cumprod", "sqrt_", "log_one_minus_")),
+    *((name, "the schedule, which the YAML gives") for name in ("posterior_", "lvlb_weights", "cond_ids")),
+    ("logvar", "the learned loss weights"),
+    ("scale_factor", "the scale of the latents, which is in the statistics"),
+    (f"{COND_STAGE}transformer.text_model.embeddings.position_ids", "numbers from 0 on"),
+    (f"{COND_STAGE}transformer.to_logits.", "a head that is not run"),
+    (f"{COND_STAGE}model.text_projection", "a projection that is not run"),
+    (f"{COND_STAGE}model.logit_scale", "a projection that is not run"),
+    (f"{COND_STAGE}model.attn_mask", "the causal mask"),
+)
+_BETA_TOLERANCE = 1e-4  # relative: files hold them in single or half precision
+# What their scripts sample with (txt2img.py of either repository); ours elsewhere.
+_GUIDANCE = {"clip": 7.5, "bert": 5.0}
+
+
+@dataclass(frozen=True)
+class ImportOptions:
+    """What a user says beside the checkpoint."""
+
+    config: Path | None = None
+    weights: str | None = None  # raw or ema; None: ema where the checkpoint has it
+    prediction: str | None = None
+    resolution: int | None = None
+    num_classes: int | None = None
+    scale_factor: float | None = None
+    vocabulary: Path | None = None
+
+
+@dataclass(frozen=True)
+class Imported:
+    """What was read."""
+
+    artifact: Artifact | DiffusionArtifact
+    left_out: dict[str, int] = field(default_factory=dict)  # what -> number of tensors
+
+
+def read_compvis(path: Path, options: ImportOptions) -> Imported:
+    """The model in a checkpoint of theirs, or in a folder that holds one.
+
+    Raises: CheckpointError if it cannot be read, is not whole, or is a model that ours are not.
+    """
+    path = _checkpoint_in(path)
+    state = read_checkpoint(path)
+    yaml_path = options.config or yaml_beside(path)
+    if yaml_path is None:
+        model = inferred_model(state, str(path), options.prediction, options.resolution)
+        section = Section(model, "model")
+    else:
+        section = Section(read_yaml(yaml_path), f"{yaml_path}: model")
+    target = class_name(section.get("target"), section.name)
+    if target in AUTOENCODER_TARGETS:
+        return _read_autoencoder(path, state, section, options)
+    if target not in DIFFUSION_TARGETS:
+        raise CheckpointError(
+            f"{section.name}.target={section.get('target')}: known are {', '.join(DIFFUSION_TARGETS)}, AutoencoderKL "
+            "and "
+            "VQModel; not imported"
+        )
+    return _read_diffusion(path, state, section, options)
+
+
+def read_compvis_folder(folder: Path) -> Artifact | DiffusionArtifact:
+    """The artifact that a folder of `fill_compvis_folder` was written from.
+
+    Weights that other software has changed since are taken as they are; the content hash follows them.
+    Raises: CheckpointError if the folder is incomplete or does not fit its description.
+    """
+    description, path = read_json(folder / DESCRIPTION), folder / CHECKPOINT
+    theirs = read_checkpoint(path)
+    described = Artifact(description["autoencoder"], {})
+    target = expected_autoencoder_tensors(described.config)
+    if "diffusion" not in description:
+        first_state = to_ours(theirs, autoencoder_places(described.config), target, str(path))
+        first = Artifact(with_weights(described.content, first_state), first_state)
+        check_autoencoder_content(first, folder)
+        return first
+    prefixed = {name: tensor for name, tensor in theirs.items() if name.startswith(FIRST_STAGE)}
+    first_state = to_ours(prefixed, autoencoder_places(described.config, FIRST_STAGE), target, str(path))
+    if described.statistics.channel_mean:
+        first_state = unfold_kept(first_state, described.statistics, folder / ORIGINALS)
+    first = Artifact(with_weights(described.content, first_state), first_state)
+    check_autoencoder_content(first, folder)
+    vocabulary = folder / VOCABULARY if (folder / VOCABULARY).is_file() else None
+    model = DiffusionArtifact(description["diffusion"], {}, first, vocabulary)
+    expected = expected_diffusion_tensors(model.unet, model.conditioning, first.config.latent_channels)
+    places = diffusion_places(model)
+    state = to_ours(_taken(theirs, places, expected), places, expected, str(path))
+    artifact = replace(model, content=model.content | {"weights_sha256": tensors_sha256(state)}, state=state)
+    check_diffusion_content(artifact, folder)
+    return artifact
+
+
+def measure_compvis(folder: Path, artifact: Artifact | DiffusionArtifact) -> dict[str, float]:
+    """|theirs - ours| / |ours| of every part of a folder of `fill_compvis_folder`, read as a stranger's checkpoint.
+
+    Raises: CheckpointError if one is too large, or a tensor is not what was written.
+    """
+    options = ImportOptions(num_classes=_num_classes(artifact), weights="raw")
+    theirs = read_compvis(folder, options).artifact
+    parts = [(theirs, artifact)]
+    if isinstance(theirs, DiffusionArtifact) and isinstance(artifact, DiffusionArtifact):
+        parts.append((theirs.autoencoder, artifact.autoencoder))
+    for back, written in parts:
+        folded = set(FOLDED) if isinstance(written, Artifact) and written.statistics.channel_mean else set()
+        for name, tensor in written.state.items():
+            if name not in folded and not torch.equal(back.state[name], tensor):
+                raise CheckpointError(
+                    f"{folder / CHECKPOINT}: {name} is read back with other values than were written, so nothing was "
+                    "written; is the disk sound?"
+                )
+    return differences(theirs, artifact)
+
+
+def _num_classes(artifact: Artifact | DiffusionArtifact) -> int | None:
+    """What a stranger has to say of the classes, because no tensor does."""
+    if isinstance(artifact, Artifact):
+        return None
+    sections = (artifact.conditioning.classes, artifact.conditioning.layout)
+    return next((section.num_classes for section in sections if section is not None), None)
+
+
+def _read_autoencoder(path: Path, state: dict[str, Tensor], section: Section, options: ImportOptions) -> Imported:
+    config = autoencoder_config(section)
+    prefix = FIRST_STAGE if f"{FIRST_STAGE}quant_conv.weight" in state else ""
+    places, target = autoencoder_places(config, prefix), expected_autoencoder_tensors(config)
+    chosen, weights = _chosen(state, places, target, options.weights, path, without="")
+    taken, left_out = _sorted_out(chosen, places, target)
+    artifact = make_artifact(
+        to_ours(taken, places, target, str(path)),
+        config,
+        LatentStatistics(scale=1.0 if options.scale_factor is None else options.scale_factor),
+        _provenance(path, weights, options.resolution or autoencoder_resolution(section), left_out),
+    )
+    return Imported(artifact, left_out)
+
+
+def _read_diffusion(path: Path, state: dict[str, Tensor], section: Section, options: ImportOptions) -> Imported:
+    params = section.section("params")
+    stage = params.section("first_stage_config")
+    first_config = autoencoder_config(stage)
+    unet, unet_section = unet_config(params.section("unet_config")), params.section("unet_config").section("params")
+    diffusion = diffusion_config(params, options.prediction)
+    _check_betas(state, diffusion, path)
+    given = Given(state, path.parent, options.num_classes, options.vocabulary)
+    conditioning = read_conditioning(section, first_config, given)
+    f, channels = first_config.downsampling_factor, first_config.latent_channels
+    resolution = options.resolution or params.integer("image_size", 0) * f
+
+    first_places = autoencoder_places(first_config, FIRST_STAGE)
+    places = unet_places(
+        unet,
+        conv_in=conv_in_form(conditioning, channels),
+        heads_first=not unet_section.get("use_new_attention_order", False),
+    ) | conditioner_places(conditioning, has_null_class(state, conditioning))
+    target = expected_diffusion_tensors(unet, conditioning, channels)
+    first_target = expected_autoencoder_tensors(first_config)
+    chosen, weights = _chosen(state, places, target, options.weights, path, without="model.")
+    taken, left_out = _sorted_out(chosen, places | first_places, target | first_target)
+    left_out |= _unread_blocks(taken, conditioning)
+    first_taken = {name: taken.pop(name) for name in list(taken) if name.startswith(FIRST_STAGE)}
+    first = make_artifact(
+        to_ours(first_taken, first_places, first_target, f"the first stage in {path}"),
+        first_config,
+        LatentStatistics(scale=_scale(state, params, options, path)),
+        _provenance(path, "raw", autoencoder_resolution(stage) or resolution, {}),
+    )
+    text = conditioning.text
+    artifact = make_diffusion_artifact(
+        to_ours(taken, places, target, str(path)),
+        first,
+        unet=unet,
+        conditioning=conditioning,
+        diffusion=diffusion,
+        sampling=SamplingConfig() if text is None else SamplingConfig(guidance_scale=_GUIDANCE[text.encoder]),
+        provenance=_provenance(path, weights, resolution, left_out),
+    )
+    return Imported(artifact, left_out)
+
+
+def _checkpoint_in(path: Path) -> Path:
+    if not path.is_dir():
+        return path
+    found = sorted(file for file in path.iterdir() if file.suffix in ENDINGS)
+    named = [file for file in found if file.name == CHECKPOINT] or found
+    if len(named) != 1:
+        raise CheckpointError(
+            f"{path} holds {len(found)} checkpoints ({', '.join(file.name for file in found[:4])}): give the file "
+            "itself"
+        )
+    return named[0]
+
+
+def _provenance(path: Path, weights: str, resolution: int, left_out: Mapping[str, int]) -> dict[str, Any]:
+    if not resolution:
+        raise CheckpointError(
+            f"{path}: neither the YAML nor a tensor says for which resolution the model was trained; give --resolution"
+        )
+    imported = {"from": path.name, "layout": "compvis", "left_out": dict(left_out)}
+    return {"resolution": resolution, "weights": weights, "imported": imported}
+
+
+def _scale(state: Mapping[str, Tensor], params: Section, options: ImportOptions, path: Path) -> float:
+    """What raw latents are multiplied by: the user's, the measured one in the checkpoint, or the YAML's."""
+    if options.scale_factor is not None:
+        return options.scale_factor
+    if "scale_factor" in state:
+        return float(state["scale_factor"])
+    if params.get("scale_by_std", False):
+        raise CheckpointError(
+            f"{path} lacks scale_factor, which scale_by_std=true has measured in training; give it with --scale-factor"
+        )
+    return params.number("scale_factor", 1.0)
+
+
+def _check_betas(state: Mapping[str, Tensor], config: DiffusionConfig, path: Path) -> None:
+    """Nothing, if the schedule that the checkpoint keeps is the one of its configuration."""
+    kept = state.get("alphas_cumprod")
+    expected = alphas_cumprod(config)
+    if kept is None or (kept.shape == expected.shape and torch.allclose(kept.double(), expected, rtol=_BETA_TOLERANCE)):
+        return
+    raise CheckpointError(
+        f"{path} was trained with another noise schedule than its configuration says (alphas_cumprod ends with "
+        f"{float(kept[-1]):.6g} after {len(kept)} steps, the configuration's with {float(expected[-1]):.6g} after "
+        f"{len(expected)}); give the YAML that belongs to it"
+    )
+
+
+def _chosen(
+    state: dict[str, Tensor],
+    places: Places,
+    target: Mapping[str, Tensor],
+    weights: str | None,
+    path: Path,
+    *,
+    without: str,
+) -> tuple[dict[str, Tensor], str]:
+    """The tensors with the averages in the place of what they average, if these are chosen; and which were.
+
+    Averages are kept under the names of what they average without the beginning `without`, and without dots.
+    """
+    averages = {
+        name: f"{_EMA}{name.removeprefix(without).replace('.', '')}"
+        for name in to_theirs(target, places)
+        if name.startswith(without)
+    }
+    has_any = any(name in state for name in averages.values())
+    if weights == "raw" or (weights is None and not has_any):
+        return state, "raw"
+    missing = [average for average in averages.values() if average not in state]
+    if missing:
+        raise CheckpointError(
+            f"{path} lacks {len(missing)} of {len(averages)} averages ({', '.join(missing[:4])}): give --weights raw"
+        )
+    return state | {name: state[average] for name, average in averages.items()}, "ema"
+
+
+def _sorted_out(
+    state: Mapping[str, Tensor], places: Places, target: Mapping[str, Tensor]
+) -> tuple[dict[str, Tensor], dict[str, int]]:
+    """Tensors that the model has, and those that nobody knows; and how many were left out, by what they are."""
+    wanted = {name for ours in target for name in places[ours].names}
+    taken: dict[str, Tensor] = {}
+    left_out: dict[str, int] = {}
+    for name, tensor in state.items():
+        reason = None
+        if name not in wanted:
+            reason = next((why for beginning, why in _LEFT_OUT if name.startswith(beginning)), None)
+        if reason is None:
+            taken[name] = tensor
+        else:
+            left_out[reason] = left_out.get(reason, 0) + 1
+    return taken, left_out
+
+
+def _unread_blocks(taken: dict[str, Tensor], conditioning: ConditioningConfig) -> dict[str, int]:
+    """What is taken out of `taken`: the block behind the penultimate layer, where that layer is read."""
+    text = conditioning.text
+    if text is None or text.padding != "zero":
+        return {}
+    beyond = f"{COND_STAGE}model.transformer.resblocks.{text.depth}."
+    names = [name for name in taken if name.startswith(beyond)]
+    for name in names:
+        del taken[name]
+    return {"the block behind the text encoder's penultimate layer": len(names)} if names else {}
+
+
+def _taken(state: Mapping[str, Tensor], places: Places, target: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors of the UNet and the conditioner in an export of ours."""
+    wanted = {name for ours in target for name in places[ours].names}
+    return {n: t for n, t in state.items() if n in wanted or n.startswith(UNET)}
