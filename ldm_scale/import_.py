@@ -49,10 +49,9 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = Parser(
         prog="ldm-scale import",
         description="Turns a checkpoint of CompVis' or Stability's layout (Stable Diffusion 1 and 2, the latent "
-        "diffusion "
-        "zoo, KL and VQ autoencoders) into an artifact. Nothing that the file contains is run. The YAML of the model "
-        "is "
-        "looked for beside the checkpoint, under its name or as config.yaml.",
+        "diffusion zoo, KL and VQ autoencoders) into an artifact. Nothing that the file contains is run. The YAML of "
+        "the model "
+        "is looked for beside the checkpoint, under its name or as config.yaml.",
         epilog=_EXAMPLE,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )

@@ -42,8 +42,8 @@ def differences(theirs: Artifact | DiffusionArtifact, ours: Artifact | Diffusion
         if not difference <= TOLERANCE:
             raise CheckpointError(
                 f"the {part} read back differs by {difference:.2e} of its norm (allowed {TOLERANCE:.0e}), so nothing "
-                "was "
-                "written; weights that are not finite give this, anything else is a defect of ldm-scale: please report "
+                "was written; weights that are not finite give this, anything else is a defect of ldm-scale: please "
+                "report "
                 "the configuration"
             )
     return found

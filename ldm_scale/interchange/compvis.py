@@ -1,14 +1,14 @@
 """Checkpoints of CompVis and Stability as artifacts: Stable Diffusion 1 and 2, the LDM zoo, KL and VQ autoencoders.
 
-`read_compvis` takes a stranger's file with its YAML; `read_compvis_folder` an export of ours, by our own description.
-compvis_write.py is the way there. Every tensor of a file is either taken or named: schedules that follow from the YAML,
+`read_compvis` takes a stranger's file with its YAML; compvis_write.py is the way there, compvis_folder.py reads what it
+wrote by our own description. Every tensor of a file is either taken or named: schedules that follow from the YAML,
 discriminators and averages that were not asked for are left out and said so, anything else is an error.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -19,26 +19,19 @@ from ldm_scale.config.schema import ConditioningConfig, DiffusionConfig, Samplin
 from ldm_scale.diffusion.schedule import alphas_cumprod
 from ldm_scale.errors import CheckpointError
 from ldm_scale.interchange.artifact import (
-    DESCRIPTION,
-    VOCABULARY,
     Artifact,
     DiffusionArtifact,
-    check_autoencoder_content,
-    check_diffusion_content,
     expected_autoencoder_tensors,
     expected_diffusion_tensors,
     make_artifact,
     make_diffusion_artifact,
-    with_weights,
 )
-from ldm_scale.interchange.comparison import differences
 from ldm_scale.interchange.compvis_conditioning import conditioner_places, conv_in_form
 from ldm_scale.interchange.compvis_file import ENDINGS, read_checkpoint, read_yaml, yaml_beside
 from ldm_scale.interchange.compvis_infer import inferred_model
 from ldm_scale.interchange.compvis_names import (
     COND_STAGE,
     FIRST_STAGE,
-    UNET,
     Places,
     autoencoder_places,
     to_ours,
@@ -56,9 +49,7 @@ from ldm_scale.interchange.compvis_read import (
 )
 from ldm_scale.interchange.compvis_read_conditioning import Given, has_null_class, read_conditioning
 from ldm_scale.interchange.compvis_section import Section
-from ldm_scale.interchange.compvis_write import CHECKPOINT, ORIGINALS, diffusion_places
-from ldm_scale.interchange.folding import FOLDED, unfold_kept
-from ldm_scale.interchange.safetensors_io import read_json, tensors_sha256
+from ldm_scale.interchange.compvis_write import CHECKPOINT
 from ldm_scale.models.autoencoder import LatentStatistics
 
 _EMA = "model_ema."
@@ -123,70 +114,9 @@ def read_compvis(path: Path, options: ImportOptions) -> Imported:
     if target not in DIFFUSION_TARGETS:
         raise CheckpointError(
             f"{section.name}.target={section.get('target')}: known are {', '.join(DIFFUSION_TARGETS)}, AutoencoderKL "
-            "and "
-            "VQModel; not imported"
+            "and VQModel; not imported"
         )
     return _read_diffusion(path, state, section, options)
-
-
-def read_compvis_folder(folder: Path) -> Artifact | DiffusionArtifact:
-    """The artifact that a folder of `fill_compvis_folder` was written from.
-
-    Weights that other software has changed since are taken as they are; the content hash follows them.
-    Raises: CheckpointError if the folder is incomplete or does not fit its description.
-    """
-    description, path = read_json(folder / DESCRIPTION), folder / CHECKPOINT
-    theirs = read_checkpoint(path)
-    described = Artifact(description["autoencoder"], {})
-    target = expected_autoencoder_tensors(described.config)
-    if "diffusion" not in description:
-        first_state = to_ours(theirs, autoencoder_places(described.config), target, str(path))
-        first = Artifact(with_weights(described.content, first_state), first_state)
-        check_autoencoder_content(first, folder)
-        return first
-    prefixed = {name: tensor for name, tensor in theirs.items() if name.startswith(FIRST_STAGE)}
-    first_state = to_ours(prefixed, autoencoder_places(described.config, FIRST_STAGE), target, str(path))
-    if described.statistics.channel_mean:
-        first_state = unfold_kept(first_state, described.statistics, folder / ORIGINALS)
-    first = Artifact(with_weights(described.content, first_state), first_state)
-    check_autoencoder_content(first, folder)
-    vocabulary = folder / VOCABULARY if (folder / VOCABULARY).is_file() else None
-    model = DiffusionArtifact(description["diffusion"], {}, first, vocabulary)
-    expected = expected_diffusion_tensors(model.unet, model.conditioning, first.config.latent_channels)
-    places = diffusion_places(model)
-    state = to_ours(_taken(theirs, places, expected), places, expected, str(path))
-    artifact = replace(model, content=model.content | {"weights_sha256": tensors_sha256(state)}, state=state)
-    check_diffusion_content(artifact, folder)
-    return artifact
-
-
-def measure_compvis(folder: Path, artifact: Artifact | DiffusionArtifact) -> dict[str, float]:
-    """|theirs - ours| / |ours| of every part of a folder of `fill_compvis_folder`, read as a stranger's checkpoint.
-
-    Raises: CheckpointError if one is too large, or a tensor is not what was written.
-    """
-    options = ImportOptions(num_classes=_num_classes(artifact), weights="raw")
-    theirs = read_compvis(folder, options).artifact
-    parts = [(theirs, artifact)]
-    if isinstance(theirs, DiffusionArtifact) and isinstance(artifact, DiffusionArtifact):
-        parts.append((theirs.autoencoder, artifact.autoencoder))
-    for back, written in parts:
-        folded = set(FOLDED) if isinstance(written, Artifact) and written.statistics.channel_mean else set()
-        for name, tensor in written.state.items():
-            if name not in folded and not torch.equal(back.state[name], tensor):
-                raise CheckpointError(
-                    f"{folder / CHECKPOINT}: {name} is read back with other values than were written, so nothing was "
-                    "written; is the disk sound?"
-                )
-    return differences(theirs, artifact)
-
-
-def _num_classes(artifact: Artifact | DiffusionArtifact) -> int | None:
-    """What a stranger has to say of the classes, because no tensor does."""
-    if isinstance(artifact, Artifact):
-        return None
-    sections = (artifact.conditioning.classes, artifact.conditioning.layout)
-    return next((section.num_classes for section in sections if section is not None), None)
 
 
 def _read_autoencoder(path: Path, state: dict[str, Tensor], section: Section, options: ImportOptions) -> Imported:
@@ -352,9 +282,3 @@ def _unread_blocks(taken: dict[str, Tensor], conditioning: ConditioningConfig) -
     for name in names:
         del taken[name]
     return {"the block behind the text encoder's penultimate layer": len(names)} if names else {}
-
-
-def _taken(state: Mapping[str, Tensor], places: Places, target: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors of the UNet and the conditioner in an export of ours."""
-    wanted = {name for ours in target for name in places[ours].names}
-    return {n: t for n, t in state.items() if n in wanted or n.startswith(UNET)}

@@ -132,24 +132,11 @@ def conditioning_there(artifact: DiffusionArtifact) -> ConditioningThere:
         if factor != f:
             raise CheckpointError(
                 f"conditioning.low_resolution.factor={factor}: their code concatenates the small image as it is, in "
-                "the "
-                f"latents' size, which is f={f}; {ELSEWHERE}"
+                f"the latents' size, which is f={f}; {ELSEWHERE}"
             )
         params = concat | {"cond_stage_trainable": False, "cond_stage_key": "LR_image"}
         return _latent_diffusion({"target": "torch.nn.Identity"}, params)
-    if given == ("inpainting",):
-        raise CheckpointError(
-            "conditioning.inpainting alone: their model without captions takes masks of -1 and 1 and black holes, ours "
-            f"masks of 0 and 1 and grey ones; {ELSEWHERE}"
-        )
-    if "frozen_text" in given:
-        raise CheckpointError(
-            "conditioning.frozen_text: the text tower is no part of the model, and their checkpoints hold it; "
-            f"{ELSEWHERE}"
-        )
-    raise CheckpointError(
-        f"a model conditioned on {' and '.join(given)}: their LatentDiffusion has one cond_stage_model; {ELSEWHERE}"
-    )
+    raise _refused(given)
 
 
 def needs_text_folder(text: TextConditioningConfig | None) -> bool:
@@ -167,8 +154,7 @@ def check_bert_vocabulary(text: TextConditioningConfig) -> None:
     if len(words) != BERT_WORDS or any(words[number] != word for number, word in known.items()):
         raise CheckpointError(
             f"conditioning.text.vocabulary={text.vocabulary}: their BERTTokenizer always takes the {BERT_WORDS} "
-            "words of "
-            f"bert-base-uncased, and these are {len(words)} others; {ELSEWHERE}"
+            f"words of bert-base-uncased, and these are {len(words)} others; {ELSEWHERE}"
         )
 
 
@@ -191,6 +177,23 @@ def open_clip_architectures(text: TextConditioningConfig) -> list[tuple[str, str
         if plain and (*sizes, heads, activation) == wanted and layers in (text.depth, text.depth + 1):
             found.append((name, "last" if layers == text.depth else "penultimate"))
     return found
+
+
+def _refused(given: tuple[str, ...]) -> CheckpointError:
+    """The error for kinds of conditioning that their code has no place for."""
+    if given == ("inpainting",):
+        return CheckpointError(
+            "conditioning.inpainting alone: their model without captions takes masks of -1 and 1 and black holes, ours "
+            f"masks of 0 and 1 and grey ones; {ELSEWHERE}"
+        )
+    if "frozen_text" in given:
+        return CheckpointError(
+            "conditioning.frozen_text: the text tower is no part of the model, and their checkpoints hold it; "
+            f"{ELSEWHERE}"
+        )
+    return CheckpointError(
+        f"a model conditioned on {' and '.join(given)}: their LatentDiffusion has one cond_stage_model; {ELSEWHERE}"
+    )
 
 
 def _is_clip_l(text: TextConditioningConfig) -> bool:

@@ -40,8 +40,7 @@ def inferred_model(
     if resolution is None:
         raise CheckpointError(
             f"{path} has no YAML beside it, and no tensor shows at which resolution it was trained; give --config "
-            "YAML, or "
-            "--resolution PIXELS (256 for the published ones)"
+            "YAML, or --resolution PIXELS (256 for the published ones)"
         )
     return _autoencoder(state, prefix, resolution)
 

@@ -66,10 +66,9 @@ def read_conditioning(model: Section, first: AutoencoderConfig, given: Given) ->
     if stage == "__is_first_stage__":
         raise CheckpointError(
             f"{params.name}.cond_stage_config=__is_first_stage__ (inpainting without captions): these models take "
-            "masks of "
-            "-1 and 1 and black holes, ours masks of 0 and 1 and grey ones, and no weights turn one into the other; "
-            "not "
-            "imported"
+            "masks of -1 and 1 and black holes, ours masks of 0 and 1 and grey ones, and no weights turn one into "
+            "the other; "
+            "not imported"
         )
     section = Section(stage, f"{params.name}.cond_stage_config")
     name = class_name(section.get("target"), section.name)
@@ -122,8 +121,7 @@ def _clip(params: Section, given: Given) -> TextConditioningConfig:
         if not (tower / "config.json").is_file():
             raise CheckpointError(
                 f"{params.name}.version={version!r}: its attention heads and activation are not known here and stand "
-                "in no "
-                f"tensor; put the tower's config.json into {tower}, as an export has it in {TEXT_FOLDER}/"
+                f"in no tensor; put the tower's config.json into {tower}, as an export has it in {TEXT_FOLDER}/"
             )
         described = Section(read_json(tower / "config.json"), str(tower / "config.json"))
         heads, activation = described.integer("num_attention_heads"), str(described.get("hidden_act"))
@@ -215,15 +213,14 @@ def _classes(given: Given) -> ClassConditioningConfig:
     if num_classes is None and rows != IMAGENET_ROWS:
         raise CheckpointError(
             f"{COND_STAGE}embedding.weight has {rows} rows, and nothing says whether the last one stands for no "
-            "class, as "
-            f"the last of ImageNet's {IMAGENET_ROWS} does; give --num-classes {rows - 1} if it does, {rows} if not"
+            f"class, as the last of ImageNet's {IMAGENET_ROWS} does; give --num-classes {rows - 1} if it does, "
+            f"{rows} if not"
         )
     num_classes = rows - 1 if num_classes is None else num_classes
     if rows - num_classes not in (0, 1):
         raise CheckpointError(
             f"--num-classes {num_classes}: {COND_STAGE}embedding.weight has {rows} rows, one a class and perhaps one "
-            "for "
-            f"none; give {rows - 1} or {rows}"
+            f"for none; give {rows - 1} or {rows}"
         )
     # Without a row of its own "no class" was never trained, and guidance has nothing to start from.
     drop = ClassConditioningConfig.drop_probability if rows > num_classes else 0.0
@@ -236,8 +233,7 @@ def _semantic_map(params: Section, first: AutoencoderConfig) -> SemanticMapCondi
     if params.get("method", "bilinear") not in ("bilinear", "area") or stages != math.log2(f):
         raise CheckpointError(
             f"{params.name}: ours averages maps to the latents' size, which is {int(math.log2(f))} bilinear halvings "
-            "at "
-            f"f={f}, not {stages} by {params.get('method', 'bilinear')}; not imported"
+            f"at f={f}, not {stages} by {params.get('method', 'bilinear')}; not imported"
         )
     return SemanticMapConditioningConfig(
         num_labels=params.integer("in_channels"), channels=params.integer("out_channels")

@@ -184,8 +184,7 @@ def _unet_params(
     if config.channel_multipliers[0] != 1:
         raise CheckpointError(
             f"unet.channel_multipliers[0]={config.channel_multipliers[0]}: their first and last convolutions are as "
-            "wide "
-            f"as the timestep embedding asks (model_channels); {ELSEWHERE}"
+            f"wide as the timestep embedding asks (model_channels); {ELSEWHERE}"
         )
     heads = {"num_heads": config.num_heads} if config.num_heads else {"num_head_channels": config.head_dim}
     params: dict[str, Any] = {
@@ -236,8 +235,7 @@ def _autoencoder_model(config: AutoencoderConfig, resolution: int) -> dict[str, 
     if config.attention_levels and not config.mid_attention:
         raise CheckpointError(
             f"autoencoder.mid_attention=false with attention_levels={list(config.attention_levels)}: their attn_type "
-            "is "
-            f"one for the levels and the middle; {ELSEWHERE}"
+            f"is one for the levels and the middle; {ELSEWHERE}"
         )
     if resolution % config.downsampling_factor:
         raise CheckpointError(

@@ -318,7 +318,7 @@ def _read_folder(path: Path, weights: Weights | None) -> Artifact | DiffusionArt
         return read_diffusion_artifact(path)
     if (path / DESCRIPTION).is_file():
         if read_json(path / DESCRIPTION).get("layout") == "compvis":
-            from ldm_scale.interchange.compvis import read_compvis_folder
+            from ldm_scale.interchange.compvis_folder import read_compvis_folder
 
             return read_compvis_folder(path)
         require_diffusers()

@@ -64,7 +64,7 @@ def publish(artifact: Artifact | DiffusionArtifact, target: Target, out: Path, c
             differences = measure_differences(folder, artifact)
         elif target == "compvis":
             # An importer with many parts, which only its own target needs.
-            from ldm_scale.interchange.compvis import measure_compvis
+            from ldm_scale.interchange.compvis_folder import measure_compvis
             from ldm_scale.interchange.compvis_write import fill_compvis_folder
 
             fill_compvis_folder(folder, artifact)
