@@ -69,7 +69,7 @@ _LEFT_OUT = (
     (f"{COND_STAGE}model.logit_scale", "a projection that is not run"),
     (f"{COND_STAGE}model.attn_mask", "the causal mask"),
 )
-_BETA_TOLERANCE = 1e-4  # relative: files hold them in single or half precision
+_BETA_TOLERANCE = 1e-3  # relative: some files hold them in half precision
 # What their scripts sample with (txt2img.py of either repository); ours elsewhere.
 _GUIDANCE = {"clip": 7.5, "bert": 5.0}
 

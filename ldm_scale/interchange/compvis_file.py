@@ -94,7 +94,8 @@ def _unpickled(path: Path) -> Any:
         with torch.serialization.safe_globals([(_StandIn, name) for name in wanted]):
             return torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
     except pickle.UnpicklingError as error:
-        reason = str(error).split("\n")[0]
+        lines = str(error).split("\n")
+        reason = next((line.strip() for line in lines if "GLOBAL" in line), lines[0])
         raise CheckpointError(f"{path} cannot be read as plain weights ({reason}); {_plain(path)}") from error
     except (RuntimeError, ValueError, EOFError, KeyError, zipfile.BadZipFile) as error:
         reason = str(error).split("\n")[0]

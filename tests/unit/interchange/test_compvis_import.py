@@ -1,0 +1,369 @@
+"""Strangers' checkpoints: what is taken, left out, refused, and that nothing in them is ever run."""
+
+from __future__ import annotations
+
+import os
+import pickle
+import sys
+import types
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import save_file
+from torch import Tensor
+
+from ldm_scale.conditioning.latent_diffusion import LatentDiffusion
+from ldm_scale.config.compose import load_config
+from ldm_scale.config.schema import AutoencoderConfig, ConditioningConfig
+from ldm_scale.errors import CheckpointError
+from ldm_scale.interchange.artifact import Artifact, DiffusionArtifact
+from ldm_scale.interchange.compvis import ImportOptions, read_compvis
+from ldm_scale.interchange.compvis_conditioning import conditioner_places
+from ldm_scale.interchange.compvis_infer import inferred_model
+from ldm_scale.interchange.compvis_names import FIRST_STAGE, autoencoder_places, to_theirs, unet_places
+from ldm_scale.interchange.compvis_read import diffusion_config, unet_config
+from ldm_scale.interchange.compvis_section import Section
+from ldm_scale.interchange.compvis_write import fill_compvis_folder, written_unet
+from ldm_scale.models.autoencoder import Autoencoder
+from tests.helpers.compvis import AUTOENCODER, KINDS, SELF, VQ, first_stage, second_stage, theirs
+
+NONE = ImportOptions()
+
+
+@pytest.fixture(scope="module")
+def model() -> DiffusionArtifact:
+    return second_stage(SELF, ConditioningConfig())
+
+
+@pytest.fixture
+def folder(tmp_path: Path, model: DiffusionArtifact) -> Path:
+    """A checkpoint of a stranger's with its YAML."""
+    fill_compvis_folder(tmp_path, model)
+    (tmp_path / "ldm_scale.json").unlink()
+    return tmp_path
+
+
+def changed(folder: Path, change: dict[str, Tensor | None], **beside: Any) -> Path:
+    """The checkpoint with other tensors (None: without one), and with other things beside them."""
+    state: dict[str, Any] = {**theirs(folder / "model.ckpt"), **change}
+    state = {name: tensor for name, tensor in state.items() if tensor is not None}
+    torch.save({"state_dict": state, **beside}, folder / "model.ckpt")
+    return folder / "model.ckpt"
+
+
+def reconfigured(folder: Path, path: str, value: Any) -> None:
+    """Nothing; the YAML has another value there."""
+    content = yaml.safe_load((folder / "config.yaml").read_text())
+    section = content["model"]["params"]
+    *parts, last = path.split(".")
+    for part in parts:
+        section = section[part]
+    section[last] = value
+    (folder / "config.yaml").write_text(yaml.safe_dump(content))
+
+
+def flat(name: str) -> str:
+    return "model_ema." + name.removeprefix("model.").replace(".", "")
+
+
+def test_averages_are_taken_where_they_are(folder: Path, model: DiffusionArtifact) -> None:
+    state = theirs(folder / "model.ckpt")
+    unet = {name: tensor for name, tensor in state.items() if name.startswith("model.")}
+    averages: dict[str, Tensor | None] = {flat(name): tensor + 1 for name, tensor in unet.items()}
+    assert "model_ema.diffusion_modelinput_blocks00weight" in averages
+    averages |= {"model_ema.decay": torch.tensor(0.9999), "model_ema.num_updates": torch.tensor(7)}
+    path = changed(folder, averages)
+    name = "unet.conv_in.weight"
+    for weights, shift in (("raw", 0), ("ema", 1), (None, 1)):
+        imported = read_compvis(path, ImportOptions(weights=weights))
+        assert imported.artifact.provenance["weights"] == (weights or "ema")
+        assert torch.equal(imported.artifact.state[name], model.state[name] + shift)
+        assert imported.left_out["averages of the weights (model_ema)"] == len(averages)
+    changed(folder, {flat("model.diffusion_model.out.2.bias"): None})
+    with pytest.raises(CheckpointError, match=r"lacks 1 of \d+ averages \(model_ema\.diffusion_modelout2bias\)"):
+        read_compvis(path, NONE)
+    read_compvis(path, ImportOptions(weights="raw"))
+
+
+def test_averages_that_are_not_there(folder: Path) -> None:
+    with pytest.raises(CheckpointError, match=r"lacks \d+ of \d+ averages .* give --weights raw"):
+        read_compvis(folder, ImportOptions(weights="ema"))
+
+
+def test_an_autoencoder_with_averages_and_a_discriminator(tmp_path: Path) -> None:
+    ours = first_stage(VQ)
+    fill_compvis_folder(tmp_path, ours)
+    state = theirs(tmp_path / "model.ckpt")
+    averages: dict[str, Tensor | None] = {f"model_ema.{n.replace('.', '')}": 2 * t for n, t in state.items()}
+    losses = {"loss.logvar": torch.zeros(1), "loss.discriminator.main.0.weight": torch.zeros(3)}
+    path = changed(tmp_path, averages | losses)
+    imported = read_compvis(path, NONE)
+    assert isinstance(imported.artifact, Artifact)
+    assert torch.equal(imported.artifact.state["quantizer.codebook"], 2 * ours.state["quantizer.codebook"])
+    assert imported.left_out == {
+        "averages of the weights (model_ema)": len(averages),
+        "discriminator and losses": 2,
+    }
+    assert imported.artifact.provenance["imported"]["left_out"] == imported.left_out
+
+
+def test_halves_and_safetensors(folder: Path, model: DiffusionArtifact) -> None:
+    state = {name: tensor.half() for name, tensor in theirs(folder / "model.ckpt").items()}
+    save_file(state, folder / "half.safetensors")
+    read = read_compvis(folder / "half.safetensors", NONE).artifact
+    assert {tensor.dtype for tensor in read.state.values()} == {torch.float32}
+    assert torch.equal(read.state["unet.conv_in.weight"], model.state["unet.conv_in.weight"].half().float())
+
+
+def test_a_measured_scale_stands_above_the_yaml(folder: Path) -> None:
+    path = changed(folder, {"scale_factor": torch.tensor(0.25)})
+    for options, expected in ((NONE, 0.25), (ImportOptions(scale_factor=2.0), 2.0)):
+        artifact = read_compvis(path, options).artifact
+        assert isinstance(artifact, DiffusionArtifact)
+        assert artifact.autoencoder.statistics.scale == expected
+    changed(folder, {"scale_factor": None})
+    reconfigured(folder, "scale_by_std", True)
+    with pytest.raises(CheckpointError, match="lacks scale_factor, which scale_by_std=true has measured"):
+        read_compvis(path, NONE)
+
+
+UNET_WEIGHT = "model.diffusion_model.input_blocks.2.0.op.weight"
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "message"),
+    [
+        (UNET_WEIGHT, None, rf"1 missing \({UNET_WEIGHT}\)"),
+        (
+            "model.diffusion_model.label_emb.weight",
+            torch.zeros(3),
+            r"1 not expected \(model\.diffusion_model\.label_emb",
+        ),
+        ("control_model.x", torch.zeros(3), r"1 not expected \(control_model\.x\)"),
+        (
+            "model.diffusion_model.time_embed.0.weight",
+            torch.zeros(32, 128),
+            r"1 of another shape \(model\.diffusion_model\.time_embed\.0\.weight \(32, 128\) instead of \(128, 32\)\)",
+        ),
+        ("first_stage_model.quant_conv.bias", torch.zeros(7), r"the first stage in .* 1 of another shape"),
+        (UNET_WEIGHT, torch.zeros(32, 32, 3, 3, dtype=torch.int64), r"is of type torch\.int64, expected floating"),
+    ],
+)
+def test_tensors_that_do_not_fit_are_named(folder: Path, name: str, change: Tensor | None, message: str) -> None:
+    with pytest.raises(CheckpointError, match=message):
+        read_compvis(changed(folder, {name: change}), NONE)
+
+
+def test_lightnings_callbacks_are_passed_over(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As sd-v1-4.ckpt has them: a class as a key, and an instance."""
+    name = "pytorch_lightning.callbacks.model_checkpoint"
+    module = types.ModuleType(name)
+    callback = type("ModelCheckpoint", (), {"__module__": name})
+    module.ModelCheckpoint = callback  # type: ignore[attr-defined]
+    for parent in ("pytorch_lightning", "pytorch_lightning.callbacks"):
+        monkeypatch.setitem(sys.modules, parent, types.ModuleType(parent))
+    monkeypatch.setitem(sys.modules, name, module)
+    instance = callback()
+    instance.monitor = "val/loss"
+    path = changed(folder, {}, callbacks={callback: {"best_model_score": torch.tensor(1.0)}}, last=[instance])
+    monkeypatch.undo()
+    with pytest.raises(pickle.UnpicklingError):
+        torch.load(path, weights_only=True)
+    assert "unet.conv_in.weight" in read_compvis(path, NONE).artifact.state
+    assert name not in sys.modules
+
+
+class _Canary:
+    def __init__(self, path: Path) -> None:
+        self._path = path
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return (os.system, (f"touch {self._path}",))
+
+
+@pytest.mark.parametrize("is_zip", [True, False])
+def test_a_pickle_that_wants_to_run_something_is_refused(folder: Path, is_zip: bool) -> None:
+    state = theirs(folder / "model.ckpt")
+    content = {"state_dict": state, "callbacks": _Canary(folder / "canary")}
+    torch.save(content, folder / "model.ckpt", _use_new_zipfile_serialization=is_zip)
+    with pytest.raises(
+        CheckpointError, match=r"system.*make a plain one .* torch\.load\('model\.ckpt', .*weights_only"
+    ):
+        read_compvis(folder, NONE)
+    assert not (folder / "canary").exists()
+
+
+def test_the_older_format_is_read(folder: Path, model: DiffusionArtifact) -> None:
+    content = {"state_dict": theirs(folder / "model.ckpt")}
+    torch.save(content, folder / "model.ckpt", _use_new_zipfile_serialization=False)
+    read = read_compvis(folder, NONE).artifact
+    assert torch.equal(read.state["unet.conv_in.weight"], model.state["unet.conv_in.weight"])
+
+
+def test_files_that_cannot_be_read(folder: Path) -> None:
+    path = folder / "model.ckpt"
+    content = path.read_bytes()
+    for damaged in (content[: len(content) // 2], b"", b"not a checkpoint at all"):
+        path.write_bytes(damaged)
+        with pytest.raises(CheckpointError, match=r"model\.ckpt cannot be read"):
+            read_compvis(path, NONE)
+    torch.save([1, 2], path)
+    with pytest.raises(CheckpointError, match="holds no tensors by name"):
+        read_compvis(path, NONE)
+    (folder / "cut.safetensors").write_bytes(b"\x10\x00")
+    with pytest.raises(CheckpointError, match=r"cut\.safetensors cannot be read"):
+        read_compvis(folder / "cut.safetensors", NONE)
+    with pytest.raises(CheckpointError, match=r"nothing\.ckpt is no file: give a checkpoint"):
+        read_compvis(folder / "nothing.ckpt", NONE)
+    with pytest.raises(CheckpointError, match=r"config\.yaml: the name does not say which format"):
+        read_compvis(folder / "config.yaml", NONE)
+    path.rename(folder / "one.ckpt")
+    with pytest.raises(CheckpointError, match=r"holds 2 checkpoints \(cut\.safetensors, one\.ckpt\): give the file"):
+        read_compvis(folder, NONE)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("model: [", "is no YAML of plain values"),
+        ("model: !!python/object/apply:os.system ['true']", "is no YAML of plain values"),
+        ("data: {}", r"has no model\.params"),
+        ("model: {target: ldm.models.diffusion.ddpm.DDPM, params: {}}", r"ddpm\.DDPM: known are LatentDiffusion"),
+        ("model: {params: {}}", r"model\.target=None: must name a class"),
+    ],
+)
+def test_yaml_that_cannot_be_used(folder: Path, content: str, message: str) -> None:
+    (folder / "config.yaml").write_text(content)
+    with pytest.raises(CheckpointError, match=message):
+        read_compvis(folder, NONE)
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "message"),
+    [
+        ("unet_config.params.num_classes", 1000, r"num_classes=1000: our models have no such part"),
+        ("unet_config.params.spatial_magic", True, r"unet_config\.params has spatial_magic: not a part that is known"),
+        ("unet_config.params.channel_mult", "1, 2", r"channel_mult='1, 2': must be a list of whole numbers"),
+        ("unet_config.params.num_heads", -1, "neither num_heads nor num_head_channels"),
+        ("unet_config.params.num_res_blocks", [1, 2], r"num_res_blocks=\[1, 2\]: our models have one number"),
+        ("unet_config.params.model_channels", None, r"model_channels=None: must be a whole number"),
+        ("unet_config.target", "ldm.modules.UNetModelWithControl", "known is UNetModel"),
+        ("first_stage_config.params.ddconfig.attn_type", "linear", "attn_type='linear': ours is plain attention"),
+        ("first_stage_config.params.ddconfig.tanh_out", True, "tanh_out=True: our models have no such part"),
+        ("first_stage_config.params.ddconfig.z_channels", 8, "z_channels=8 and embed_dim=4"),
+        ("first_stage_config.target", "sgm.models.AutoencodingEngine", "known are AutoencoderKL, VQModel"),
+        ("parameterization", "mu", r"parameterization='mu': known are eps, x0, v"),
+        ("beta_schedule", "sqrt", "beta_schedule='sqrt': ours are linear"),
+        ("linear_end", 0.02, r"another noise schedule than its configuration says \(alphas_cumprod ends with"),
+        ("linear_end", "many", r"linear_end='many': must be a number"),
+        ("image_size", 0, "for which resolution the model was trained; give --resolution"),
+        ("cond_stage_config", "__is_first_stage__", "take masks of -1 and 1 and black holes"),
+        ("cond_stage_config", {"target": "ldm.modules.encoders.modules.FrozenT5Embedder"}, "expected crossattn"),
+        ("cond_stage_config", {"target": "torch.nn.Identity"}, "the UNet takes 4 channels, 4 of the latents"),
+    ],
+)
+def test_configurations_that_ours_are_not(folder: Path, path: str, value: Any, message: str) -> None:
+    reconfigured(folder, path, value)
+    with pytest.raises(CheckpointError, match=message):
+        read_compvis(folder, NONE)
+
+
+def test_numbers_that_yaml_reads_as_text(folder: Path) -> None:
+    reconfigured(folder, "linear_start", "85e-5")
+    artifact = read_compvis(folder, NONE).artifact
+    assert isinstance(artifact, DiffusionArtifact)
+    assert artifact.diffusion.beta_start == 0.00085
+
+
+def test_the_users_word_stands_above_the_yaml(folder: Path) -> None:
+    artifact = read_compvis(folder, ImportOptions(prediction="v", resolution=64)).artifact
+    assert isinstance(artifact, DiffusionArtifact)
+    assert (artifact.diffusion.prediction, artifact.provenance["resolution"]) == ("v", 64)
+
+
+def exported(folder: Path, kind: str) -> Path:
+    fill_compvis_folder(folder, second_stage(*KINDS[kind]))
+    (folder / "ldm_scale.json").unlink()
+    return folder
+
+
+def test_classes_without_a_row_for_none(tmp_path: Path) -> None:
+    folder = exported(tmp_path, "classes")
+    with pytest.raises(CheckpointError, match=r"has 8 rows.* give --num-classes 7 if it does, 8 if not"):
+        read_compvis(folder, NONE)
+    with pytest.raises(CheckpointError, match=r"--num-classes 5: .* has 8 rows"):
+        read_compvis(folder, ImportOptions(num_classes=5))
+    artifact = read_compvis(folder, ImportOptions(num_classes=8)).artifact
+    assert isinstance(artifact, DiffusionArtifact)
+    assert artifact.conditioning.classes is not None
+    # "No class" was never trained: no guidance from it.
+    assert artifact.conditioning.classes.drop_probability == 0.0
+    table = artifact.state["conditioner.classes.embedding.weight"]
+    assert table.shape == (9, 16)
+    assert not table[-1].any()
+
+
+def test_conditioning_that_has_to_be_said_or_differs(tmp_path: Path) -> None:
+    folder = exported(tmp_path, "layout")
+    with pytest.raises(CheckpointError, match="how many of the 30 they are; give --num-classes"):
+        read_compvis(folder, NONE)
+    folder = exported(tmp_path, "semantic map")
+    reconfigured(folder, "cond_stage_config.params.n_stages", 2)
+    with pytest.raises(CheckpointError, match=r"1 bilinear halvings at f=2, not 2 by bilinear"):
+        read_compvis(folder, NONE)
+    reconfigured(folder, "conditioning_key", "crossattn")
+    with pytest.raises(CheckpointError, match="conditioning_key='crossattn' with SpatialRescaler: expected concat"):
+        read_compvis(folder, NONE)
+
+
+def alone(folder: Path, config: AutoencoderConfig) -> Path:
+    fill_compvis_folder(folder, first_stage(config))
+    (folder / "config.yaml").unlink()
+    return folder / "model.ckpt"
+
+
+@pytest.mark.parametrize("config", [AUTOENCODER, VQ])
+def test_an_autoencoder_shows_what_it_is(tmp_path: Path, config: AutoencoderConfig) -> None:
+    path = alone(tmp_path, config)
+    with pytest.raises(CheckpointError, match=r"has no YAML beside it, .* --resolution PIXELS"):
+        read_compvis(path, NONE)
+    artifact = read_compvis(path, ImportOptions(resolution=32)).artifact
+    assert isinstance(artifact, Artifact)
+    assert artifact.config == config
+
+
+def test_other_models_need_their_yaml(folder: Path) -> None:
+    (folder / "config.yaml").unlink()
+    with pytest.raises(CheckpointError, match="no tensor shows the attention heads of other models; give --config"):
+        read_compvis(folder, NONE)
+    torch.save({"weight": torch.zeros(1)}, folder / "model.ckpt")
+    with pytest.raises(CheckpointError, match=r"holds neither a UNet .* nor an autoencoder"):
+        read_compvis(folder, NONE)
+
+
+@pytest.mark.parametrize("experiment", ["sd1", "sd2"])
+def test_stable_diffusion_is_recognised_by_its_tensors(experiment: str) -> None:
+    """On the meta device; the text encoder of the second with the block that is not read."""
+    config = load_config([f"experiment={experiment}"])
+    with torch.device("meta"):
+        network = LatentDiffusion(config.unet, config.conditioning, 4)
+        first = Autoencoder(config.autoencoder)
+    state = to_theirs(
+        network.state_dict(), unet_places(written_unet(config.unet)) | conditioner_places(config.conditioning)
+    )
+    if experiment == "sd2":
+        state["cond_stage_model.model.token_embedding.weight"] = torch.empty(49408, 1024)
+        state.pop("cond_stage_model.transformer.text_model.embeddings.token_embedding.weight")
+        with pytest.raises(CheckpointError, match=r"of Stable Diffusion 2, whose checkpoints predict eps .* or v"):
+            inferred_model(state, "x.ckpt", None, 768)
+    state |= to_theirs(first.state_dict(), autoencoder_places(config.autoencoder, FIRST_STAGE))
+    prediction, resolution = ("v", 768) if experiment == "sd2" else (None, None)
+    params = Section(inferred_model(state, "x.ckpt", prediction, resolution), "model").section("params")
+    assert unet_config(params.section("unet_config")) == config.unet
+    diffusion = diffusion_config(params)
+    assert (diffusion.beta_start, diffusion.beta_end) == (0.00085, 0.012)
+    assert diffusion.prediction == (prediction or "eps")
+    assert params.get("image_size") * 8 == (resolution or 512)
