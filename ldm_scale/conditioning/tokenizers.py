@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cache
 from importlib.util import find_spec, module_from_spec, spec_from_file_location
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -50,9 +50,8 @@ def build_tokenizer(config: TextConditioningConfig) -> Tokenizer:
 
     Raises: ConfigError if its vocabulary cannot be read or has more tokens than the section's table.
     """
-    tokenizer = clip_tokenizer() if config.tokenizer == "clip" else wordpiece_tokenizer(config.vocabulary)
-    if config.padding == "zero":
-        tokenizer = replace(tokenizer, padding=0)
+    is_clip = config.tokenizer == "clip"
+    tokenizer = clip_tokenizer(config.padding) if is_clip else wordpiece_tokenizer(config.vocabulary)
     if tokenizer.num_tokens > config.vocab_size:
         raise ConfigError(
             f"conditioning.text.vocab_size={config.vocab_size}: the {config.tokenizer} tokenizer numbers "
@@ -72,15 +71,15 @@ def copy_vocabulary(config: TextConditioningConfig, path: Path) -> None:
 
 
 @cache
-def clip_tokenizer() -> Tokenizer:
+def clip_tokenizer(padding: Literal["end", "zero"] = "end") -> Tokenizer:
     """OpenCLIP's byte pairs.
 
-    OpenCLIP fills with 0, which is also the token of "!" (conditioning.text.padding=zero, as in SD-2); filling with the
-    end token, as SD-1 does, is the default.
+    OpenCLIP fills with 0, which is also the token of "!"; filling with the end token, as SD-1 does, lets transformers'
+    CLIPTokenizer give the same tokens for every caption.
     """
     byte_pairs = _open_clip_tokenizer().SimpleTokenizer()
     start, end = byte_pairs.sot_token_id, byte_pairs.eot_token_id
-    return Tokenizer(byte_pairs.encode, start, end, end, byte_pairs.vocab_size)
+    return Tokenizer(byte_pairs.encode, start, end, end if padding == "end" else 0, byte_pairs.vocab_size)
 
 
 def _open_clip_tokenizer() -> Any:

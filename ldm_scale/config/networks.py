@@ -129,8 +129,8 @@ def _check_text(text: TextConditioningConfig) -> None:
         )
     if text.tokenizer == "wordpiece" and text.padding != "end":
         raise ConfigError(
-            f"conditioning.text.padding={text.padding}: WordPiece fills captions with [PAD], its own token; set "
-            "conditioning.text.padding=end, or tokenizer=clip"
+            f"conditioning.text.padding={text.padding}: tokenizer=wordpiece has a token of its own for it, [PAD]; set "
+            "conditioning.text.padding=end"
         )
     if text.tokenizer == "clip" and text.vocabulary is not None:
         raise ConfigError(

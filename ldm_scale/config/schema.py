@@ -103,8 +103,8 @@ class TextConditioningConfig:
     encoder: Literal["clip", "bert"] = "clip"  # clip: causal, as CLIP's text tower; bert: bidirectional, as the paper's
     tokenizer: Literal["clip", "wordpiece"] = "clip"  # byte pairs of OpenCLIP; WordPiece of BERT
     vocabulary: str | None = None  # wordpiece: path of BERT's vocab.txt
-    padding: Literal["end", "zero"] = "end"  # clip: what fills captions up: the end token (SD-1), or token 0 (SD-2)
     vocab_size: int = 49408  # OpenCLIP's byte-pair vocabulary; bert-base-uncased has 30522
+    padding: Literal["end", "zero"] = "end"  # clip: tokens behind a caption, the end token (SD-1) or number 0 (SD-2)
     max_tokens: int = 77  # captions are cut to and filled up to so many
     width: int = 768  # d_tau: the context's last dimension
     depth: int = 12  # transformer blocks

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Literal
 
 from open_clip.tokenizer import SimpleTokenizer
 
@@ -18,11 +19,8 @@ START, END = "<|startoftext|>", "<|endoftext|>"
 VOCABULARY_SIZE = 49408
 
 
-def write_clip_tokenizer(folder: Path, max_tokens: int, padding: int | None = None) -> None:
-    """Nothing; the existing `folder` holds vocab.json, merges.txt and tokenizer_config.json.
-
-    `padding` is the number of the token that fills captions up; None: `clip_tokenizer`'s.
-    """
+def write_clip_tokenizer(folder: Path, max_tokens: int, padding: Literal["end", "zero"] = "end") -> None:
+    """Nothing; the existing `folder` holds vocab.json, merges.txt and tokenizer_config.json."""
     tokenizer = SimpleTokenizer()
     vocabulary = dict(tokenizer.encoder)
     assert len(vocabulary) == VOCABULARY_SIZE, f"OpenCLIP's vocabulary has {len(vocabulary)} entries"
@@ -30,7 +28,7 @@ def write_clip_tokenizer(folder: Path, max_tokens: int, padding: int | None = No
     numbers = {START: vocabulary.pop("<start_of_text>"), END: vocabulary.pop("<end_of_text>")}
     merges = [" ".join(pair) for pair, _ in sorted(tokenizer.bpe_ranks.items(), key=lambda item: item[1])]
     by_number = {number: token for token, number in (vocabulary | numbers).items()}
-    filler = by_number[clip_tokenizer().padding if padding is None else padding]
+    filler = by_number[clip_tokenizer(padding).padding]
     (folder / "vocab.json").write_text(json.dumps(vocabulary | numbers, ensure_ascii=False), encoding="utf-8")
     (folder / "merges.txt").write_text("\n".join(["#version: 0.2", *merges]) + "\n", encoding="utf-8")
     settings = {

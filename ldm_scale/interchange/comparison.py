@@ -37,6 +37,15 @@ def differences(theirs: Artifact | DiffusionArtifact, ours: Artifact | Diffusion
     else:
         found = _compare_autoencoders(theirs.autoencoder, ours.autoencoder, statistics=True)
         found |= _compare_diffusion(theirs, ours)
+    require_small(found)
+    return found
+
+
+def require_small(found: Mapping[str, float]) -> None:
+    """Nothing, if no difference exceeds TOLERANCE.
+
+    Raises: CheckpointError that names the part.
+    """
     for part, difference in found.items():
         # Written so that a NaN fails too.
         if not difference <= TOLERANCE:
@@ -46,7 +55,12 @@ def differences(theirs: Artifact | DiffusionArtifact, ours: Artifact | Diffusion
                 "report "
                 "the configuration"
             )
-    return found
+
+
+def relative_difference(theirs: Tensor, ours: Tensor) -> float:
+    """|theirs - ours| / |ours|."""
+    assert theirs.shape == ours.shape, f"{theirs.shape} and {ours.shape} cannot be compared"
+    return float((theirs.double() - ours.double()).norm() / ours.double().norm())
 
 
 def _compare_autoencoders(theirs: Artifact, ours: Artifact, *, statistics: bool) -> dict[str, float]:
@@ -67,7 +81,10 @@ def _compare_autoencoders(theirs: Artifact, ours: Artifact, *, statistics: bool)
     noise = _noise(2, channels, 2, 3)
     outputs = [(n.encode(x), n.encode(x, noise), n.decode(z)) for n in networks]
     names = ("latents", "sampled latents", "pixels")
-    return {f"autoencoder's {name}": _relative(a, b) for name, a, b in zip(names, outputs[0], outputs[1], strict=True)}
+    return {
+        f"autoencoder's {name}": relative_difference(a, b)
+        for name, a, b in zip(names, outputs[0], outputs[1], strict=True)
+    }
 
 
 def _compare_diffusion(theirs: DiffusionArtifact, ours: DiffusionArtifact) -> dict[str, float]:
@@ -85,11 +102,11 @@ def _compare_diffusion(theirs: DiffusionArtifact, ours: DiffusionArtifact) -> di
     for name in ("context", "spatial"):
         a, b = (getattr(conditioned, name) for conditioned in given)
         if b is not None:
-            found[f"{name} conditioning"] = _relative(a, b)
+            found[f"{name} conditioning"] = relative_difference(a, b)
     # Both UNets see the same conditioning: their difference is their own.
     x = with_spatial(z, given[1])
     outputs = [network.unet(x, t, given[1].context) for network in networks]
-    return found | {"UNet": _relative(*outputs)}
+    return found | {"UNet": relative_difference(*outputs)}
 
 
 def _inputs(network: LatentDiffusion, size: tuple[int, int]) -> Inputs:
@@ -116,11 +133,6 @@ def _loaded(build: Callable[[], ModuleT], state: Mapping[str, Tensor]) -> Module
         network = build()
     network.load_state_dict(filled, assign=True)
     return network.eval()
-
-
-def _relative(theirs: Tensor, ours: Tensor) -> float:
-    assert theirs.shape == ours.shape, f"{theirs.shape} and {ours.shape} cannot be compared"
-    return float((theirs.double() - ours.double()).norm() / ours.double().norm())
 
 
 def _noise(*shape: int) -> Tensor:

@@ -8,7 +8,7 @@ discriminators and averages that were not asked for are left out and said so, an
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -47,7 +47,12 @@ from ldm_scale.interchange.compvis_read import (
     diffusion_config,
     unet_config,
 )
-from ldm_scale.interchange.compvis_read_conditioning import Given, has_null_class, read_conditioning
+from ldm_scale.interchange.compvis_read_conditioning import (
+    Given,
+    has_null_class,
+    read_conditioning,
+    vocabulary_of,
+)
 from ldm_scale.interchange.compvis_section import Section
 from ldm_scale.interchange.compvis_write import CHECKPOINT
 from ldm_scale.models.autoencoder import LatentStatistics
@@ -174,7 +179,7 @@ def _read_diffusion(path: Path, state: dict[str, Tensor], section: Section, opti
         sampling=SamplingConfig() if text is None else SamplingConfig(guidance_scale=_GUIDANCE[text.encoder]),
         provenance=_provenance(path, weights, resolution, left_out),
     )
-    return Imported(artifact, left_out)
+    return Imported(replace(artifact, vocabulary=vocabulary_of(conditioning, given)), left_out)
 
 
 def _checkpoint_in(path: Path) -> Path:

@@ -4,12 +4,13 @@
     nothing                          __is_unconditional__                  (none)
     text, clip, padding=end          FrozenCLIPEmbedder                    crossattn
     text, clip, padding=zero         FrozenOpenCLIPEmbedder                crossattn
+    frozen_text                      FrozenOpenCLIPEmbedder                crossattn
     text, bert                       BERTEmbedder                          crossattn
     layout                           BERTEmbedder, use_tokenizer false     crossattn
     classes                          ClassEmbedder                         crossattn
     semantic_map                     SpatialRescaler                       concat
     low_resolution                   torch.nn.Identity                     concat
-    text and inpainting              that of the text, LatentInpaintDiffusion  hybrid
+    captions and inpainting          that of the captions, LatentInpaintDiffusion  hybrid
 
 Inpainting alone is refused: theirs (`__is_first_stage__`) sees masks of -1 and 1 and holes that are black, ours masks
 of 0 and 1 and grey holes, which no weights can turn into each other.
@@ -98,13 +99,14 @@ def conditioning_there(artifact: DiffusionArtifact) -> ConditioningThere:
     concat = {"concat_mode": True, "conditioning_key": "concat"}
     if not given:
         return _latent_diffusion("__is_unconditional__", {"cond_stage_trainable": False, "cond_stage_key": "image"})
-    if given == ("text",) and conditioning.text is not None:
-        return _latent_diffusion(_text_there(conditioning.text), crossattn | {"cond_stage_key": "caption"})
-    if given == ("text", "inpainting") and conditioning.text is not None:
+    if given in (("text",), ("frozen_text",)):
+        trained = {"cond_stage_key": "caption", "cond_stage_trainable": given == ("text",)}
+        return _latent_diffusion(_captions_there(conditioning), crossattn | trained)
+    if given in (("text", "inpainting"), ("frozen_text", "inpainting")):
         hybrid = {"conditioning_key": "hybrid", "cond_stage_trainable": False, "cond_stage_key": "txt"}
         return ConditioningThere(
             "ldm.models.diffusion.ddpm.LatentInpaintDiffusion",
-            _text_there(conditioning.text),
+            _captions_there(conditioning),
             hybrid | {"finetune_keys": None},
         )
     if given == ("classes",) and conditioning.classes is not None:
@@ -144,17 +146,21 @@ def needs_text_folder(text: TextConditioningConfig | None) -> bool:
     return text is not None and text.encoder == "clip" and text.padding == "end" and not _is_clip_l(text)
 
 
-def check_bert_vocabulary(text: TextConditioningConfig) -> None:
+def check_bert_vocabulary(vocabulary: Path) -> None:
     """Nothing, if the words are those of bert-base-uncased, which their BERTTokenizer always takes.
 
     Raises: CheckpointError.
     """
-    words = Path(text.vocabulary or "").read_text(encoding="utf-8").splitlines()
+    try:
+        words = vocabulary.read_text(encoding="utf-8").splitlines()
+    except UnicodeDecodeError as error:
+        raise CheckpointError(f"{vocabulary}: not a text file in UTF-8 ({error.reason}); give a vocab.txt") from error
     known = {0: "[PAD]", 100: "[UNK]", 101: "[CLS]", 102: "[SEP]", 1996: "the"}
     if len(words) != BERT_WORDS or any(words[number] != word for number, word in known.items()):
         raise CheckpointError(
-            f"conditioning.text.vocabulary={text.vocabulary}: their BERTTokenizer always takes the {BERT_WORDS} "
-            f"words of bert-base-uncased, and these are {len(words)} others; {ELSEWHERE}"
+            f"{vocabulary}: their BERTTokenizer always takes the {BERT_WORDS} words of bert-base-uncased, and these "
+            "are "
+            f"{len(words)} others; give its vocab.txt, or {ELSEWHERE}"
         )
 
 
@@ -186,11 +192,6 @@ def _refused(given: tuple[str, ...]) -> CheckpointError:
             "conditioning.inpainting alone: their model without captions takes masks of -1 and 1 and black holes, ours "
             f"masks of 0 and 1 and grey ones; {ELSEWHERE}"
         )
-    if "frozen_text" in given:
-        return CheckpointError(
-            "conditioning.frozen_text: the text tower is no part of the model, and their checkpoints hold it; "
-            f"{ELSEWHERE}"
-        )
     return CheckpointError(
         f"a model conditioned on {' and '.join(given)}: their LatentDiffusion has one cond_stage_model; {ELSEWHERE}"
     )
@@ -209,10 +210,19 @@ def _stage(name: str, params: dict[str, Any]) -> dict[str, Any]:
     return {"target": f"{ENCODERS}{name}", "params": params}
 
 
+def _captions_there(conditioning: ConditioningConfig) -> dict[str, Any]:
+    if conditioning.text is not None:
+        return _text_there(conditioning.text)
+    frozen = conditioning.frozen_text
+    assert frozen is not None, "a model of captions has one of the two"
+    tower = {"arch": frozen.model, "version": frozen.weights, "freeze": True, "layer": frozen.layer}
+    return _stage("FrozenOpenCLIPEmbedder", tower)
+
+
 def _text_there(text: TextConditioningConfig) -> dict[str, Any]:
     if text.encoder == "bert":
         _check_bert_sizes("conditioning.text", text)
-        check_bert_vocabulary(text)
+        check_bert_vocabulary(Path(text.vocabulary or ""))
         sizes = {"n_embed": text.width, "n_layer": text.depth, "vocab_size": text.vocab_size}
         return _stage("BERTEmbedder", sizes | {"max_seq_len": text.max_tokens})
     if text.tokenizer != "clip":

@@ -9,6 +9,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from ldm_scale.conditioning.frozen_text import FrozenTextEncoder
+from ldm_scale.conditioning.text import TextCondition
+from ldm_scale.config.schema import FrozenTextConditioningConfig, TextConditioningConfig
 from ldm_scale.errors import CheckpointError
 from ldm_scale.interchange.artifact import (
     DESCRIPTION,
@@ -21,13 +24,15 @@ from ldm_scale.interchange.artifact import (
     expected_diffusion_tensors,
     with_weights,
 )
-from ldm_scale.interchange.comparison import differences
+from ldm_scale.interchange.comparison import differences, relative_difference, require_small
 from ldm_scale.interchange.compvis import ImportOptions, read_compvis
 from ldm_scale.interchange.compvis_file import read_checkpoint
 from ldm_scale.interchange.compvis_names import FIRST_STAGE, UNET, Places, autoencoder_places, to_ours
 from ldm_scale.interchange.compvis_write import CHECKPOINT, ORIGINALS, diffusion_places
 from ldm_scale.interchange.folding import FOLDED, unfold_kept
 from ldm_scale.interchange.safetensors_io import read_json, tensors_sha256
+
+CAPTIONS = ("", "a red apple on a white plate")
 
 
 def read_compvis_folder(folder: Path) -> Artifact | DiffusionArtifact:
@@ -79,7 +84,30 @@ def measure_compvis(folder: Path, artifact: Artifact | DiffusionArtifact) -> dic
                     f"{folder / CHECKPOINT}: {name} is read back with other values than were written, so nothing was "
                     "written; is the disk sound?"
                 )
+    if isinstance(theirs, DiffusionArtifact) and isinstance(artifact, DiffusionArtifact):
+        frozen, text = artifact.conditioning.frozen_text, theirs.conditioning.text
+        if frozen is not None and text is not None:
+            return _compare_towers(theirs, text, artifact, frozen)
     return differences(theirs, artifact)
+
+
+def _compare_towers(
+    theirs: DiffusionArtifact,
+    text: TextConditioningConfig,
+    ours: DiffusionArtifact,
+    frozen: FrozenTextConditioningConfig,
+) -> dict[str, float]:
+    """As `differences`, where the text tower that is frozen here is a part of what is read back."""
+    condition = TextCondition(text).eval()
+    own = condition.state_dict()
+    condition.load_state_dict({name: theirs.state[f"conditioner.text.{name}"] for name in own})
+    with torch.no_grad():
+        found: Tensor = condition(condition.tokens(CAPTIONS), (1, 1))
+        context = {"text encoder": relative_difference(found, FrozenTextEncoder(frozen)(CAPTIONS))}
+    require_small(context)
+    unet = {name: theirs.state[name] for name in ours.state}
+    conditioning = {"conditioning": ours.content["conditioning"]}
+    return context | differences(replace(theirs, content=theirs.content | conditioning, state=unet), ours)
 
 
 def _num_classes(artifact: Artifact | DiffusionArtifact) -> int | None:

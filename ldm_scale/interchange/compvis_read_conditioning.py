@@ -93,6 +93,13 @@ def read_conditioning(model: Section, first: AutoencoderConfig, given: Given) ->
     return ConditioningConfig(text=_text(name, section, given))
 
 
+def vocabulary_of(conditioning: ConditioningConfig, given: Given) -> Path | None:
+    """The file with the words of the text encoder, where it reads any."""
+    if conditioning.text is None or conditioning.text.vocabulary is None:
+        return None
+    return given.vocabulary or given.folder / VOCABULARY
+
+
 def has_null_class(state: Mapping[str, Tensor], conditioning: ConditioningConfig) -> bool:
     """Whether the table of classes has a row for "no class"."""
     table = state.get(f"{COND_STAGE}embedding.weight")
@@ -165,11 +172,10 @@ def _bert(params: Section, given: Given) -> TextConditioningConfig:
             f"{words} is no file: the text encoder reads the words of bert-base-uncased, which the checkpoint does not "
             "hold; give its vocab.txt with --vocabulary"
         )
-    config = TextConditioningConfig(
-        encoder="bert", tokenizer="wordpiece", vocabulary=str(words.resolve()), **_bert_sizes(given, "max_tokens")
-    )
-    check_bert_vocabulary(config)
-    return config
+    check_bert_vocabulary(words)
+    # Where the file lies is the artifact's to know: a path of this machine would go into its hash.
+    sizes = _bert_sizes(given, "max_tokens")
+    return TextConditioningConfig(encoder="bert", tokenizer="wordpiece", vocabulary=words.name, **sizes)
 
 
 def _layout(section: Section, given: Given) -> LayoutConditioningConfig:

@@ -23,6 +23,7 @@ import torch
 import yaml
 from torch import Tensor
 
+from ldm_scale.conditioning.frozen_text import FrozenTextEncoder
 from ldm_scale.config.schema import AutoencoderConfig, DiffusionConfig, TextConditioningConfig, UNetConfig
 from ldm_scale.diffusion.schedule import alphas_cumprod
 from ldm_scale.errors import CheckpointError
@@ -91,6 +92,11 @@ def _diffusion_tensors(artifact: DiffusionArtifact) -> dict[str, Tensor]:
     text = artifact.conditioning.text
     if text is not None and text.padding == "zero":
         tensors |= _unread_block(tensors, text)
+    frozen = artifact.conditioning.frozen_text
+    if frozen is not None:
+        # Ours keeps the tower beside the model, their checkpoints hold it.
+        tower = FrozenTextEncoder(frozen).tower.state_dict()
+        tensors |= {f"{COND_STAGE}model.{name}": tensor for name, tensor in tower.items()}
     products = alphas_cumprod(artifact.diffusion)
     before = torch.cat([torch.ones(1, dtype=torch.float64), products[:-1]])
     return tensors | {"betas": (1 - products / before).float(), "alphas_cumprod": products.float()}

@@ -91,7 +91,7 @@ def tokenizer_class(text: TextConditioningConfig) -> Any:
 def fill_tokenizer(folder: Path, text: TextConditioningConfig) -> None:
     """Nothing; the existing `folder` holds what `tokenizer_class` opens."""
     if text.tokenizer == "clip":
-        write_clip_tokenizer(folder, text.max_tokens, build_tokenizer(text).padding)
+        write_clip_tokenizer(folder, text.max_tokens, text.padding)
         return
     copy_vocabulary(text, folder / VOCABULARY)
     write_json(

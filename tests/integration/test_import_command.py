@@ -13,9 +13,12 @@ import torch
 from ldm_scale import load_autoencoder, load_diffusion
 from ldm_scale.__main__ import main
 from ldm_scale.config.schema import ConditioningConfig, TextConditioningConfig
+from ldm_scale.errors import ConfigError
 from ldm_scale.interchange.artifact import DiffusionArtifact, read_diffusion_artifact, write_diffusion_artifact
+from ldm_scale.interchange.compvis import ImportOptions, read_compvis
 from ldm_scale.interchange.compvis_write import fill_compvis_folder
 from ldm_scale.interchange.load import read_source
+from ldm_scale.interchange.publish import publish
 from tests.helpers.commands import stage2
 from tests.helpers.compvis import (
     BERT,
@@ -82,12 +85,29 @@ def test_open_clip(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypat
     assert left_out["the block behind the text encoder's penultimate layer"] == 12
 
 
+def test_a_frozen_tower(tmp_path: Path) -> None:
+    frozen = tiny_tower(tmp_path)
+    ours = second_stage(UNET, ConditioningConfig(frozen_text=frozen))
+    published = publish(ours, "compvis", tmp_path / "theirs")
+    assert published.differences["text encoder"] < 1e-5
+    assert read_source(tmp_path / "theirs").content_hash == ours.content_hash
+    (tmp_path / "theirs" / "ldm_scale.json").unlink()
+    back = read_compvis(tmp_path / "theirs", ImportOptions()).artifact
+    assert isinstance(back, DiffusionArtifact)
+    assert back.conditioning.text is not None
+    assert (back.conditioning.text.padding, back.conditioning.text.depth) == ("zero", 2)
+    (tmp_path / "weights.pt").unlink()
+    with pytest.raises(ConfigError, match="weights"):
+        publish(ours, "compvis", tmp_path / "out")
+
+
 def test_bert(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     text = dataclasses.replace(BERT, vocabulary=write_vocabulary(tmp_path / "vocab.txt"))
     ours = second_stage(UNET, ConditioningConfig(text=text))
     back = there_and_back(tmp_path, ours, capsys)
     assert back.conditioning.text is not None
     assert dataclasses.replace(back.conditioning.text, vocabulary=text.vocabulary) == text
+    assert back.content["conditioning"]["text"]["vocabulary"] == "vocab.txt", "no path of this machine"
     (tmp_path / "theirs" / "vocab.txt").unlink()
     arguments = ["import", str(tmp_path / "theirs"), "--out", str(tmp_path / "again")]
     assert main(arguments) == 4

@@ -67,7 +67,7 @@ AUTOENCODER = ("experiment=demo_autoencoder", "data.manifest=m.json")
         (["conditioning.text.vocabulary=v.txt"], "tokenizer=clip brings its own vocabulary"),
         (
             ["conditioning.text.tokenizer=wordpiece", "conditioning.text.padding=zero"],
-            "conditioning.text.padding=zero: WordPiece fills captions with [PAD]",
+            "conditioning.text.padding=zero: tokenizer=wordpiece has a token of its own",
         ),
         (["conditioning.text.tokenizer=wordpiece"], "conditioning.text.vocabulary=null: conditioning.text.tokenizer=w"),
         (["conditioning.classes.width=64"], "conditioning.text.width=128, conditioning.classes.width=64: the tokens"),

@@ -88,7 +88,7 @@ def test_settings(folder: Path, tmp_path: Path) -> None:
 def test_padding_with_zero(tmp_path: Path) -> None:
     """Captions with exclamation marks are left out: to `CLIPTokenizer` every one of them is padding then."""
     captions = [caption for caption in CAPTIONS if "!" not in caption]
-    write_clip_tokenizer(tmp_path, 20, padding=0)
+    write_clip_tokenizer(tmp_path, 20, "zero")
     theirs = numbers(CLIPTokenizer.from_pretrained(tmp_path), captions)
     ours, _ = build_tokenizer(TextConditioningConfig(padding="zero"))(captions, 20)
     assert torch.equal(theirs, ours)

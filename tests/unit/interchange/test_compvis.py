@@ -12,7 +12,13 @@ import yaml
 from torch import Tensor
 
 from ldm_scale.conditioning.latent_diffusion import LatentDiffusion
-from ldm_scale.config.schema import AutoencoderConfig, ConditioningConfig, DiffusionConfig, UNetConfig
+from ldm_scale.config.schema import (
+    AutoencoderConfig,
+    ConditioningConfig,
+    DiffusionConfig,
+    InpaintingConditioningConfig,
+    UNetConfig,
+)
 from ldm_scale.errors import CheckpointError
 from ldm_scale.interchange import comparison, compvis_folder
 from ldm_scale.interchange.artifact import Artifact, DiffusionArtifact
@@ -185,8 +191,6 @@ def other_kinds() -> list[tuple[ConditioningConfig, UNetConfig, str]]:
     _, small = KINDS["small image"]
     assert small.low_resolution is not None
     larger = dataclasses.replace(small.low_resolution, factor=4)
-    from ldm_scale.config.schema import FrozenTextConditioningConfig, InpaintingConditioningConfig
-
     return [
         (
             dataclasses.replace(classes, semantic_map=labels.semantic_map),
@@ -195,7 +199,6 @@ def other_kinds() -> list[tuple[ConditioningConfig, UNetConfig, str]]:
         ),
         (ConditioningConfig(inpainting=InpaintingConditioningConfig()), SELF, "inpainting alone: .* black holes"),
         (ConditioningConfig(low_resolution=larger), SELF, r"low_resolution\.factor=4: .* f=2"),
-        (ConditioningConfig(frozen_text=FrozenTextConditioningConfig(width=16)), UNET, "the text tower is no part of"),
     ]
 
 
