@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
+import math
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -65,7 +66,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--resolution", type=_positive, metavar="PIXELS", help="per side in training, if not the YAML's"
     )
-    parser.add_argument("--scale-factor", type=float, help="of the latents, if not the checkpoint's or the YAML's")
+    parser.add_argument("--scale-factor", type=_scale, help="of the latents, if not the checkpoint's or the YAML's")
     parser.add_argument("--num-classes", type=_positive, help="classes of the data, where no tensor shows it")
     parser.add_argument("--vocabulary", type=Path, metavar="VOCAB.TXT", help="words of bert-base-uncased, where needed")
     parser.add_argument("--json", action="store_true", help="print one JSON object about the result")
@@ -76,6 +77,13 @@ def _positive(text: str) -> int:
     number = int(text)
     if number < 1:
         raise argparse.ArgumentTypeError(f"{text}: must be at least 1")
+    return number
+
+
+def _scale(text: str) -> float:
+    number = float(text)
+    if not 0 < number < math.inf:
+        raise argparse.ArgumentTypeError(f"{text}: must be above 0 and finite")
     return number
 
 

@@ -15,9 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ldm_scale.config.schema import ConditioningConfig, DiffusionConfig, SamplingConfig
+from ldm_scale.config.schema import AutoencoderConfig, ConditioningConfig, DiffusionConfig, SamplingConfig
 from ldm_scale.diffusion.schedule import alphas_cumprod
-from ldm_scale.errors import CheckpointError
+from ldm_scale.errors import CheckpointError, ConfigError
 from ldm_scale.interchange.artifact import (
     Artifact,
     DiffusionArtifact,
@@ -125,6 +125,7 @@ def read_compvis(path: Path, options: ImportOptions) -> Imported:
 
 
 def _read_autoencoder(path: Path, state: dict[str, Tensor], section: Section, options: ImportOptions) -> Imported:
+    _require_used(options, "an autoencoder", prediction=True, num_classes=True, vocabulary=True)
     config = autoencoder_config(section)
     prefix = FIRST_STAGE if f"{FIRST_STAGE}quant_conv.weight" in state else ""
     places, target = autoencoder_places(config, prefix), expected_autoencoder_tensors(config)
@@ -134,7 +135,7 @@ def _read_autoencoder(path: Path, state: dict[str, Tensor], section: Section, op
         to_ours(taken, places, target, str(path)),
         config,
         LatentStatistics(scale=1.0 if options.scale_factor is None else options.scale_factor),
-        _provenance(path, weights, options.resolution or autoencoder_resolution(section), left_out),
+        _provenance(path, weights, options.resolution or autoencoder_resolution(section), config, left_out),
     )
     return Imported(artifact, left_out)
 
@@ -148,8 +149,11 @@ def _read_diffusion(path: Path, state: dict[str, Tensor], section: Section, opti
     _check_betas(state, diffusion, path)
     given = Given(state, path.parent, options.num_classes, options.vocabulary)
     conditioning = read_conditioning(section, first_config, given)
-    f, channels = first_config.downsampling_factor, first_config.latent_channels
-    resolution = options.resolution or params.integer("image_size", 0) * f
+    counted = conditioning.classes is None and conditioning.layout is None
+    reads_words = vocabulary_of(conditioning, given) is not None
+    _require_used(options, "this model", num_classes=counted, vocabulary=not reads_words)
+    channels = first_config.latent_channels
+    resolution = options.resolution or params.integer("image_size", 0) * first_config.downsampling_factor
 
     first_places = autoencoder_places(first_config, FIRST_STAGE)
     places = unet_places(
@@ -167,7 +171,7 @@ def _read_diffusion(path: Path, state: dict[str, Tensor], section: Section, opti
         to_ours(first_taken, first_places, first_target, f"the first stage in {path}"),
         first_config,
         LatentStatistics(scale=_scale(state, params, options, path)),
-        _provenance(path, "raw", autoencoder_resolution(stage) or resolution, {}),
+        _provenance(path, "raw", autoencoder_resolution(stage) or resolution, first_config, {}),
     )
     text = conditioning.text
     artifact = make_diffusion_artifact(
@@ -177,7 +181,7 @@ def _read_diffusion(path: Path, state: dict[str, Tensor], section: Section, opti
         conditioning=conditioning,
         diffusion=diffusion,
         sampling=SamplingConfig() if text is None else SamplingConfig(guidance_scale=_GUIDANCE[text.encoder]),
-        provenance=_provenance(path, weights, resolution, left_out),
+        provenance=_provenance(path, weights, resolution, first_config, left_out),
     )
     return Imported(replace(artifact, vocabulary=vocabulary_of(conditioning, given)), left_out)
 
@@ -195,10 +199,29 @@ def _checkpoint_in(path: Path) -> Path:
     return named[0]
 
 
-def _provenance(path: Path, weights: str, resolution: int, left_out: Mapping[str, int]) -> dict[str, Any]:
+def _require_used(options: ImportOptions, what: str, **unused: bool) -> None:
+    """Nothing, if none of the options that are marked was given: they would do nothing.
+
+    Raises: ConfigError that names it.
+    """
+    for name, is_unused in unused.items():
+        if is_unused and getattr(options, name) is not None:
+            raise ConfigError(
+                f"--{name.replace('_', '-')} {getattr(options, name)}: {what} has no use for it; leave it out"
+            )
+
+
+def _provenance(
+    path: Path, weights: str, resolution: int, first: AutoencoderConfig, left_out: Mapping[str, int]
+) -> dict[str, Any]:
     if not resolution:
         raise CheckpointError(
             f"{path}: neither the YAML nor a tensor says for which resolution the model was trained; give --resolution"
+        )
+    if resolution % first.downsampling_factor:
+        raise CheckpointError(
+            f"{path}: a resolution of {resolution} does not divide by the autoencoder's f={first.downsampling_factor}; "
+            "give --resolution"
         )
     imported = {"from": path.name, "layout": "compvis", "left_out": dict(left_out)}
     return {"resolution": resolution, "weights": weights, "imported": imported}

@@ -148,6 +148,9 @@ def test_mistakes_are_one_line_and_leave_nothing(tmp_path: Path, capsys: pytest.
         captured = capsys.readouterr()
         assert captured.out == ""
         assert message in captured.err.splitlines()[-1]
+    with pytest.raises(SystemExit):
+        main(["import", path, "--out", str(out), "--scale-factor", "0"])
+    assert "0: must be above 0 and finite" in capsys.readouterr().err
     with full_disk(100_000):
         assert main(["import", path, "--out", str(out)]) in (1, 4)
     assert [entry.name for entry in tmp_path.iterdir()] == ["zoo"]

@@ -18,7 +18,7 @@ from torch import Tensor
 from ldm_scale.conditioning.latent_diffusion import LatentDiffusion
 from ldm_scale.config.compose import load_config
 from ldm_scale.config.schema import AutoencoderConfig, ConditioningConfig
-from ldm_scale.errors import CheckpointError
+from ldm_scale.errors import CheckpointError, ConfigError
 from ldm_scale.interchange.artifact import Artifact, DiffusionArtifact
 from ldm_scale.interchange.compvis import ImportOptions, read_compvis
 from ldm_scale.interchange.compvis_conditioning import conditioner_places
@@ -284,6 +284,23 @@ def test_the_users_word_stands_above_the_yaml(folder: Path) -> None:
     assert (artifact.diffusion.prediction, artifact.provenance["resolution"]) == ("v", 64)
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (ImportOptions(num_classes=3), "--num-classes 3: this model has no use for it"),
+        (ImportOptions(vocabulary=Path("vocab.txt")), r"--vocabulary vocab\.txt: this model has no use for it"),
+    ],
+)
+def test_options_without_a_use_are_refused(folder: Path, options: ImportOptions, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        read_compvis(folder, options)
+
+
+def test_a_resolution_that_latents_do_not_divide(folder: Path) -> None:
+    with pytest.raises(CheckpointError, match="a resolution of 33 does not divide by the autoencoder's f=2"):
+        read_compvis(folder, ImportOptions(resolution=33))
+
+
 def exported(folder: Path, kind: str) -> Path:
     fill_compvis_folder(folder, second_stage(*KINDS[kind]))
     (folder / "ldm_scale.json").unlink()
@@ -330,6 +347,8 @@ def test_an_autoencoder_shows_what_it_is(tmp_path: Path, config: AutoencoderConf
     path = alone(tmp_path, config)
     with pytest.raises(CheckpointError, match=r"has no YAML beside it, .* --resolution PIXELS"):
         read_compvis(path, NONE)
+    with pytest.raises(ConfigError, match="--prediction v: an autoencoder has no use for it"):
+        read_compvis(path, ImportOptions(resolution=32, prediction="v"))
     artifact = read_compvis(path, ImportOptions(resolution=32)).artifact
     assert isinstance(artifact, Artifact)
     assert artifact.config == config
