@@ -13,9 +13,11 @@ import torch
 from torch import Tensor, nn
 
 from ldm_scale.conditioning.base import Conditioned, Inputs
+from ldm_scale.conditioning.build import build_conditioner
 from ldm_scale.conditioning.latent_diffusion import LatentDiffusion, with_spatial
 from ldm_scale.errors import CheckpointError
 from ldm_scale.interchange.artifact import Artifact, DiffusionArtifact
+from ldm_scale.interchange.safetensors_io import passing
 from ldm_scale.models.autoencoder import Autoencoder, LatentStatistics
 
 TOLERANCE = 1e-4  # of the outputs' relative difference, in float32
@@ -66,57 +68,54 @@ def relative_difference(theirs: Tensor, ours: Tensor) -> float:
 def _compare_autoencoders(theirs: Artifact, ours: Artifact, *, statistics: bool) -> dict[str, float]:
     if ours.config.kind == "identity":
         return {}
-    networks = []
-    for artifact in (theirs, ours):
-        network = _loaded(lambda artifact=artifact: Autoencoder(artifact.config), artifact.state)  # type: ignore[misc]
-        network.statistics = artifact.statistics if statistics else LatentStatistics()
-        networks.append(network)
     f, channels = ours.config.downsampling_factor, ours.config.latent_channels
-    x, z = _noise(2, 3, 2 * f, 3 * f).clamp(-1, 1), _noise(2, channels, 4, 6)
-    codebook = networks[1].quantizer
-    if codebook is not None:
+    x, noise, z = _noise(2, 3, 2 * f, 3 * f).clamp(-1, 1), _noise(2, channels, 2, 3), _noise(2, channels, 4, 6)
+    if ours.config.kind == "vq":
         # Latents that lie on codes: elsewhere rounding may choose another of two that are equally near.
-        numbers = torch.linspace(0, codebook.codebook.shape[0] - 1, 2 * 4 * 6).long()
-        z = networks[1].statistics.normalize(codebook.codebook[numbers].view(2, 4, 6, -1).permute(0, 3, 1, 2))
-    noise = _noise(2, channels, 2, 3)
-    outputs = [(n.encode(x), n.encode(x, noise), n.decode(z)) for n in networks]
-    names = ("latents", "sampled latents", "pixels")
-    return {
-        f"autoencoder's {name}": relative_difference(a, b)
-        for name, a, b in zip(names, outputs[0], outputs[1], strict=True)
-    }
+        codebook = ours.state["quantizer.codebook"]
+        numbers = torch.linspace(0, codebook.shape[0] - 1, 2 * 4 * 6).long()
+        z = codebook[numbers].view(2, 4, 6, -1).permute(0, 3, 1, 2)
+        z = ours.statistics.normalize(z) if statistics else z
+
+    def outputs(artifact: Artifact) -> dict[str, Tensor]:
+        network = _loaded(lambda: Autoencoder(artifact.config), artifact.state)
+        network.statistics = artifact.statistics if statistics else LatentStatistics()
+        return {
+            "autoencoder's latents": network.encode(x),
+            "autoencoder's sampled latents": network.encode(x, noise),
+            "autoencoder's pixels": network.decode(z),
+        }
+
+    return _relative(outputs(theirs), outputs(ours))
 
 
 def _compare_diffusion(theirs: DiffusionArtifact, ours: DiffusionArtifact) -> dict[str, float]:
     channels = ours.autoencoder.config.latent_channels
-    networks = [
-        _loaded(lambda a=a: LatentDiffusion(a.unet, a.conditioning, channels), a.state)  # type: ignore[misc]
-        for a in (theirs, ours)
-    ]
     smallest = 2 ** (len(ours.unet.channel_multipliers) - 1)
     size = (2 * smallest, 3 * smallest)
     z, t = _noise(2, channels, *size), torch.tensor([1, ours.diffusion.num_timesteps - 1])
-    inputs = _inputs(networks[1], size)
-    given: list[Conditioned] = [network.conditioner(inputs, size) for network in networks]
-    found = {}
-    for name in ("context", "spatial"):
-        a, b = (getattr(conditioned, name) for conditioned in given)
-        if b is not None:
-            found[f"{name} conditioning"] = relative_difference(a, b)
-    # Both UNets see the same conditioning: their difference is their own.
-    x = with_spatial(z, given[1])
-    outputs = [network.unet(x, t, given[1].context) for network in networks]
-    return found | {"UNet": relative_difference(*outputs)}
+    inputs = _inputs(ours, size)
+
+    def outputs(artifact: DiffusionArtifact) -> dict[str, Tensor]:
+        network = _loaded(lambda: LatentDiffusion(artifact.unet, artifact.conditioning, channels), artifact.state)
+        conditioned: Conditioned = network.conditioner(inputs, size)
+        found = {"context conditioning": conditioned.context, "spatial conditioning": conditioned.spatial}
+        found["UNet"] = network.unet(with_spatial(z, conditioned), t, conditioned.context)
+        return {part: output for part, output in found.items() if output is not None}
+
+    return _relative(outputs(theirs), outputs(ours))
 
 
-def _inputs(network: LatentDiffusion, size: tuple[int, int]) -> Inputs:
+def _inputs(artifact: DiffusionArtifact, size: tuple[int, int]) -> Inputs:
     """Fixed inputs of the kinds of conditioning: noise, or numbers that all exist."""
+    with torch.device("meta"):
+        conditioner = build_conditioner(artifact.conditioning, artifact.autoencoder.config.latent_channels)
     inputs = {}
-    for name, example in network.conditioner.example(2, size).items():
+    for name, example in conditioner.example(2, size).items():
         if example.is_floating_point():
             inputs[name] = _noise(*example.shape)
             continue
-        tables = [module for module in network.conditioner[name].modules() if isinstance(module, nn.Embedding)]
+        tables = [module for module in conditioner[name].modules() if isinstance(module, nn.Embedding)]
         bound = min(table.num_embeddings for table in tables) - 1
         numbers = torch.arange(example.numel()) * 7919 % max(bound, 1)
         inputs[name] = numbers.view(example.shape).to(example.dtype)
@@ -124,15 +123,20 @@ def _inputs(network: LatentDiffusion, size: tuple[int, int]) -> Inputs:
 
 
 def _loaded(build: Callable[[], ModuleT], state: Mapping[str, Tensor]) -> ModuleT:
+    """The network with these weights, zeros replaced. It ends with its last output: one at a time is in memory."""
     generator = torch.Generator().manual_seed(0)
     filled = {
         name: tensor if tensor.any() else torch.randn(tensor.shape, generator=generator) * _ZERO_REPLACEMENT_STD
-        for name, tensor in sorted(state.items())  # the same draws for both
+        for name, tensor in passing(state, "loading", sorted(state))  # the same draws for both
     }
     with torch.device("meta"):
         network = build()
     network.load_state_dict(filled, assign=True)
     return network.eval()
+
+
+def _relative(theirs: Mapping[str, Tensor], ours: Mapping[str, Tensor]) -> dict[str, float]:
+    return {part: relative_difference(theirs[part], output) for part, output in ours.items()}
 
 
 def _noise(*shape: int) -> Tensor:

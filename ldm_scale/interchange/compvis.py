@@ -17,6 +17,7 @@ from torch import Tensor
 
 from ldm_scale.config.schema import AutoencoderConfig, ConditioningConfig, DiffusionConfig, SamplingConfig
 from ldm_scale.diffusion.schedule import alphas_cumprod
+from ldm_scale.engine.lazy_tensors import LazyTensors, renamed
 from ldm_scale.errors import CheckpointError, ConfigError
 from ldm_scale.interchange.artifact import (
     Artifact,
@@ -124,7 +125,7 @@ def read_compvis(path: Path, options: ImportOptions) -> Imported:
     return _read_diffusion(path, state, section, options)
 
 
-def _read_autoencoder(path: Path, state: dict[str, Tensor], section: Section, options: ImportOptions) -> Imported:
+def _read_autoencoder(path: Path, state: LazyTensors, section: Section, options: ImportOptions) -> Imported:
     _require_used(options, "an autoencoder", prediction=True, num_classes=True, vocabulary=True)
     config = autoencoder_config(section)
     prefix = FIRST_STAGE if f"{FIRST_STAGE}quant_conv.weight" in state else ""
@@ -140,7 +141,7 @@ def _read_autoencoder(path: Path, state: dict[str, Tensor], section: Section, op
     return Imported(artifact, left_out)
 
 
-def _read_diffusion(path: Path, state: dict[str, Tensor], section: Section, options: ImportOptions) -> Imported:
+def _read_diffusion(path: Path, state: LazyTensors, section: Section, options: ImportOptions) -> Imported:
     params = section.section("params")
     stage = params.section("first_stage_config")
     first_config = autoencoder_config(stage)
@@ -165,8 +166,11 @@ def _read_diffusion(path: Path, state: dict[str, Tensor], section: Section, opti
     first_target = expected_autoencoder_tensors(first_config)
     chosen, weights = _chosen(state, places, target, options.weights, path, without="model.")
     taken, left_out = _sorted_out(chosen, places | first_places, target | first_target)
-    left_out |= _unread_blocks(taken, conditioning)
-    first_taken = {name: taken.pop(name) for name in list(taken) if name.startswith(FIRST_STAGE)}
+    unread = _unread_blocks(taken, conditioning)
+    if unread:
+        left_out["the block behind the text encoder's penultimate layer"] = len(unread)
+    first_taken = renamed(taken, lambda name: name if name.startswith(FIRST_STAGE) else None)
+    taken = renamed(taken, lambda name: None if name.startswith(FIRST_STAGE) or name in unread else name)
     first = make_artifact(
         to_ours(first_taken, first_places, first_target, f"the first stage in {path}"),
         first_config,
@@ -254,59 +258,54 @@ def _check_betas(state: Mapping[str, Tensor], config: DiffusionConfig, path: Pat
 
 
 def _chosen(
-    state: dict[str, Tensor],
+    state: LazyTensors,
     places: Places,
     target: Mapping[str, Tensor],
     weights: str | None,
     path: Path,
     *,
     without: str,
-) -> tuple[dict[str, Tensor], str]:
+) -> tuple[LazyTensors, str]:
     """The tensors with the averages in the place of what they average, if these are chosen; and which were.
 
     Averages are kept under the names of what they average without the beginning `without`, and without dots.
     """
     averages = {
-        name: f"{_EMA}{name.removeprefix(without).replace('.', '')}"
+        f"{_EMA}{name.removeprefix(without).replace('.', '')}": name
         for name in to_theirs(target, places)
         if name.startswith(without)
     }
-    has_any = any(name in state for name in averages.values())
+    has_any = any(average in state for average in averages)
     if weights == "raw" or (weights is None and not has_any):
         return state, "raw"
-    missing = [average for average in averages.values() if average not in state]
+    missing = [average for average in averages if average not in state]
     if missing:
         raise CheckpointError(
             f"{path} lacks {len(missing)} of {len(averages)} averages ({', '.join(missing[:4])}): give --weights raw"
         )
-    return state | {name: state[average] for name, average in averages.items()}, "ema"
+    return state | renamed(state, averages.get), "ema"
 
 
-def _sorted_out(
-    state: Mapping[str, Tensor], places: Places, target: Mapping[str, Tensor]
-) -> tuple[dict[str, Tensor], dict[str, int]]:
+def _sorted_out(state: LazyTensors, places: Places, target: Mapping[str, Tensor]) -> tuple[LazyTensors, dict[str, int]]:
     """Tensors that the model has, and those that nobody knows; and how many were left out, by what they are."""
     wanted = {name for ours in target for name in places[ours].names}
-    taken: dict[str, Tensor] = {}
+    reasons = {name: _reason(name) for name in state if name not in wanted}
     left_out: dict[str, int] = {}
-    for name, tensor in state.items():
-        reason = None
-        if name not in wanted:
-            reason = next((why for beginning, why in _LEFT_OUT if name.startswith(beginning)), None)
-        if reason is None:
-            taken[name] = tensor
-        else:
+    for reason in reasons.values():
+        if reason is not None:
             left_out[reason] = left_out.get(reason, 0) + 1
-    return taken, left_out
+    return renamed(state, lambda name: name if reasons.get(name) is None else None), left_out
 
 
-def _unread_blocks(taken: dict[str, Tensor], conditioning: ConditioningConfig) -> dict[str, int]:
-    """What is taken out of `taken`: the block behind the penultimate layer, where that layer is read."""
+def _reason(name: str) -> str | None:
+    """What a tensor is that is no part of the model; None of one that nobody knows."""
+    return next((why for beginning, why in _LEFT_OUT if name.startswith(beginning)), None)
+
+
+def _unread_blocks(taken: LazyTensors, conditioning: ConditioningConfig) -> set[str]:
+    """Tensors of the block behind the penultimate layer, where that layer is read."""
     text = conditioning.text
     if text is None or text.padding != "zero":
-        return {}
+        return set()
     beyond = f"{COND_STAGE}model.transformer.resblocks.{text.depth}."
-    names = [name for name in taken if name.startswith(beyond)]
-    for name in names:
-        del taken[name]
-    return {"the block behind the text encoder's penultimate layer": len(names)} if names else {}
+    return {name for name in taken if name.startswith(beyond)}

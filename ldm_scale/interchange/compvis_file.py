@@ -17,6 +17,7 @@ import torch
 import yaml
 from torch import Tensor
 
+from ldm_scale.engine.lazy_tensors import LazyTensors, deferred
 from ldm_scale.errors import CheckpointError
 from ldm_scale.interchange.safetensors_io import read_tensors
 
@@ -36,7 +37,7 @@ class _StandIn:
         """Nothing is kept."""
 
 
-def read_checkpoint(path: Path) -> dict[str, Tensor]:
+def read_checkpoint(path: Path) -> LazyTensors:
     """All tensors of a checkpoint (of its `state_dict`, where it has one), on the CPU, mapped where the format allows.
 
     Raises: CheckpointError if the file is absent, damaged, no checkpoint, or asks for code to run.
@@ -46,12 +47,12 @@ def read_checkpoint(path: Path) -> dict[str, Tensor]:
     if path.suffix not in ENDINGS:
         raise CheckpointError(f"{path}: the name does not say which format it has; it must end in {', '.join(ENDINGS)}")
     if path.suffix == ".safetensors":
-        return dict(read_tensors(path))
+        return read_tensors(path)
     content = _unpickled(path)
     state = content.get("state_dict", content) if isinstance(content, dict) else content
     if not isinstance(state, Mapping) or not any(isinstance(value, Tensor) for value in state.values()):
         raise CheckpointError(f"{path} holds no tensors by name, neither at its top nor under state_dict: give weights")
-    return {str(name): value.detach() for name, value in state.items() if isinstance(value, Tensor)}
+    return LazyTensors(deferred({str(n): value.detach() for n, value in state.items() if isinstance(value, Tensor)}))
 
 
 def read_yaml(path: Path) -> dict[str, Any]:

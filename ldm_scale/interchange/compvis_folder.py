@@ -12,6 +12,7 @@ from torch import Tensor
 from ldm_scale.conditioning.frozen_text import FrozenTextEncoder
 from ldm_scale.conditioning.text import TextCondition
 from ldm_scale.config.schema import FrozenTextConditioningConfig, TextConditioningConfig
+from ldm_scale.engine.lazy_tensors import LazyTensors, renamed
 from ldm_scale.errors import CheckpointError
 from ldm_scale.interchange.artifact import (
     DESCRIPTION,
@@ -30,7 +31,7 @@ from ldm_scale.interchange.compvis_file import read_checkpoint
 from ldm_scale.interchange.compvis_names import FIRST_STAGE, UNET, Places, autoencoder_places, to_ours
 from ldm_scale.interchange.compvis_write import CHECKPOINT, ORIGINALS, diffusion_places
 from ldm_scale.interchange.folding import FOLDED, unfold_kept
-from ldm_scale.interchange.safetensors_io import read_json, tensors_sha256
+from ldm_scale.interchange.safetensors_io import passing, read_json, tensors_sha256
 
 CAPTIONS = ("", "a red apple on a white plate")
 
@@ -46,11 +47,11 @@ def read_compvis_folder(folder: Path) -> Artifact | DiffusionArtifact:
     described = Artifact(description["autoencoder"], {})
     target = expected_autoencoder_tensors(described.config)
     if "diffusion" not in description:
-        first_state = to_ours(theirs, autoencoder_places(described.config), target, str(path))
+        first_state: Mapping[str, Tensor] = to_ours(theirs, autoencoder_places(described.config), target, str(path))
         first = Artifact(with_weights(described.content, first_state), first_state)
         check_autoencoder_content(first, folder)
         return first
-    prefixed = {name: tensor for name, tensor in theirs.items() if name.startswith(FIRST_STAGE)}
+    prefixed = renamed(theirs, lambda name: name if name.startswith(FIRST_STAGE) else None)
     first_state = to_ours(prefixed, autoencoder_places(described.config, FIRST_STAGE), target, str(path))
     if described.statistics.channel_mean:
         first_state = unfold_kept(first_state, described.statistics, folder / ORIGINALS)
@@ -78,7 +79,7 @@ def measure_compvis(folder: Path, artifact: Artifact | DiffusionArtifact) -> dic
         parts.append((theirs.autoencoder, artifact.autoencoder))
     for back, written in parts:
         folded = set(FOLDED) if isinstance(written, Artifact) and written.statistics.channel_mean else set()
-        for name, tensor in written.state.items():
+        for name, tensor in passing(written.state, "comparing"):
             if name not in folded and not torch.equal(back.state[name], tensor):
                 raise CheckpointError(
                     f"{folder / CHECKPOINT}: {name} is read back with other values than were written, so nothing was "
@@ -105,7 +106,8 @@ def _compare_towers(
         found: Tensor = condition(condition.tokens(CAPTIONS), (1, 1))
         context = {"text encoder": relative_difference(found, FrozenTextEncoder(frozen)(CAPTIONS))}
     require_small(context)
-    unet = {name: theirs.state[name] for name in ours.state}
+    names = set(ours.state)
+    unet = renamed(theirs.state, lambda name: name if name in names else None)
     conditioning = {"conditioning": ours.content["conditioning"]}
     return context | differences(replace(theirs, content=theirs.content | conditioning, state=unet), ours)
 
@@ -118,7 +120,7 @@ def _num_classes(artifact: Artifact | DiffusionArtifact) -> int | None:
     return next((section.num_classes for section in sections if section is not None), None)
 
 
-def _taken(state: Mapping[str, Tensor], places: Places, target: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def _taken(state: Mapping[str, Tensor], places: Places, target: Mapping[str, Tensor]) -> LazyTensors:
     """The tensors of the UNet and the conditioner in an export of ours."""
     wanted = {name for ours in target for name in places[ours].names}
-    return {n: t for n, t in state.items() if n in wanted or n.startswith(UNET)}
+    return renamed(state, lambda name: name if name in wanted or name.startswith(UNET) else None)

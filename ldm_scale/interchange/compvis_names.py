@@ -7,13 +7,14 @@ form is undone exactly. `to_theirs` of a state dict on the meta device gives all
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from ldm_scale.config.schema import AutoencoderConfig, UNetConfig
+from ldm_scale.engine.lazy_tensors import LazyTensors, joined, parts_of, without_values
 from ldm_scale.errors import CheckpointError
 from ldm_scale.interchange.name_maps import TRANSFORMER_BLOCK
 from ldm_scale.interchange.safetensors_io import describe_difference
@@ -57,19 +58,18 @@ _RESIDUAL_BLOCK = {
 _AUTOENCODER_BLOCK = {name: name for name in ("norm1", "conv1", "norm2", "conv2")} | {"skip": "nin_shortcut"}
 
 
-def to_theirs(ours: Mapping[str, Tensor], places: Places) -> dict[str, Tensor]:
-    """Tensors of ours under their names and in their form; views where the form allows."""
-    theirs: dict[str, Tensor] = {}
-    for name, tensor in ours.items():
+def to_theirs(ours: Mapping[str, Tensor], places: Places) -> LazyTensors:
+    """Tensors of ours under their names and in their form, when they are asked for."""
+
+    def split(name: str, tensor: Tensor) -> Sequence[Tensor]:
         place = places[name]
         written = place.form.write(tensor)
-        parts = torch.split(written, list(place.rows)) if place.rows else written.chunk(len(place.names))
-        assert theirs.keys().isdisjoint(place.names), f"{place.names} are filled twice"
-        theirs |= zip(place.names, parts, strict=True)
-    return theirs
+        return torch.split(written, list(place.rows)) if place.rows else written.chunk(len(place.names))
+
+    return parts_of(ours, {name: places[name].names for name in ours}, split)
 
 
-def to_ours(theirs: Mapping[str, Tensor], places: Places, target: Mapping[str, Tensor], what: str) -> dict[str, Tensor]:
+def to_ours(theirs: Mapping[str, Tensor], places: Places, target: Mapping[str, Tensor], what: str) -> LazyTensors:
     """The inverse of `to_theirs`, in float32; `target` is a state dict of ours (meta tensors will do).
 
     Raises: CheckpointError that names the tensors of `what` that are missing, of another shape or not expected.
@@ -77,10 +77,14 @@ def to_ours(theirs: Mapping[str, Tensor], places: Places, target: Mapping[str, T
     difference = describe_difference(to_theirs(target, places), theirs)
     if difference:
         raise CheckpointError(f"{what} does not fit its configuration: {difference}; give the two that belong together")
-    whole = [name for name, tensor in theirs.items() if not tensor.is_floating_point()]
+    whole = [name for name, like in without_values(theirs).items() if not like.is_floating_point()]
     if whole:
         raise CheckpointError(f"{what}: {whole[0]} is of type {theirs[whole[0]].dtype}, expected floating numbers")
-    return {name: _joined(theirs, places[name]) for name in target}
+
+    def join(name: str, parts: list[Tensor]) -> Tensor:
+        return places[name].form.read(parts[0] if len(parts) == 1 else torch.cat(parts)).float().contiguous()
+
+    return joined(theirs, {name: places[name].names for name in target}, join)
 
 
 def autoencoder_places(config: AutoencoderConfig, prefix: str = "") -> Places:
@@ -166,12 +170,6 @@ def mask_before_image(latent_channels: int) -> Form:
     there = [*range(c), 2 * c, *range(c, 2 * c)]
     back = [*range(c), *range(c + 1, 2 * c + 1), c]
     return Form(lambda ours: ours[:, there], lambda theirs: theirs[:, back])
-
-
-def _joined(theirs: Mapping[str, Tensor], place: Place) -> Tensor:
-    parts = [theirs[name] for name in place.names]
-    joined = parts[0] if len(parts) == 1 else torch.cat(parts)
-    return place.form.read(joined).float().contiguous()
 
 
 def _module(ours: str, theirs: str, weight: Form = AS_IS) -> Places:

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import os
 import shutil
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
@@ -26,6 +27,7 @@ from torch import Tensor
 from ldm_scale.conditioning.frozen_text import FrozenTextEncoder
 from ldm_scale.config.schema import AutoencoderConfig, DiffusionConfig, TextConditioningConfig, UNetConfig
 from ldm_scale.diffusion.schedule import alphas_cumprod
+from ldm_scale.engine.lazy_tensors import LazyTensors, renamed
 from ldm_scale.errors import CheckpointError
 from ldm_scale.interchange.artifact import DESCRIPTION, VOCABULARY, Artifact, DiffusionArtifact
 from ldm_scale.interchange.compvis_conditioning import (
@@ -46,7 +48,7 @@ from ldm_scale.interchange.compvis_names import (
 )
 from ldm_scale.interchange.folding import FOLDED, fold
 from ldm_scale.interchange.load import require_diffusers
-from ldm_scale.interchange.safetensors_io import write_json, write_tensors
+from ldm_scale.interchange.safetensors_io import passing, write_json, write_tensors
 
 CHECKPOINT, CONFIG_YAML = "model.ckpt", "config.yaml"
 ORIGINALS = "ldm_scale.safetensors"  # tensors of the autoencoder as they were before statistics were folded into them
@@ -85,7 +87,7 @@ def written_unet(config: UNetConfig) -> UNetConfig:
     return replace(config, linear_projection=False) if config.transformer_depth > 1 else config
 
 
-def _diffusion_tensors(artifact: DiffusionArtifact) -> dict[str, Tensor]:
+def _diffusion_tensors(artifact: DiffusionArtifact) -> LazyTensors:
     first = artifact.autoencoder
     tensors = to_theirs(artifact.state, diffusion_places(artifact))
     tensors |= to_theirs(fold(first.state, first.statistics), autoencoder_places(first.config, FIRST_STAGE))
@@ -102,7 +104,7 @@ def _diffusion_tensors(artifact: DiffusionArtifact) -> dict[str, Tensor]:
     return tensors | {"betas": (1 - products / before).float(), "alphas_cumprod": products.float()}
 
 
-def _unread_block(tensors: dict[str, Tensor], text: TextConditioningConfig) -> dict[str, Tensor]:
+def _unread_block(tensors: Mapping[str, Tensor], text: TextConditioningConfig) -> dict[str, Tensor]:
     """The block behind the penultimate layer that their tower has and does not run: zeros, which change nothing."""
     from ldm_scale.interchange.compvis_conditioning import open_clip_architectures
 
@@ -112,8 +114,7 @@ def _unread_block(tensors: dict[str, Tensor], text: TextConditioningConfig) -> d
     last, beyond = f"{prefix}{text.depth - 1}.", f"{prefix}{text.depth}."
     return {
         beyond + name.removeprefix(last): torch.zeros_like(tensor)
-        for name, tensor in tensors.items()
-        if name.startswith(last)
+        for name, tensor in renamed(tensors, lambda name: name if name.startswith(last) else None).items()
     }
 
 
@@ -125,7 +126,7 @@ def _fill_beside(folder: Path, artifact: DiffusionArtifact) -> None:
         from ldm_scale.interchange.text_encoder import fill_text_encoder, fill_tokenizer
 
         prefix = "conditioner.text."
-        state = {n.removeprefix(prefix): t for n, t in artifact.state.items() if n.startswith(prefix)}
+        state = renamed(artifact.state, lambda n: n.removeprefix(prefix) if n.startswith(prefix) else None)
         (folder / TEXT_FOLDER).mkdir()
         fill_text_encoder(folder / TEXT_FOLDER, text, state)
         fill_tokenizer(folder / TEXT_FOLDER, text)
@@ -277,11 +278,12 @@ def _require_norm_groups(section: str, config: AutoencoderConfig | UNetConfig) -
         )
 
 
-def _save(path: Path, tensors: dict[str, Tensor]) -> None:
+def _save(path: Path, tensors: Mapping[str, Tensor]) -> None:
     """Nothing; `path` holds the tensors and is on the disk before this returns."""
     try:
         with path.open("wb") as file:
-            torch.save({"state_dict": {n: _own(t) for n, t in tensors.items()}, "global_step": 0}, file)
+            state = {name: _own(tensor) for name, tensor in passing(tensors, "gathering")}
+            torch.save({"state_dict": state, "global_step": 0}, file)
             file.flush()
             os.fsync(file.fileno())
     except RuntimeError as error:  # torch's writer says so of a disk that takes no more

@@ -15,7 +15,6 @@ from diffusers import AutoencoderKL, VQModel
 from torch import Tensor, nn
 
 from ldm_scale.config.schema import AutoencoderConfig, UNetConfig
-from ldm_scale.engine.lazy_tensors import LazyTensors, deferred
 from ldm_scale.errors import CheckpointError
 from ldm_scale.interchange.artifact import Artifact, expected_autoencoder_tensors, with_weights
 from ldm_scale.interchange.folding import FOLDED, fold, unfold_kept

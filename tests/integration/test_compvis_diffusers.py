@@ -237,7 +237,7 @@ def test_published_architectures_have_the_tensors_that_diffusers_converts(experi
         network = LatentDiffusion(config.unet, config.conditioning, config.autoencoder.latent_channels)
         first = Autoencoder(config.autoencoder)
     places = unet_places(written_unet(config.unet)) | conditioner_places(config.conditioning)
-    state = to_theirs(network.state_dict(), places)
+    state = dict(to_theirs(network.state_dict(), places))
     of_unet = [tensor for name, tensor in state.items() if name.startswith(UNET)]
     assert (sum(t.numel() for t in of_unet), len(of_unet)) == PUBLISHED[experiment]
     context_dim = network.conditioner.context_dim

@@ -189,9 +189,7 @@ def test_a_pickle_that_wants_to_run_something_is_refused(folder: Path, is_zip: b
     state = theirs(folder / "model.ckpt")
     content = {"state_dict": state, "callbacks": _Canary(folder / "canary")}
     torch.save(content, folder / "model.ckpt", _use_new_zipfile_serialization=is_zip)
-    with pytest.raises(
-        CheckpointError, match=r"call.*make a plain one .* torch\.load\('model\.ckpt', .*weights_only"
-    ):
+    with pytest.raises(CheckpointError, match=r"call.*make a plain one .* torch\.load\('model\.ckpt', .*weights_only"):
         read_compvis(folder, NONE)
     assert not (folder / "canary").exists()
 
@@ -370,8 +368,10 @@ def test_stable_diffusion_is_recognised_by_its_tensors(experiment: str) -> None:
     with torch.device("meta"):
         network = LatentDiffusion(config.unet, config.conditioning, 4)
         first = Autoencoder(config.autoencoder)
-    state = to_theirs(
-        network.state_dict(), unet_places(written_unet(config.unet)) | conditioner_places(config.conditioning)
+    state = dict(
+        to_theirs(
+            network.state_dict(), unet_places(written_unet(config.unet)) | conditioner_places(config.conditioning)
+        )
     )
     if experiment == "sd2":
         state["cond_stage_model.model.token_embedding.weight"] = torch.empty(49408, 1024)
