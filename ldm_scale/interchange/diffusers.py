@@ -1,32 +1,31 @@
 """Our models as folders that diffusers and transformers open, and back.
 
     autoencoder    config.json, diffusion_pytorch_model.safetensors: an `AutoencoderKL` or a `VQModel`
-    diffusion      model_index.json and one folder per part: a `StableDiffusionPipeline`, or with the paper's text
-                   encoder an `LDMTextToImagePipeline`
+    diffusion      one folder per part and, where diffusers has a pipeline that computes the same, model_index.json
 
-Every folder also holds ldm_scale.json (our own description), from which `read_diffusers` makes an artifact again.
-Configurations are translated here, in diffusers_autoencoder.py, diffusers_unet.py and text_encoder.py, tensor names in
-name_maps.py. A model that the other side cannot hold is refused with the part that does not fit: a nearly equal model
-is worse than none.
+diffusers_layout.py says which pipeline that is. Every folder also holds ldm_scale.json (our own description), from
+which `read_diffusers` makes an artifact again; folders without it are diffusers_import.py's.
+Configurations are translated in diffusers_autoencoder.py, diffusers_unet.py, diffusers_scheduler.py and
+text_encoder.py, tensor names in name_maps.py. A model that the other side cannot hold is refused with the part that
+does not fit: a nearly equal model is worse than none.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import fields, replace
+from dataclasses import replace
 from functools import partial
 from operator import add
 from pathlib import Path
 from typing import Any
 
-from diffusers import DDIMScheduler, EDMEulerScheduler
+import torch
 from diffusers import __version__ as diffusers_version
 from torch import Tensor
 
-from ldm_scale.config.convert import section_from_dict
-from ldm_scale.config.schema import ConditioningConfig, DiffusionConfig, TextConditioningConfig
+from ldm_scale.conditioning.build import build_conditioner
+from ldm_scale.config.schema import TextConditioningConfig
 from ldm_scale.engine.lazy_tensors import LazyTensors, renamed
-from ldm_scale.errors import CheckpointError
 from ldm_scale.interchange.artifact import (
     DESCRIPTION,
     VOCABULARY,
@@ -43,32 +42,33 @@ from ldm_scale.interchange.diffusers_autoencoder import (
     fill_model,
     read_autoencoder,
 )
-from ldm_scale.interchange.diffusers_unet import empty_unet
-from ldm_scale.interchange.name_maps import restore, text_encoder_names, unet_names
-from ldm_scale.interchange.safetensors_io import (
-    read_json,
-    read_tensors,
-    tensors_sha256,
-    write_json,
+from ldm_scale.interchange.diffusers_layout import (
+    CONDITIONER,
+    CONDITIONER_PREFIX,
+    UNET_PREFIX,
+    Layout,
+    layout_of,
 )
+from ldm_scale.interchange.diffusers_scheduler import make_scheduler
+from ldm_scale.interchange.diffusers_unet import empty_unet, our_input_order, their_input_order, unet_class
+from ldm_scale.interchange.frozen_tower import tower_as_text
+from ldm_scale.interchange.name_maps import restore, text_encoder_names, unet_names
+from ldm_scale.interchange.safetensors_io import read_json, read_tensors, tensors_sha256, write_json, write_tensors
 from ldm_scale.interchange.text_encoder import (
     TEXT_WEIGHTS,
     fill_text_encoder,
     fill_tokenizer,
-    pipeline_of,
     published,
+    text_library,
+    text_model_class,
     tokenizer_class,
 )
 
-# diffusers ships no types for its constructors.
-_DDIMScheduler: Any = DDIMScheduler
-_EDMEulerScheduler: Any = EDMEulerScheduler
-
-UNET_PREFIX, CONDITIONER_PREFIX = "unet.", "conditioner.text."
+CONDITIONER_WEIGHTS = "model.safetensors"
 
 
 def fill_diffusers_folder(folder: Path, artifact: Artifact | DiffusionArtifact) -> None:
-    """Nothing; the empty `folder` is a model (an autoencoder) or a pipeline (a diffusion model) of diffusers.
+    """Nothing; the empty `folder` is a model (an autoencoder), a pipeline or the parts of a model of diffusers.
 
     Raises: CheckpointError if diffusers has no model that computes the same; it names the part.
     """
@@ -76,25 +76,26 @@ def fill_diffusers_folder(folder: Path, artifact: Artifact | DiffusionArtifact) 
         fill_autoencoder(folder, artifact)
         write_json(folder / DESCRIPTION, {"autoencoder": artifact.content})
         return
-    text = require_text_alone(artifact.conditioning)
-    pipeline = pipeline_of(text)
-    pipeline.require(text, artifact.autoencoder)
-    scheduler = make_scheduler(artifact.diffusion, pipeline.name)
-    parts = {
-        name: folder / name for name in (pipeline.autoencoder, "unet", pipeline.text_encoder, "tokenizer", "scheduler")
-    }
-    for part in parts.values():
-        part.mkdir()
-    fill_autoencoder(parts[pipeline.autoencoder], artifact.autoencoder)
-    first_stage = artifact.autoencoder.config
-    side = artifact.provenance["resolution"] // first_stage.downsampling_factor
-    unet = empty_unet(artifact.unet, first_stage.latent_channels, text.width, side)
-    fill_model(parts["unet"], unet, unet_state(artifact.state), unet_names(artifact.unet), "the UNet")
-    fill_text_encoder(parts[pipeline.text_encoder], text, conditioner_state(artifact.state))
-    fill_tokenizer(parts["tokenizer"], text)
-    scheduler.save_config(parts["scheduler"])
-    model_index = _model_index(text, artifact.autoencoder, type(scheduler).__name__)
-    write_json(folder / "model_index.json", model_index)
+    layout = layout_of(artifact)
+    text, text_state = text_part(artifact, layout)
+    scheduler = make_scheduler(artifact.diffusion, layout.pipeline.name if layout.pipeline else None)
+    tokenizer = "tokenizer" if text is not None else None
+    for part in (layout.autoencoder, "unet", layout.text_encoder, tokenizer, "scheduler"):
+        if part is not None:
+            (folder / part).mkdir()
+    if layout.autoencoder is not None:
+        fill_autoencoder(folder / layout.autoencoder, artifact.autoencoder)
+    _fill_unet(folder / "unet", artifact, layout)
+    if text is not None and layout.text_encoder is not None:
+        fill_text_encoder(folder / layout.text_encoder, text, text_state)
+        fill_tokenizer(folder / "tokenizer", text)
+    others = other_state(artifact.state)
+    if others:
+        (folder / CONDITIONER).mkdir()
+        write_tensors(folder / CONDITIONER / CONDITIONER_WEIGHTS, others)
+    scheduler.save_config(folder / "scheduler")
+    if layout.pipeline is not None:
+        write_json(folder / "model_index.json", _model_index(artifact, layout, text, type(scheduler).__name__))
     write_json(folder / DESCRIPTION, {"diffusion": artifact.content, "autoencoder": artifact.autoencoder.content})
 
 
@@ -109,70 +110,28 @@ def read_diffusers(folder: Path) -> Artifact | DiffusionArtifact:
         autoencoder = read_autoencoder(folder, description["autoencoder"])
         check_autoencoder_content(autoencoder, folder)
         return autoencoder
-    conditioning = section_from_dict(ConditioningConfig, description["diffusion"]["conditioning"], "conditioning")
-    text = require_text_alone(conditioning)
-    pipeline = pipeline_of(text)
-    autoencoder = read_autoencoder(folder / pipeline.autoencoder, description["autoencoder"])
-    check_autoencoder_content(autoencoder, folder)
-    vocabulary = folder / "tokenizer" / VOCABULARY if text.tokenizer == "wordpiece" else None
-    described = DiffusionArtifact(description["diffusion"], {}, autoencoder, vocabulary)
-    target = expected_diffusion_tensors(described.unet, described.conditioning, autoencoder.config.latent_channels)
-    sides = (
-        (UNET_PREFIX, folder / "unet" / WEIGHTS, unet_names(described.unet)),
-        (CONDITIONER_PREFIX, folder / pipeline.text_encoder / TEXT_WEIGHTS, text_encoder_names(text)),
-    )
-    state = LazyTensors({})
-    for prefix, path, names in sides:
-        theirs = read_tensors(path)
-        if prefix == CONDITIONER_PREFIX:
-            theirs = published(theirs, pipeline.text_model)
-        part = restore(theirs, names, _without_prefix(target, prefix), str(path))
-        state |= renamed(part, partial(add, prefix))
-    artifact = replace(described, content=described.content | {"weights_sha256": tensors_sha256(state)}, state=state)
+    first = Artifact(description["autoencoder"], {})
+    described = DiffusionArtifact(description["diffusion"], {}, first)
+    text, layout = described.conditioning.text, layout_of(described)
+    if text is not None and text.tokenizer == "wordpiece":
+        described = replace(described, vocabulary=folder / "tokenizer" / VOCABULARY)
+    if layout.autoencoder is not None:
+        first = read_autoencoder(folder / layout.autoencoder, first.content)
+        check_autoencoder_content(first, folder)
+        described = replace(described, autoencoder=first)
+    target = expected_diffusion_tensors(described.unet, described.conditioning, first.config.latent_channels)
+    state = _read_unet(folder / "unet" / WEIGHTS, described, layout, _without_prefix(target, UNET_PREFIX))
+    if text is not None and layout.text_encoder is not None:
+        path = folder / layout.text_encoder / TEXT_WEIGHTS
+        theirs = published(read_tensors(path), text_model_class(text))
+        part = restore(theirs, text_encoder_names(text), _without_prefix(target, CONDITIONER_PREFIX), str(path))
+        state |= renamed(part, partial(add, CONDITIONER_PREFIX))
+    if other_state(target):
+        state |= read_tensors(folder / CONDITIONER / CONDITIONER_WEIGHTS)
+    content = described.content | {"weights_sha256": tensors_sha256(state)}
+    artifact = replace(described, content=content, state=state)
     check_diffusion_content(artifact, folder)
     return artifact
-
-
-def make_scheduler(config: DiffusionConfig, pipeline: str = "StableDiffusionPipeline") -> Any:
-    """The scheduler with which a pipeline takes the steps of `diffusion.sampler`: with sampler ddim, or euler for edm.
-
-    `DDIMScheduler` steps from t to t - T // num_steps, which with zero_terminal_snr is the next visited timestep only
-    where num_steps divides T.
-    Raises: CheckpointError if the pipeline has none.
-    """
-    if config.prediction == "flow":
-        raise CheckpointError(
-            "diffusion.prediction=flow: FlowMatchEulerDiscreteScheduler has no init_noise_sigma, for which "
-            "StableDiffusionPipeline asks, and visits other times by itself; export with --to safetensors"
-        )
-    if config.prediction == "edm":
-        if pipeline != "StableDiffusionPipeline":
-            raise CheckpointError(
-                f"diffusion.prediction=edm: {pipeline} scales neither its noise nor the UNet's input, as "
-                "EDMEulerScheduler needs; export with --to safetensors"
-            )
-        return _EDMEulerScheduler(
-            sigma_min=config.sigma_min,
-            sigma_max=config.sigma_max,
-            sigma_data=config.sigma_data,
-            sigma_schedule="karras",
-            num_train_timesteps=config.num_timesteps,
-            prediction_type="epsilon",
-            rho=config.rho,
-            final_sigmas_type="zero",
-        )
-    return _DDIMScheduler(
-        num_train_timesteps=config.num_timesteps,
-        beta_start=config.beta_start,
-        beta_end=config.beta_end,
-        beta_schedule="squaredcos_cap_v2" if config.schedule == "cosine" else "scaled_linear",
-        prediction_type={"eps": "epsilon", "v": "v_prediction", "x0": "sample"}[config.prediction],
-        clip_sample=False,
-        set_alpha_to_one=False,
-        steps_offset=1,
-        rescale_betas_zero_snr=config.zero_terminal_snr,
-        timestep_spacing="trailing" if config.zero_terminal_snr else "leading",
-    )
 
 
 def unet_state(state: Mapping[str, Tensor]) -> LazyTensors:
@@ -185,38 +144,72 @@ def conditioner_state(state: Mapping[str, Tensor]) -> LazyTensors:
     return _without_prefix(state, CONDITIONER_PREFIX)
 
 
-def _model_index(text: TextConditioningConfig, autoencoder: Artifact, scheduler: str) -> dict[str, Any]:
-    pipeline = pipeline_of(text)
-    safety_checker = {
-        "feature_extractor": [None, None],
-        "image_encoder": [None, None],
-        "requires_safety_checker": False,
-        "safety_checker": [None, None],
-    }
-    return {
-        "_class_name": pipeline.name,
-        "_diffusers_version": diffusers_version,
-        **(safety_checker if text.encoder == "clip" else {}),
-        "scheduler": ["diffusers", scheduler],
-        pipeline.text_encoder: [pipeline.text_library, pipeline.text_model.__name__],
-        "tokenizer": ["transformers", tokenizer_class(text).__name__],
-        "unet": ["diffusers", "UNet2DConditionModel"],
-        pipeline.autoencoder: ["diffusers", autoencoder_class(autoencoder.config).__name__],
-    }
+def text_part(
+    artifact: DiffusionArtifact, layout: Layout
+) -> tuple[TextConditioningConfig | None, Mapping[str, Tensor]]:
+    """The section and the tensors of the text encoder in an export: the trained one, or the frozen tower.
 
-
-def require_text_alone(conditioning: ConditioningConfig) -> TextConditioningConfig:
-    """The text encoder of a model that has no other conditioning.
-
-    Raises: CheckpointError for every other model.
+    Raises: ConfigError if the tower cannot be had.
     """
-    given = [field.name for field in fields(conditioning) if getattr(conditioning, field.name) is not None]
-    if given != ["text"] or conditioning.text is None:
-        raise CheckpointError(
-            f"a model conditioned on {', '.join(given) or 'nothing'}: diffusers' text-to-image pipelines take captions "
-            "and a text encoder of their own, alone; export with --to safetensors"
-        )
-    return conditioning.text
+    frozen = artifact.conditioning.frozen_text
+    if frozen is not None and layout.text_encoder is not None and artifact.conditioning.text is None:
+        return tower_as_text(frozen)
+    return artifact.conditioning.text, conditioner_state(artifact.state)
+
+
+def other_state(state: Mapping[str, Tensor]) -> LazyTensors:
+    """The tensors of a diffusion model that belong to no model of diffusers."""
+    return renamed(state, lambda name: None if name.startswith((UNET_PREFIX, CONDITIONER_PREFIX)) else name)
+
+
+def unet_inputs(artifact: DiffusionArtifact) -> tuple[int, int | None]:
+    """Channels that the UNet takes beside the latents, and the context's width."""
+    with torch.device("meta"):
+        conditioner = build_conditioner(artifact.conditioning, artifact.autoencoder.config.latent_channels)
+    return conditioner.spatial_channels, conditioner.context_dim
+
+
+def exported_unet_state(
+    state: Mapping[str, Tensor], artifact: DiffusionArtifact, layout: Layout
+) -> Mapping[str, Tensor]:
+    """A UNet's tensors with the input channels in the order in which the pipeline gives them."""
+    channels = artifact.autoencoder.config.latent_channels
+    return their_input_order(state, channels) if layout.swaps_mask else state
+
+
+def _fill_unet(folder: Path, artifact: DiffusionArtifact, layout: Layout) -> None:
+    first = artifact.autoencoder.config
+    spatial_channels, context_dim = unet_inputs(artifact)
+    side = artifact.provenance["resolution"] // first.downsampling_factor
+    unet = empty_unet(artifact.unet, first.latent_channels, context_dim, side, spatial_channels)
+    state = exported_unet_state(unet_state(artifact.state), artifact, layout)
+    fill_model(folder, unet, state, unet_names(artifact.unet), "the UNet")
+
+
+def _read_unet(path: Path, described: DiffusionArtifact, layout: Layout, target: Mapping[str, Tensor]) -> LazyTensors:
+    state = restore(read_tensors(path), unet_names(described.unet), target, str(path))
+    if layout.swaps_mask:
+        state = our_input_order(state, described.autoencoder.config.latent_channels)
+    return renamed(state, partial(add, UNET_PREFIX))
+
+
+def _model_index(
+    artifact: DiffusionArtifact, layout: Layout, text: TextConditioningConfig | None, scheduler: str
+) -> dict[str, Any]:
+    pipeline = layout.pipeline
+    assert pipeline is not None, "a folder of parts has no index"
+    index: dict[str, Any] = {"_class_name": pipeline.name, "_diffusers_version": diffusers_version}
+    if pipeline.name.startswith("StableDiffusion"):
+        index |= {part: [None, None] for part in ("feature_extractor", "image_encoder", "safety_checker")}
+        index["requires_safety_checker"] = False
+    index["scheduler"] = ["diffusers", scheduler]
+    if text is not None and pipeline.text_encoder is not None:
+        index[pipeline.text_encoder] = [text_library(text), text_model_class(text).__name__]
+        index["tokenizer"] = ["transformers", tokenizer_class(text).__name__]
+    index["unet"] = ["diffusers", unet_class(artifact.unet).__name__]
+    if pipeline.autoencoder is not None:
+        index[pipeline.autoencoder] = ["diffusers", autoencoder_class(artifact.autoencoder.config).__name__]
+    return index
 
 
 def _without_prefix(state: Mapping[str, Tensor], prefix: str) -> LazyTensors:

@@ -5,13 +5,15 @@ Channels concatenated to the latents are input channels of either.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from diffusers import UNet2DConditionModel, UNet2DModel
-from torch import nn
+from torch import Tensor, nn
 
 from ldm_scale.config.schema import UNetConfig
+from ldm_scale.engine.lazy_tensors import LazyTensors, deferred
 from ldm_scale.errors import CheckpointError
 from ldm_scale.interchange.diffusers_autoencoder import require_plain_first_level
 from ldm_scale.models.unet import num_heads
@@ -19,6 +21,13 @@ from ldm_scale.models.unet import num_heads
 # diffusers ships no types for its constructors.
 _UNet2DConditionModel: Any = UNet2DConditionModel
 _UNet2DModel: Any = UNet2DModel
+
+_FIRST = "conv_in.weight"
+
+
+def unet_class(config: UNetConfig) -> Any:
+    """The class of diffusers that computes what a UNet of ours computes."""
+    return _UNet2DModel if config.attention == "self" else _UNet2DConditionModel
 
 
 def empty_unet(
@@ -45,9 +54,9 @@ def empty_unet(
     }
     with torch.device("meta"):
         if config.attention == "self":
-            return _UNet2DModel(**common, **_plain_options(config))  # type: ignore[no-any-return]
+            return unet_class(config)(**common, **_plain_options(config))  # type: ignore[no-any-return]
         assert context_dim is not None, "validated: transformers have a context"
-        return _UNet2DConditionModel(  # type: ignore[no-any-return]
+        return unet_class(config)(  # type: ignore[no-any-return]
             **common, **_transformer_options(config), cross_attention_dim=context_dim
         )
 
@@ -71,11 +80,15 @@ def _transformer_options(config: UNetConfig) -> dict[str, Any]:
 
 def _plain_options(config: UNetConfig) -> dict[str, Any]:
     widths = [config.base_channels * multiplier for multiplier in config.channel_multipliers]
-    head_dims = {width // heads for width, heads in zip(widths, _heads(config), strict=True) if heads}
-    if len(head_dims) > 1:
+    heads = _heads(config)
+    dims = sorted({width // number for width, number in zip(widths, heads, strict=True) if number})
+    head_dim: int | None = dims[0]
+    if len(dims) > 1 and config.num_heads == 1:
+        head_dim = None  # their word for one head, as wide as its level
+    elif len(dims) > 1:
         raise CheckpointError(
-            f"unet.num_heads={config.num_heads} with unet.attention=self: heads of {min(head_dims)} to "
-            f"{max(head_dims)}, and UNet2DModel has one width for all levels; export with --to safetensors"
+            f"unet.num_heads={config.num_heads} with unet.attention=self: heads of {dims[0]} to {dims[-1]}, and "
+            "UNet2DModel has one width for all levels; export with --to safetensors"
         )
     resampling, down, up = "conv", "DownBlock2D", "UpBlock2D"
     if config.residual_resampling:
@@ -83,7 +96,7 @@ def _plain_options(config: UNetConfig) -> dict[str, Any]:
     return {
         "down_block_types": _blocks(config, "AttnDownBlock2D", down),
         "up_block_types": _blocks(config, "AttnUpBlock2D", up)[::-1],
-        "attention_head_dim": head_dims.pop(),
+        "attention_head_dim": head_dim,
         "attn_norm_num_groups": config.norm_groups,  # without it, scale and shift would cost the middle its norm
         "downsample_type": resampling,
         "upsample_type": resampling,
@@ -105,3 +118,19 @@ def _blocks(config: UNetConfig, with_attention: str, without: str) -> tuple[str,
     """Block types of the levels, from the finest."""
     levels = range(len(config.channel_multipliers))
     return tuple(with_attention if level in config.attention_levels else without for level in levels)
+
+
+def their_input_order(state: Mapping[str, Tensor], latent_channels: int) -> LazyTensors:
+    """An inpainting UNet that takes its mask before the masked image's latents, as Stable Diffusion's; ours is last."""
+    c = latent_channels
+    return _with_inputs(state, [*range(c), 2 * c, *range(c, 2 * c)])
+
+
+def our_input_order(state: Mapping[str, Tensor], latent_channels: int) -> LazyTensors:
+    """The inverse of `their_input_order`."""
+    c = latent_channels
+    return _with_inputs(state, [*range(c), *range(c + 1, 2 * c + 1), c])
+
+
+def _with_inputs(state: Mapping[str, Tensor], order: list[int]) -> LazyTensors:
+    return LazyTensors(deferred(state)) | {_FIRST: state[_FIRST][:, order]}

@@ -1,7 +1,7 @@
 """Trained models as objects to call, from whatever this program has left of them on disk.
 
-    load_autoencoder(path)    artifact | diffusion artifact | diffusers or CompVis export | run folder | checkpoint
-    load_diffusion(path)      diffusion artifact | diffusers or CompVis export | run folder | checkpoint
+    load_autoencoder(path)    artifact | diffusion artifact | diffusers folder | CompVis export | run | checkpoint
+    load_diffusion(path)      diffusion artifact | diffusers folder | CompVis export | run | checkpoint
 
 `read_source` is what both and the export share: it turns each of these into an artifact in memory. A run folder
 stands for its newest checkpoint, except that a finished stage-1 run stands for its artifact, whose latent statistics
@@ -50,6 +50,7 @@ from ldm_scale.models.blocks import place_biases
 from ldm_scale.models.tiling import decode_raw_tiled, encode_moments_tiled
 from ldm_scale.telemetry.log import get_logger
 
+FOREIGN_FILES = ("model_index.json", "config.json")  # of a pipeline and of a single model of diffusers
 Weights = str  # raw, ema, or ema=STD: the power-function profile of that relative standard deviation
 
 
@@ -328,6 +329,12 @@ def _read_folder(path: Path, weights: Weights | None) -> Artifact | DiffusionArt
         return read_diffusers(path)
     if (path / MANIFEST).is_file():
         return _read_checkpoint(path, weights)
+    if any((path / name).is_file() for name in FOREIGN_FILES):
+        require_diffusers()
+        from ldm_scale.interchange.diffusers_import import read_foreign_diffusers
+
+        get_logger().info(f"reading {path}, a folder in diffusers' layout that another program wrote")
+        return read_foreign_diffusers(path)
     return _read_run(path, weights)
 
 

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import fields
 from typing import Literal
 
 from ldm_scale.engine.lazy_tensors import num_elements
 from ldm_scale.interchange.artifact import Artifact, DiffusionArtifact
+from ldm_scale.interchange.diffusers_layout import Layout, kinds_of, layout_of
 from ldm_scale.models.autoencoder import LatentStatistics
 
 Target = Literal["diffusers", "compvis", "safetensors"]
@@ -16,7 +16,42 @@ _DIFFUSERS_PIPELINE = """\
 from diffusers import DiffusionPipeline
 
 pipeline = DiffusionPipeline.from_pretrained("path/of/this/folder")
-image = pipeline("a caption", num_inference_steps={num_steps}, guidance_scale={guidance_scale}).images[0]
+image = pipeline({given}).images[0]
+"""
+_DIFFUSERS_PARTS = """\
+from diffusers import {classes}
+
+folder = "path/of/this/folder"
+{lines}
+"""
+# What a pipeline is called with.
+_CALLS = {
+    "StableDiffusionPipeline": '"a caption", {steps}, {guidance}',
+    "StableDiffusionInpaintPipeline": '"a caption", image=picture, mask_image=hole, strength=1.0, {steps}, {guidance}',
+    "LDMTextToImagePipeline": '"a caption", {steps}, {guidance}',
+    "LDMPipeline": "{steps}",
+    "LDMSuperResolutionPipeline": "small, {steps}, eta=0.0",
+    "DDIMPipeline": "{steps}",
+}
+# Kind of conditioning -> what the UNet takes of it, in models without a pipeline.
+_INPUTS = {
+    "text": "context: the last hidden state of {text_encoder}/ for the tokens of tokenizer/",
+    "frozen_text": "context: the {layer} layer of the text tower of OpenCLIP's {model} ({weights}), after the last "
+    "norm",
+    "classes": "context: one token, the class's row of conditioner.classes.embedding.weight in conditioner/; the last "
+    "row stands for no class",
+    "layout": "context: of boxes, which only ldm-scale computes, with conditioner.layout.* in conditioner/",
+    "semantic_map": "{channels} channels: of the map, which only ldm-scale computes, with conditioner.semantic_map.* "
+    "in conditioner/",
+    "low_resolution": "3 channels: the small picture in [-1, 1], enlarged to the latents' size by bicubic where it has "
+    "another",
+    "inpainting": "{masked} channels: latents (modes) of the picture, grey in the hole; 1 channel: 1 where any pixel "
+    "of a latent lies in the hole, 0 elsewhere",
+}
+_INPAINTING = """\
+The pipeline encodes the picture around the hole by a sample of its posterior, ours by the mode, and reduces the hole by
+nearest neighbours, ours by the maximum: give it holes of whole latents, and `masked_image_latents` where it matters.
+Ours sets known pixels back afterwards.
 """
 _DIFFUSERS_AUTOENCODER = """\
 from diffusers import {model_class}
@@ -97,15 +132,21 @@ def model_card(artifact: Artifact | DiffusionArtifact, target: Target, differenc
         "\n".join(f"- {name}: {value}" for name, value in facts.items()),
         f"```python\n{_usage(artifact, target)}```",
     ]
-    if target == "diffusers" and isinstance(artifact, DiffusionArtifact) and _has_byte_pairs(artifact):
-        sections.append(_CAPTIONS.rstrip())
+    if target == "diffusers" and isinstance(artifact, DiffusionArtifact):
+        layout = layout_of(artifact)
+        if layout.pipeline is None:
+            sections.append(_inputs(artifact, layout))
+        elif layout.swaps_mask:
+            sections.append(_INPAINTING.rstrip())
+        if _has_byte_pairs(artifact):
+            sections.append(_CAPTIONS.rstrip())
     sections += ["## Checked before publication", _checks(differences, target)]
     return "\n\n".join(sections) + "\n"
 
 
 def _has_byte_pairs(artifact: DiffusionArtifact) -> bool:
     text = artifact.conditioning.text
-    return text is not None and text.tokenizer == "clip"
+    return artifact.conditioning.frozen_text is not None or (text is not None and text.tokenizer == "clip")
 
 
 def _normalization(statistics: LatentStatistics, target: Target) -> str:
@@ -125,19 +166,47 @@ def _usage(artifact: Artifact | DiffusionArtifact, target: Target) -> str:
             return _OWN_AUTOENCODER
         return _DIFFUSERS_AUTOENCODER.format(model_class="VQModel" if artifact.config.kind == "vq" else "AutoencoderKL")
     if target == "safetensors":
-        conditioning = artifact.conditioning
-        kinds = [field.name for field in fields(conditioning) if getattr(conditioning, field.name) is not None]
-        return _OWN_DIFFUSION.format(given=", ".join(_GIVEN[kind] for kind in kinds))
-    sampling = artifact.sampling
-    return _DIFFUSERS_PIPELINE.format(num_steps=sampling.num_steps, guidance_scale=sampling.guidance_scale)
+        return _OWN_DIFFUSION.format(given=", ".join(_GIVEN[kind] for kind in kinds_of(artifact.conditioning)))
+    layout, sampling = layout_of(artifact), artifact.sampling
+    if layout.pipeline is None:
+        return _parts(artifact, layout)
+    steps, guidance = f"num_inference_steps={sampling.num_steps}", f"guidance_scale={sampling.guidance_scale}"
+    return _DIFFUSERS_PIPELINE.format(given=_CALLS[layout.pipeline.name].format(steps=steps, guidance=guidance))
+
+
+def _parts(artifact: DiffusionArtifact, layout: Layout) -> str:
+    scheduler = "EDMEulerScheduler" if artifact.diffusion.prediction == "edm" else "DDIMScheduler"
+    unet = "UNet2DModel" if artifact.unet.attention == "self" else "UNet2DConditionModel"
+    parts = {"unet": ("unet", unet), "scheduler": ("scheduler", scheduler)}
+    if layout.autoencoder is not None:
+        model = "VQModel" if artifact.autoencoder.config.kind == "vq" else "AutoencoderKL"
+        parts["autoencoder"] = (layout.autoencoder, model)
+    lines = [f'{name} = {model}.from_pretrained(folder, subfolder="{at}")' for name, (at, model) in parts.items()]
+    return _DIFFUSERS_PARTS.format(classes=", ".join(sorted(m for _, m in parts.values())), lines="\n".join(lines))
+
+
+def _inputs(artifact: DiffusionArtifact, layout: Layout) -> str:
+    """What a program without a pipeline must know to call the parts."""
+    conditioning = artifact.conditioning
+    channels = artifact.autoencoder.config.latent_channels
+    rows = [f"- {channels} channels: latents, noised"]
+    for kind in kinds_of(conditioning):
+        section = getattr(conditioning, kind)
+        values = {name: getattr(section, name, "") for name in ("layer", "model", "weights", "channels")}
+        rows.append("- " + _INPUTS[kind].format(**values, text_encoder=layout.text_encoder, masked=channels))
+    return (
+        f"There is no model_index.json, since no pipeline computes the same: {layout.reason}. The UNet's input, in "
+        "this order, and its `encoder_hidden_states`:\n\n" + "\n".join(rows)
+    )
 
 
 def _checks(differences: Mapping[str, float], target: Target) -> str:
     if not differences:
         return "The folder was read back; names, shapes and values of all tensors are those that were written."
+    schedule = ", and a scheduler visits the noise levels of the original's sampler" if target == "diffusers" else ""
     rows = "\n".join(f"| {part} | {difference:.1e} |" for part, difference in differences.items())
     return (
-        f"The folder was read back{_READERS[target]}. All tensors are those that were written; the outputs "
+        f"The folder was read back{_READERS[target]}. All tensors are those that were written{schedule}. The outputs "
         "on fixed inputs, in float32, differ from the original model's by\n\n"
         f"| part | difference / norm |\n|---|---|\n{rows}"
     )

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ldm_scale.config.schema import AutoencoderConfig, TextConditioningConfig, UNetConfig
-from ldm_scale.engine.lazy_tensors import LazyTensors, joined, parts_of
+from ldm_scale.engine.lazy_tensors import LazyTensors, joined, parts_of, renamed
 from ldm_scale.errors import CheckpointError
 from ldm_scale.interchange.safetensors_io import describe_difference
 
@@ -239,3 +239,19 @@ def _tensor_names(modules: NameMap) -> NameMap:
     for name in [name for name in names if name.endswith(".conv1.bias")]:
         names[name.removesuffix("conv1.bias") + "norm2.channel_bias"] = names.pop(name)
     return names
+
+
+# Modules of attention as diffusers named them before 0.15; published weights keep those names.
+_OLD_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
+
+
+def modern_attention_names(theirs: Mapping[str, Tensor]) -> LazyTensors:
+    """Tensors of a model of diffusers under the names of today."""
+
+    def rename(name: str) -> str:
+        module, _, leaf = name.rpartition(".")
+        parent, _, last = module.rpartition(".")
+        is_old = last in _OLD_ATTENTION and ".attentions." in name
+        return f"{parent}.{_OLD_ATTENTION[last]}.{leaf}" if is_old else name
+
+    return renamed(theirs, rename)

@@ -10,12 +10,11 @@ Tokenizers go with either: `CLIPTokenizer`, or for WordPiece `BertTokenizer` on 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers.pipelines.latent_diffusion.pipeline_latent_diffusion import LDMBertConfig, LDMBertModel
+from diffusers.pipelines.latent_diffusion import pipeline_latent_diffusion
 from torch import Tensor, nn
 from transformers import BertTokenizer, CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
@@ -23,14 +22,14 @@ from ldm_scale.conditioning.tokenizers import build_tokenizer, copy_vocabulary
 from ldm_scale.config.schema import TextConditioningConfig
 from ldm_scale.engine.lazy_tensors import LazyTensors, renamed
 from ldm_scale.errors import CheckpointError
-from ldm_scale.interchange.artifact import VOCABULARY, Artifact
+from ldm_scale.interchange.artifact import VOCABULARY
 from ldm_scale.interchange.clip_tokenizer import VOCABULARY_SIZE, write_clip_tokenizer
 from ldm_scale.interchange.name_maps import text_encoder_names, translate
 from ldm_scale.interchange.safetensors_io import write_json, write_tensors
 
 # diffusers and transformers ship no types for these constructors.
-_LDMBertConfig: Any = LDMBertConfig
-_LDMBertModel: Any = LDMBertModel
+LDMBertConfig: Any = pipeline_latent_diffusion.LDMBertConfig
+LDMBertModel: Any = pipeline_latent_diffusion.LDMBertModel
 
 TEXT_WEIGHTS = "model.safetensors"
 CLIP_PREFIX = "text_model."
@@ -38,49 +37,14 @@ CLIP_PREFIX = "text_model."
 _UNUSED = "to_logits."
 
 
-@dataclass(frozen=True)
-class Pipeline:
-    """A text-to-image pipeline of diffusers, and what it calls its parts."""
-
-    name: str
-    autoencoder: str
-    text_encoder: str
-    text_library: str  # where model_index.json says that the text encoder's class is
-    text_model: Any  # class
-
-    def require(self, text: TextConditioningConfig, autoencoder: Artifact) -> None:
-        """Nothing, if the pipeline can tokenise for and decode with the model's parts.
-
-        Raises: CheckpointError for the part that it cannot use.
-        """
-        if autoencoder.statistics.shift != 0.0:
-            raise CheckpointError(
-                f"latent_statistics.shift={autoencoder.statistics.shift}: {self.name} only scales latents and "
-                "would decode shifted ones wrongly; export with --to safetensors"
-            )
-        if self.text_model is CLIPTextModel:
-            if autoencoder.config.kind == "vq":
-                raise CheckpointError(
-                    f"autoencoder.kind=vq: {self.name} hands its decoder a generator, which VQModel does not take; "
-                    "export with --to safetensors, or the autoencoder alone"
-                )
-            return
-        for key, found, fixed in (
-            ("conditioning.text.max_tokens", text.max_tokens, 77),
-            ("the autoencoder's f", autoencoder.config.downsampling_factor, 8),
-        ):
-            if found != fixed:
-                raise CheckpointError(
-                    f"{key}={found}: {self.name}, the one pipeline with an LDMBertModel, fixes it at {fixed}; export "
-                    "with --to safetensors"
-                )
+def text_model_class(text: TextConditioningConfig) -> Any:
+    """The class of an exported text encoder."""
+    return CLIPTextModel if text.encoder == "clip" else LDMBertModel
 
 
-def pipeline_of(text: TextConditioningConfig) -> Pipeline:
-    """The pipeline for models with such a text encoder."""
-    if text.encoder == "clip":
-        return Pipeline("StableDiffusionPipeline", "vae", "text_encoder", "transformers", CLIPTextModel)
-    return Pipeline("LDMTextToImagePipeline", "vqvae", "bert", "latent_diffusion", LDMBertModel)
+def text_library(text: TextConditioningConfig) -> str:
+    """Where a pipeline's index says that this class is."""
+    return "transformers" if text.encoder == "clip" else "latent_diffusion"
 
 
 def tokenizer_class(text: TextConditioningConfig) -> Any:
@@ -126,7 +90,7 @@ def text_model_config(text: TextConditioningConfig) -> Any:
             pad_token_id=tokenizer.padding,
             architectures=["CLIPTextModel"],
         )
-    return _LDMBertConfig(
+    return LDMBertConfig(
         vocab_size=text.vocab_size,
         max_position_embeddings=text.max_tokens,
         encoder_layers=text.depth,
@@ -145,7 +109,7 @@ def fill_text_encoder(folder: Path, text: TextConditioningConfig, state: Mapping
     """Nothing; the existing `folder` holds the model with the tensors `state` of a `TextCondition`."""
     config = text_model_config(text)
     with torch.device("meta"):
-        model: nn.Module = CLIPTextModel(config) if text.encoder == "clip" else _LDMBertModel(config)
+        model: nn.Module = CLIPTextModel(config) if text.encoder == "clip" else LDMBertModel(config)
     target = published(model.state_dict(), type(model))
     tensors = translate(state, text_encoder_names(text), target, "the text encoder")
     # Opening a file without them would report them as missing and draw random ones.

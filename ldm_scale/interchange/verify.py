@@ -13,29 +13,40 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from diffusers import UNet2DConditionModel
 from torch import Tensor, nn
 
+from ldm_scale.conditioning.frozen_text import FrozenTextEncoder
 from ldm_scale.conditioning.text import TextCondition
 from ldm_scale.conditioning.tokenizers import build_tokenizer
-from ldm_scale.config.schema import TextConditioningConfig
+from ldm_scale.config.schema import FrozenTextConditioningConfig, TextConditioningConfig
 from ldm_scale.engine.lazy_tensors import LazyTensors, deferred
 from ldm_scale.errors import CheckpointError
 from ldm_scale.interchange.artifact import Artifact, DiffusionArtifact
-from ldm_scale.interchange.diffusers import conditioner_state, require_text_alone, unet_state
+from ldm_scale.interchange.diffusers import (
+    CONDITIONER_WEIGHTS,
+    exported_unet_state,
+    other_state,
+    text_part,
+    unet_inputs,
+    unet_state,
+)
 from ldm_scale.interchange.diffusers_autoencoder import autoencoder_class
+from ldm_scale.interchange.diffusers_layout import CONDITIONER, Layout, layout_of
+from ldm_scale.interchange.diffusers_scheduler import require_our_schedule
+from ldm_scale.interchange.diffusers_unet import unet_class
 from ldm_scale.interchange.folding import fold
 from ldm_scale.interchange.name_maps import NameMap, autoencoder_names, text_encoder_names, translate, unet_names
-from ldm_scale.interchange.safetensors_io import passing
-from ldm_scale.interchange.text_encoder import loadable, pipeline_of, published, tokenizer_class
-from ldm_scale.models.autoencoder import LatentStatistics
+from ldm_scale.interchange.safetensors_io import passing, read_tensors, tensors_sha256
+from ldm_scale.interchange.text_encoder import loadable, published, text_model_class, tokenizer_class
 from ldm_scale.models.build import build_autoencoder, build_unet
 
 TOLERANCE = 1e-4  # of the outputs' relative difference, in float32
 ZERO_REPLACEMENT_STD = 0.02
+_CONTEXT_TOKENS = 7
 CAPTIONS = ("", "a red apple on a white plate", "Grinning Face", "flag: Cote d'Ivoire, 3 stars")
 
 ModuleT = TypeVar("ModuleT", bound=nn.Module)
+Exported = Callable[[Mapping[str, Tensor]], Mapping[str, Tensor]]
 
 
 def measure_differences(folder: Path, artifact: Artifact | DiffusionArtifact) -> dict[str, float]:
@@ -47,12 +58,7 @@ def measure_differences(folder: Path, artifact: Artifact | DiffusionArtifact) ->
         if isinstance(artifact, Artifact):
             differences = _compare_autoencoder(folder, artifact)
         else:
-            text = require_text_alone(artifact.conditioning)
-            pipeline = pipeline_of(text)
-            _compare_tokens(folder / "tokenizer", text)
-            differences = _compare_autoencoder(folder / pipeline.autoencoder, artifact.autoencoder)
-            differences |= _compare_text_encoder(folder / pipeline.text_encoder, text, artifact)
-            differences |= _compare_unet(folder / "unet", artifact)
+            differences = _compare_diffusion(folder, artifact)
     for part, difference in differences.items():
         # Written so that a NaN fails too.
         if not difference <= TOLERANCE:
@@ -85,14 +91,15 @@ def fill_theirs(
     state: Mapping[str, Tensor],
     full: Mapping[str, Tensor],
     names: NameMap,
-    statistics: LatentStatistics | None = None,
+    exported: Exported | None = None,
 ) -> None:
     """Nothing; the network, as it was opened, holds `state`, and from now on `full`, which is `filled(state)`.
 
-    Theirs holds it with the latent statistics folded in, where an export folds them.
+    Theirs holds them as `exported` changes them: with latent statistics folded in, for example.
     Raises: CheckpointError if what was opened is not exactly what was to be written.
     """
-    own, tensors = theirs.state_dict(), _translated_for(theirs, _folded(state, statistics), names)
+    change = exported or _unchanged
+    own, tensors = theirs.state_dict(), _translated_for(theirs, change(state), names)
     for name, tensor in passing(tensors, f"comparing {type(theirs).__name__}"):
         if not torch.equal(own[name], tensor):
             raise CheckpointError(
@@ -100,13 +107,13 @@ def fill_theirs(
                 "written; is the disk sound?"
             )
     if full is not state:
-        for name, tensor in _translated_for(theirs, _folded(full, statistics), names).items():
+        for name, tensor in _translated_for(theirs, change(full), names).items():
             if not torch.equal(own[name], tensor):
                 own[name].copy_(tensor)
 
 
-def _folded(state: Mapping[str, Tensor], statistics: LatentStatistics | None) -> Mapping[str, Tensor]:
-    return state if statistics is None else fold(state, statistics)
+def _unchanged(state: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+    return state
 
 
 def _differences(theirs: Mapping[str, Tensor], ours: Mapping[str, Tensor]) -> dict[str, float]:
@@ -143,7 +150,8 @@ def _their_autoencoder(
 ) -> dict[str, Tensor]:
     """Outputs by part, for these pixels and latents."""
     theirs = _open(autoencoder_class(artifact.config), folder)
-    fill_theirs(theirs, artifact.state, full, autoencoder_names(artifact.config), artifact.statistics)
+    names = autoencoder_names(artifact.config)
+    fill_theirs(theirs, artifact.state, full, names, lambda state: fold(state, artifact.statistics))
     scale = theirs.config.scaling_factor
     if artifact.config.kind == "vq":
         latents = theirs.encode(x).latents * scale
@@ -172,41 +180,79 @@ def _our_autoencoder(artifact: Artifact, full: Mapping[str, Tensor], x: Tensor, 
     return outputs | {"autoencoder's posterior": torch.cat([mean, logvar], dim=1)}
 
 
-def _compare_unet(folder: Path, artifact: DiffusionArtifact) -> dict[str, float]:
+def _compare_diffusion(folder: Path, artifact: DiffusionArtifact) -> dict[str, float]:
+    layout = layout_of(artifact)
+    text, text_state = text_part(artifact, layout)
+    frozen = artifact.conditioning.frozen_text
+    differences: dict[str, float] = {}
+    if layout.autoencoder is not None:
+        differences |= _compare_autoencoder(folder / layout.autoencoder, artifact.autoencoder)
+    if text is not None and layout.text_encoder is not None:
+        _compare_tokens(folder / "tokenizer", text)
+        differences |= _compare_text_encoder(folder / layout.text_encoder, text, text_state)
+        if frozen is not None:
+            differences |= _compare_tower(folder, layout.text_encoder, text, frozen)
+    differences |= _compare_unet(folder / "unet", artifact, layout)
+    require_our_schedule(folder / "scheduler", artifact.diffusion)
+    others = other_state(artifact.state)
+    if others and tensors_sha256(read_tensors(folder / CONDITIONER / CONDITIONER_WEIGHTS)) != tensors_sha256(others):
+        raise CheckpointError(
+            f"{folder / CONDITIONER} is read back with other values than were written; is the disk sound?"
+        )
+    return differences
+
+
+def _compare_unet(folder: Path, artifact: DiffusionArtifact, layout: Layout) -> dict[str, float]:
     state, channels = unet_state(artifact.state), artifact.autoencoder.config.latent_channels
-    text, full = require_text_alone(artifact.conditioning), filled(state)
+    full = filled(state)
+    spatial_channels, width = unet_inputs(artifact)
     smallest = 2 ** (len(artifact.unet.channel_multipliers) - 1)
-    z = _noise(2, channels, 2 * smallest, 3 * smallest)
+    x = _noise(2, channels + spatial_channels, 2 * smallest, 3 * smallest)
     t = torch.tensor([1, artifact.diffusion.num_timesteps - 1])
-    context = _noise(2, text.max_tokens, text.width)
+    context = () if width is None else (_noise(2, _CONTEXT_TOKENS, width),)
 
     def theirs() -> Tensor:
-        network = _open(UNet2DConditionModel, folder)
-        fill_theirs(network, state, full, unet_names(artifact.unet))
-        return network(z, t, context).sample  # type: ignore[no-any-return]
+        network = _open(unet_class(artifact.unet), folder)
+        names = unet_names(artifact.unet)
+        fill_theirs(network, state, full, names, lambda tensors: exported_unet_state(tensors, artifact, layout))
+        return network(x, t, *context).sample  # type: ignore[no-any-return]
 
     def ours() -> Tensor:
-        network = _on_meta(lambda: build_unet(artifact.unet, channels, channels, text.width), full)
-        return network(z, t, context)  # type: ignore[no-any-return]
+        network = _on_meta(lambda: build_unet(artifact.unet, channels + spatial_channels, channels, width), full)
+        z, others = x[:, :channels], x[:, channels:]
+        if layout.swaps_mask:
+            others = torch.cat([others[:, 1:], others[:, :1]], dim=1)
+        output: Tensor = network(torch.cat([z, others], dim=1), t, *context)
+        return output
 
     return _differences({"UNet": theirs()}, {"UNet": ours()})
 
 
-def _compare_text_encoder(folder: Path, text: TextConditioningConfig, artifact: DiffusionArtifact) -> dict[str, float]:
-    state = conditioner_state(artifact.state)
+def _compare_text_encoder(folder: Path, text: TextConditioningConfig, state: Mapping[str, Tensor]) -> dict[str, float]:
     full = filled(state)
     tokens, _ = build_tokenizer(text)(CAPTIONS, text.max_tokens)
 
     def theirs() -> Tensor:
-        network = _open(pipeline_of(text).text_model, folder)
+        network = _open(text_model_class(text), folder)
         fill_theirs(network, state, full, text_encoder_names(text))
         return network(tokens)[0]  # type: ignore[no-any-return]
 
     def ours() -> Tensor:
         network = _on_meta(lambda: TextCondition(text), full)
-        return network(network.tokens(CAPTIONS), (1, 1))  # type: ignore[no-any-return]
+        context: Tensor = network(network.tokens(CAPTIONS), (1, 1))
+        return context
 
     return _differences({"text encoder": theirs()}, {"text encoder": ours()})
+
+
+def _compare_tower(
+    folder: Path, part: str, text: TextConditioningConfig, frozen: FrozenTextConditioningConfig
+) -> dict[str, float]:
+    """Contexts of captions from their tokenizer and text encoder, and from OpenCLIP's."""
+    tokenizer: Any = tokenizer_class(text).from_pretrained(folder / "tokenizer")
+    tokens = tokenizer(list(CAPTIONS), padding="max_length", truncation=True, return_tensors="pt").input_ids
+    theirs = _open(text_model_class(text), folder / part)(tokens)[0]
+    return {"text encoder, to OpenCLIP": relative_difference(theirs, FrozenTextEncoder(frozen)(CAPTIONS))}
 
 
 def _compare_tokens(folder: Path, text: TextConditioningConfig) -> None:

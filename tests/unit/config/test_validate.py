@@ -70,6 +70,10 @@ AUTOENCODER = ("experiment=demo_autoencoder", "data.manifest=m.json")
             "conditioning.text.padding=zero: tokenizer=wordpiece has a token of its own",
         ),
         (["conditioning.text.tokenizer=wordpiece"], "conditioning.text.vocabulary=null: conditioning.text.tokenizer=w"),
+        (
+            ["conditioning.text.tokenizer=wordpiece", "conditioning.text.padding=zero"],
+            "tokenizer=wordpiece has a token of its own",
+        ),
         (["conditioning.classes.width=64"], "conditioning.text.width=128, conditioning.classes.width=64: the tokens"),
         (["conditioning.layout.num_classes=8192"], "set conditioning.layout.num_tokens to at least 8193"),
         (["conditioning.layout.num_classes=3", "conditioning.layout.num_tokens=4"], "must be at least 5, for a grid"),

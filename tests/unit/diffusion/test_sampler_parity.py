@@ -27,7 +27,7 @@ from torch import Tensor
 from ldm_scale.diffusion.process import CLEAN, Level, Process
 from ldm_scale.diffusion.sampler import ImageNoise, sample
 from ldm_scale.diffusion.schedule import alphas_cumprod, sampling_timesteps
-from ldm_scale.interchange.diffusers import make_scheduler
+from ldm_scale.interchange.diffusers_scheduler import make_scheduler
 from tests.helpers.processes import process_of, toy_denoiser
 
 # diffusers ships no types for its constructors.

@@ -19,8 +19,9 @@ from ldm_scale.interchange.artifact import (
     make_artifact,
     make_diffusion_artifact,
 )
-from ldm_scale.interchange.diffusers import fill_diffusers_folder, make_scheduler
+from ldm_scale.interchange.diffusers import fill_diffusers_folder
 from ldm_scale.interchange.diffusers_autoencoder import empty_autoencoder
+from ldm_scale.interchange.diffusers_scheduler import make_scheduler
 from ldm_scale.interchange.diffusers_unet import empty_unet
 from ldm_scale.interchange.name_maps import autoencoder_names, restore, translate, unet_names
 from ldm_scale.interchange.text_encoder import text_model_config

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ldm_scale.diffusion.guidance import Denoiser, classifier_free_guidance
 from ldm_scale.diffusion.sampler import ImageNoise, sample
-from ldm_scale.interchange.diffusers import make_scheduler
+from ldm_scale.interchange.diffusers_scheduler import make_scheduler
 from tests.helpers.processes import process_of
 
 # diffusers ships no types for its constructors.

@@ -1,0 +1,137 @@
+"""Configurations of diffusers' models and schedulers as any version wrote them, with the defaults filled in.
+
+An import goes by one rule: from their configuration ours is derived, from ours the model of diffusers that an export
+would write, and the two configurations must agree in every key. So a switch that our networks do not have is refused by
+its name, also one that this program has never heard of.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ldm_scale.errors import CheckpointError, ConfigError
+from ldm_scale.interchange.safetensors_io import describe_difference, read_json
+from ldm_scale.telemetry.log import get_logger
+
+CONFIG = "config.json"
+Plain = dict[str, Any]
+
+
+def read_class_config(path: Path) -> Plain:
+    """The configuration in a file that names the class that it is of.
+
+    Raises: CheckpointError if it is none.
+    """
+    config = read_json(path)
+    if not isinstance(config.get("_class_name"), str):
+        raise CheckpointError(f"{path} has no _class_name: it is no configuration of diffusers; give the folder of one")
+    return config
+
+
+def filled(instance: Any, given: Mapping[str, Any], path: Path) -> Plain:
+    """What a model or scheduler of diffusers was built from, defaults included; says once what it does not know."""
+    config = {key: value for key, value in instance.config.items() if not key.startswith("_")}
+    unknown = {k: v for k, v in given.items() if not k.startswith("_") and k not in config and v not in (None, False)}
+    if unknown:
+        listed = ", ".join(f"{key}={value!r}" for key, value in sorted(unknown.items()))
+        get_logger().warning(f"{path}: {listed}: unknown to this version of diffusers, which leaves it out")
+    return config
+
+
+def empty_model(model_class: Any, folder: Path) -> tuple[Plain, nn.Module]:
+    """Configuration and model of `folder` as diffusers builds it, without memory behind its weights.
+
+    Raises: CheckpointError if diffusers cannot.
+    """
+    path = folder / CONFIG
+    given = read_json(path)
+    try:
+        with torch.device("meta"):
+            model = model_class.from_config(given)
+    except (ValueError, TypeError, KeyError, IndexError, AttributeError, NotImplementedError) as error:
+        raise CheckpointError(
+            f"{path}: diffusers cannot build this {model_class.__name__} ({str(error).splitlines()[0][:200]}); is it "
+            "of another version?"
+        ) from error
+    return filled(model, given, path), model
+
+
+def require_same(
+    path: Path, theirs: Plain, held: Plain, normal: Callable[[Plain], Plain], free: frozenset[str]
+) -> None:
+    """Nothing, if two configurations of one class describe the same function; keys in `free` change none.
+
+    Raises: CheckpointError that names the first key in which they differ.
+    """
+    given, computed = normal(theirs), normal(held)
+    for key in sorted((given.keys() | computed.keys()) - free):
+        if not key.startswith("_") and given.get(key) != computed.get(key):
+            raise CheckpointError(
+                f"{path}: {key}={_shown(theirs.get(key))}: the networks here compute what {key}="
+                f"{_shown(held.get(key))} says, and have no such option; this model cannot be imported"
+            )
+
+
+def require_tensors(path: Path, theirs: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> None:
+    """Nothing, if the weights in a folder are those of its configuration.
+
+    Raises: CheckpointError that names the tensors that are missing, not expected or of another shape.
+    """
+    difference = describe_difference(expected, theirs)
+    if difference:
+        raise CheckpointError(f"the weights in {path.parent} are not those of {path.name}: {difference}")
+
+
+def required_int(path: Path, config: Plain, key: str) -> int:
+    """A whole number of a configuration; of one for each level, the one that they share.
+
+    Raises: CheckpointError if it is something else.
+    """
+    value = config.get(key)
+    if isinstance(value, list | tuple) and len(set(value)) == 1:
+        value = value[0]
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise CheckpointError(
+            f"{path}: {key}={_shown(config.get(key))}: the networks here have one positive number for all levels; this "
+            "model cannot be imported"
+        )
+    return value
+
+
+def multipliers(path: Path, config: Plain) -> tuple[int, tuple[int, ...]]:
+    """Base width and the levels' multiples of it.
+
+    Raises: CheckpointError if there is none.
+    """
+    widths = config.get("block_out_channels")
+    if not widths or any(not isinstance(width, int) or width % widths[0] for width in widths):
+        raise CheckpointError(
+            f"{path}: block_out_channels={_shown(widths)}: levels here are whole multiples of the first one's width; "
+            "this model cannot be imported"
+        )
+    return widths[0], tuple(width // widths[0] for width in widths)
+
+
+def checked(path: Path, check: Callable[[], object]) -> None:
+    """Nothing, if `check` of a configuration of ours passes.
+
+    Raises: CheckpointError that names the file.
+    """
+    try:
+        check()
+    except ConfigError as error:
+        raise CheckpointError(f"{path} describes a model that cannot be built here: {error}") from error
+
+
+def tuples(config: Plain) -> Plain:
+    """The configuration with its lists as tuples: files have the one, constructors the other."""
+    return {key: tuple(value) if isinstance(value, list) else value for key, value in config.items()}
+
+
+def _shown(value: object) -> str:
+    return repr(list(value) if isinstance(value, tuple) else value)
