@@ -4,8 +4,8 @@ A diffusion model with random weights becomes an artifact, and from it a checkpo
 conversion is a fresh process: it converts a tiny model first, so that libraries are loaded and warm, sets the kernel's
 high-water mark of resident memory back, and converts the large one. The figure is how far the mark rose over what was
 resident before, in bytes of the model (fp32, autoencoder and text encoder included). The mark counts everything that
-is mapped and touched, pages of mapped files too, which the system could take back; what it holds of files beside that
-(the page cache) is not the process's.
+is mapped and touched, pages of mapped files too, which the system could take back; what the system holds of files
+beside that (the page cache) is not the process's. glibc is told to give back what is freed, as in benchmarks.memory.
 
     OMP_NUM_THREADS=1 python -m benchmarks.convert_memory [--case 1b] [--step artifact:diffusers] [--folder DIR]
 """
@@ -13,7 +13,6 @@ is mapped and touched, pages of mapped files too, which the system could take ba
 from __future__ import annotations
 
 import argparse
-import ctypes
 import json
 import os
 import shutil
@@ -81,12 +80,14 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--step", choices=STEPS, action="append", help="a conversion, in this order; default: all")
     parser.add_argument("--folder", type=Path, help="where files lie, on the disk that is meant; 4 times the model")
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the JSON file")
-    parser.add_argument("--one", nargs=3, metavar=("FOLDER", "CASE", "STEP"), help=argparse.SUPPRESS)
+    parser.add_argument("--one", nargs="+", metavar=("FOLDER", "CASE STEP"), help=argparse.SUPPRESS)
     parser.add_argument("--make", nargs=2, metavar=("FOLDER", "CASE"), help=argparse.SUPPRESS)
     parser.add_argument("--rank-of", nargs=2, metavar=("FOLDER", "CASE"), help=argparse.SUPPRESS)
     arguments = parser.parse_args(argv)
     if arguments.one:
-        print(MARK + json.dumps(convert(Path(arguments.one[0]), *arguments.one[1:])))
+        folder, case, *steps = arguments.one
+        for step in steps:
+            print(MARK + json.dumps({"step": step} | convert(Path(folder), case, step)))
     elif arguments.make:
         make_artifact_folder(Path(arguments.make[0]), arguments.make[1])
     elif arguments.rank_of:
@@ -106,18 +107,27 @@ def measure(folder: Path, case: str, steps: Sequence[str]) -> Iterator[dict[str,
     """The model's size, and peak memory and time of the conversions so far, after each."""
     for name in (TINY, case):
         _run("benchmarks.convert_memory", "--make", str(folder), name)
-    size = sum(path.stat().st_size for path in (folder / case / ARTIFACT).rglob("*.safetensors"))
-    results = []
+    size = size_of(folder, case)
+    results: list[dict[str, Any]] = []
     for step in tqdm(steps, desc="conversions", unit="conversion"):
         if step.startswith(CHECKPOINT) and not (folder / case / FOLDERS[CHECKPOINT]).exists():
             ranks = ("torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m")
             for name in (TINY, case):
                 _run(*ranks, "benchmarks.convert_memory", "--rank-of", str(folder), name)
-        output = _run("benchmarks.convert_memory", "--one", str(folder), case, step)
-        (line,) = [line for line in output.splitlines() if line.startswith(MARK)]
-        found = json.loads(line.removeprefix(MARK))
-        results.append({"step": step, **found, "ratio": found["peak_bytes"] / size})
+        results += run_steps(folder, case, [step])
         yield {"bytes": size, "parameters": size // 4, "steps": results}
+
+
+def run_steps(folder: Path, case: str, steps: Sequence[str]) -> list[dict[str, Any]]:
+    """What conversions of a model in the folder take, one after the other in a process of their own."""
+    lines = _run("benchmarks.convert_memory", "--one", str(folder), case, *steps).splitlines()
+    found = [json.loads(line.removeprefix(MARK)) for line in lines if line.startswith(MARK)]
+    return [step | {"ratio": step["peak_bytes"] / size_of(folder, case)} for step in found]
+
+
+def size_of(folder: Path, case: str) -> int:
+    """Bytes of the model's files."""
+    return sum(path.stat().st_size for path in (folder / case / ARTIFACT).rglob("*.safetensors"))
 
 
 def make_artifact_folder(folder: Path, case: str) -> None:
@@ -176,8 +186,6 @@ def table(results: dict[str, Any]) -> str:
 def convert(folder: Path, case: str, step: str) -> dict[str, float]:
     """Bytes beyond what was resident before, and seconds, of one conversion in this process."""
     _once(folder / TINY, step)
-    # What is free and resident would be taken again without being seen.
-    ctypes.CDLL(None).malloc_trim(0)
     # 5: the mark is what is resident now.
     Path("/proc/self/clear_refs").write_text("5")
     before, begun, cpu = _status("VmRSS"), time.perf_counter(), time.process_time()
@@ -207,7 +215,9 @@ def _once(folder: Path, step: str) -> None:
 
 def _run(*module: str) -> str:
     command = [sys.executable, "-m", *module]
-    return subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True, env=os.environ).stdout
+    # Else glibc keeps what was freed, and the mark is of that, too.
+    variables = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536"}
+    return subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True, env=variables).stdout
 
 
 def _status(field: str) -> int:
