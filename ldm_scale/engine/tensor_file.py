@@ -11,7 +11,7 @@ import json
 import math
 import os
 import zlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from itertools import cycle
@@ -70,14 +70,24 @@ def write_tensors(path: Path, tensors: Sequence[Stored]) -> int:
     Raises: OSError; CheckpointError if a value does not fit the type it is to be written in.
     """
     header = file_header([Described(tensor.name, [tensor.values.numel()], tensor.dtype) for tensor in tensors])
-    return write_stream(path, header, tensors)
+    with _Checksum() as checksum:
+        write_stream(path, header, tensors, checksum.add)
+        return checksum.value
 
 
-def write_stream(path: Path, header: bytes, tensors: Iterable[Stored]) -> int:
-    """As `write_tensors`, of tensors that come one by one, in the order in which `header` has them."""
+def write_stream(
+    path: Path,
+    header: bytes,
+    tensors: Iterable[Stored],
+    passed: Callable[[bytes | memoryview], object] = lambda chunk: None,
+) -> None:
+    """As `write_tensors`, of tensors that come one by one, in the order in which `header` has them.
+
+    `passed` is given all bytes in their order.
+    """
     begun = written = 0
-    with path.open("wb") as file, _Checksum() as checksum:
-        checksum.add(header)
+    with path.open("wb") as file:
+        passed(header)
         file.write(header)
         for tensor in tensors:
             faults.reach("save.write", path)
@@ -86,7 +96,7 @@ def write_stream(path: Path, header: bytes, tensors: Iterable[Stored]) -> int:
                 if tensor.dtype == torch.float16 != part.dtype and not values.isfinite().all():
                     raise CheckpointError(f"{tensor.name} does not fit float16; set ema.snapshot_dtype=fp32")
                 chunk = memoryview(values.cpu().contiguous().view(torch.uint8).numpy())  # type: ignore[arg-type]
-                checksum.add(chunk)
+                passed(chunk)
                 file.write(chunk)
                 written += len(chunk)
                 if written - begun >= _BEGIN_BYTES:
@@ -97,7 +107,6 @@ def write_stream(path: Path, header: bytes, tensors: Iterable[Stored]) -> int:
         file.flush()
         faults.reach("save.sync", path)
         os.fsync(file.fileno())
-        return checksum.value
 
 
 def file_crc32(path: Path, from_disk: bool = False) -> int:
