@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import ClassVar, Literal
 
 import numpy as np
@@ -34,6 +34,11 @@ class Conditions:
     low_resolution: Tensor | None = None  # (B, 3, H / factor, W / factor) in [-1, 1]
     images: Tensor | None = None  # (B, 3, H, W) in [-1, 1]: what is to be inpainted
     masks: Tensor | None = None  # (B, 1, H, W): 1 where the image is to be filled, 0 where it is known
+
+    def rows(self, part: slice) -> Conditions:
+        """y of some of the images."""
+        given = {field.name: getattr(self, field.name) for field in fields(self)}
+        return Conditions(**{name: None if values is None else values[part] for name, values in given.items()})
 
 
 @dataclass(frozen=True)

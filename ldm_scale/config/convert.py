@@ -32,6 +32,19 @@ def config_to_dict(config: object) -> PlainDict:
     return {f.name: _to_plain(getattr(config, f.name)) for f in dataclasses.fields(config)}
 
 
+def flat_config(config: object) -> dict[str, Any]:
+    """As `config_to_dict`, without sections in one another: scalars, lists and None by their dotted keys."""
+    return dict(_flat(config_to_dict(config), ""))
+
+
+def _flat(values: PlainDict, prefix: str) -> Iterator[tuple[str, Any]]:
+    for name, value in values.items():
+        if isinstance(value, dict):
+            yield from _flat(value, f"{prefix}{name}.")
+        else:
+            yield prefix + name, value
+
+
 def config_from_dict(data: Mapping[str, object]) -> Config:
     """The configuration that `config_to_dict` had written, or that Hydra has composed.
 

@@ -18,6 +18,8 @@ from typing import Any
 
 import torch
 
+from ldm_scale.engine.phase_times import PhaseTimes
+
 FIRST, FORWARD, BACKWARD, REDUCE, UPDATE = "data", "forward", "backward", "reduce", "update"
 STEP = (FIRST, FORWARD, BACKWARD, REDUCE, UPDATE)
 _AFTER_FIRST = frozenset(STEP[1:])
@@ -35,6 +37,7 @@ class Phases:
         self._begun_s = self.since_s  # of the phase
         self._meets = True  # whether the ranks have met in this step
         self._events: list[Any] = []
+        self.times = PhaseTimes(STEP)
 
     def enter(self, phase: str, step: int | None = None) -> None:
         """Nothing; the phase begins. Within a step a phase that follows itself does not count."""
@@ -52,6 +55,7 @@ class Phases:
             self.step = step
         self.phase, self._begun_s = phase, now
         self.position += 1
+        self.times.enter(phase)
 
     def meet(self) -> None:
         """Nothing; the ranks are about to exchange something: from here on they wait for one another."""

@@ -42,7 +42,16 @@ def captioned_grid(
     path: Path | str,
     side_px: int = 96,
 ) -> None:
-    """Writes a PNG on white: the images with their captions below, or groups of them side by side, by name.
+    """Writes what `draw_captioned_grid` draws as a PNG."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    draw_captioned_grid(images, captions, columns, side_px).save(path, format="PNG", optimize=True)
+
+
+def draw_captioned_grid(
+    images: Tensor | Mapping[str, Tensor], captions: Sequence[str], columns: int, side_px: int = 96
+) -> Image.Image:
+    """A picture on white: the images with their captions below, or groups of them side by side, by name.
 
     Small images are enlarged without smoothing where `side_px` is a multiple of their side, so that their pixels are
     seen as they are.
@@ -72,9 +81,7 @@ def captioned_grid(
             canvas.paste(_tile(part[i], side_px), (x + place * (side_px + _GAP_PX), y))
         below = (x + cell_width / 2, y + side_px + _GAP_PX)
         draw.multiline_text(below, text, fill=_TEXT_COLOUR, font=font, anchor="ma", align="center", spacing=3)
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    canvas.save(path, format="PNG", optimize=True)
+    return canvas
 
 
 def _tile(image: Tensor, side_px: int) -> Image.Image:

@@ -235,7 +235,7 @@ def check_step(report: Report, config: Config, size: RunSize, environment: env.E
     """Clocks a small training step of the experiment against what the plan counts. Collective: all ranks."""
     matmul = speed.measure_matmul(environment.device, environment.dtype)
     name = config.experiment or "the configuration"
-    forward = speed.trained_forward_flops(size)
+    forward = size.trained_forward_flops
     batch = speed.choose_batch(config, forward, environment.world_size, matmul) if forward else 0
     needed = speed.TRAINING_BYTES * size.trained.parameters
     available = _available_bytes(environment)

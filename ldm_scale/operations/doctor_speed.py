@@ -26,15 +26,13 @@ from ldm_scale.engine.env import Environment
 from ldm_scale.models.build import build_autoencoder, build_seeded
 from ldm_scale.models.classifier import LatentClassifier
 from ldm_scale.models.fused import set_kernels
-from ldm_scale.planning.flops import RunSize
+from ldm_scale.planning.flops import STEP_FLOPS_PER_FORWARD, RunSize
 
 DISK_BYTES = 64 * 2**20
 MATMUL_S = 1.0
 STEPS, STEPS_S = 10, 20.0  # of the clock, whichever ends first
 LARGEST_STEP_S = 6.0  # expected of a step; batches are halved until it is below
 EXPECTED_SHARE = 0.25  # of the matrix products' speed that a step reaches, for that expectation
-# forward = 1, gradients of activations and of weights 1 each
-STEP_FLOPS_PER_FORWARD = 3
 # Bytes a parameter: weight, gradient, two moments, in fp32.
 TRAINING_BYTES = 16
 ALL_REDUCE_BYTES = 64 * 2**20
@@ -110,11 +108,6 @@ def choose_batch(config: Config, forward_flops: int, world_size: int, matmul_flo
     return batch
 
 
-def trained_forward_flops(size: RunSize) -> int:
-    """FLOPs of one image through what a step trains, tau_theta included."""
-    return size.trained.forward_flops + (0 if size.tau_theta is None else size.tau_theta.forward_flops)
-
-
 def measure_step(config: Config, size: RunSize, environment: Environment, batch: int) -> StepSpeed:
     """The clock of forward, backward and Adam of the trained network on noise; without losses, EMA, data or ZeRO.
 
@@ -133,7 +126,7 @@ def measure_step(config: Config, size: RunSize, environment: Environment, batch:
             batch //= 2
             torch.cuda.empty_cache()
     seconds = median(durations)
-    flops = STEP_FLOPS_PER_FORWARD * trained_forward_flops(size) * batch
+    flops = size.step_flops * batch
     return StepSpeed(batch, seconds, batch / seconds, flops / seconds, len(durations))
 
 

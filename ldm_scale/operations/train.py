@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from ldm_scale.config.convert import config_to_dict
+from ldm_scale.config.convert import flat_config
 from ldm_scale.config.fit import batch_plan, check_artifact_fits, check_posterior
 from ldm_scale.config.schema import BatchPlan, Config
 from ldm_scale.data import Dataset, LatentCache, check_moments, open_manifest, open_unindexed, require_images
@@ -83,15 +83,7 @@ def _leave() -> None:
 
 def facts_of(config: Config) -> dict[str, str]:
     """The configuration's keys and values, as texts."""
-
-    def flat(values: Mapping[str, Any], prefix: str) -> Iterator[tuple[str, str]]:
-        for key, value in values.items():
-            if isinstance(value, dict):
-                yield from flat(value, f"{prefix}{key}.")
-            else:
-                yield prefix + key, str(value)
-
-    return dict(flat(config_to_dict(config), ""))
+    return {key: str(value) for key, value in flat_config(config).items()}
 
 
 def _check_inputs(config: Config, world_size: int) -> dict[str, str]:

@@ -22,6 +22,9 @@ from ldm_scale.models.build import build_autoencoder, build_unet
 from ldm_scale.models.classifier import LatentClassifier
 from ldm_scale.models.discriminator import PatchDiscriminator
 
+# forward = 1, gradients of activations and of weights 1 each
+STEP_FLOPS_PER_FORWARD = 3
+
 
 @dataclass(frozen=True)
 class NetworkSize:
@@ -65,6 +68,19 @@ class RunSize:
             weights = _sum([self.unet, *self.conditioner.values()]).parameters
             return NetworkSize(weights, self.unet.forward_flops)
         return self.autoencoder if self.classifier is None else self.classifier
+
+    @property
+    def trained_forward_flops(self) -> int:
+        """FLOPs of one image through what a step trains, tau_theta included."""
+        return self.trained.forward_flops + (0 if self.tau_theta is None else self.tau_theta.forward_flops)
+
+    @property
+    def step_flops(self) -> int:
+        """FLOPs that training takes an image: those through what is trained, forward and backward.
+
+        Neither frozen networks and discriminators nor what activation checkpointing computes again.
+        """
+        return STEP_FLOPS_PER_FORWARD * self.trained_forward_flops
 
 
 def measure_run(config: Config) -> RunSize:

@@ -30,7 +30,9 @@ METRICS_FILE = "metrics.jsonl"
 TENSORBOARD_FOLDER = "tensorboard"
 RETRY_S = 30.0  # between two attempts to begin an event file
 ROOM_BYTES = 1 << 20  # that the disk must have for one: a few pictures
+CAPTIONS = "captions"
 _RESERVED = ("images", "time")
+_Adding = Callable[["SummaryWriter"], None]
 
 
 @dataclass(frozen=True)
@@ -58,7 +60,7 @@ class ScalarWriter:
         self._folder = Path(run_dir) / TENSORBOARD_FOLDER
         self._enabled = enabled
         self._events: SummaryWriter | None = None
-        self._layouts: list[dict[str, Any]] = []  # charts, for every event file
+        self._preludes: list[_Adding] = []  # what every event file begins with: charts, the configuration
         self._images = self._sure_images = resume_images or 0  # seen last; up to which TensorBoard has everything
         self._is_refused = False
         self._retry_s = 0.0
@@ -91,9 +93,15 @@ class ScalarWriter:
 
         self._to_events(add, images_seen)
 
-    def add_image_grid(self, name: str, images: Tensor, images_seen: int, columns: int = 8) -> None:
-        """Adds one picture made of `images` (N, 3, H, W) in [-1, 1], row by row."""
-        self._to_events(lambda events: events.add_image(name, image_grid(images, columns), images_seen), images_seen)
+    def add_picture(self, name: str, picture: Tensor, images_seen: int, captions: Sequence[str] = ()) -> None:
+        """Adds a picture (3, H, W) in bytes, and what its parts are called as a text, `name`/captions, one a line."""
+
+        def add(events: SummaryWriter) -> None:
+            events.add_image(name, picture, images_seen)
+            if any(captions):
+                events.add_text(f"{name}/{CAPTIONS}", caption_list(captions), images_seen)
+
+        self._to_events(add, images_seen)
 
     def add_curves(self, name: str, curves: Curves, images_seen: int) -> None:
         """Adds one picture of lines."""
@@ -107,8 +115,25 @@ class ScalarWriter:
         """Lays scalars over each other in TensorBoard's page of custom scalars: the title of a chart, and its tags."""
         if charts:
             layout = {category: {title: ["Multiline", list(tags)] for title, tags in charts.items()}}
-            self._to_events(lambda events: events.add_custom_scalars(layout), self._images)
-            self._layouts.append(layout)
+            self._begin_with(lambda events: events.add_custom_scalars(layout))
+
+    def add_configuration(self, values: Mapping[str, Any], figures: Sequence[str]) -> None:
+        """Tells TensorBoard the configuration, by dotted keys: as hyper-parameters, and as a table among the texts.
+
+        `figures` are the names of scalars by which its page of hyper-parameters compares runs.
+        """
+
+        def add(events: SummaryWriter) -> None:
+            from torch.utils.tensorboard.summary import hparams
+
+            plain = {key: v if isinstance(v, bool | int | float) else str(v) for key, v in values.items()}
+            # What these are and that a run with them has begun; the third summary says that it has ended.
+            for summary in hparams(plain, dict.fromkeys(figures, 0.0))[:2]:  # type: ignore[no-untyped-call]
+                events._get_file_writer().add_summary(summary)  # type: ignore[no-untyped-call]
+            rows = [f"| `{key}` | `{str(value).replace('|', chr(92) + '|')}` |" for key, value in values.items()]
+            events.add_text("configuration", "\n".join(["| key | value |", "|---|---|", *rows]), self._images)
+
+        self._begin_with(add)
 
     def flush(self) -> None:
         """Puts everything on disk: before a checkpoint is published, so that it never knows more than the figures."""
@@ -135,7 +160,12 @@ class ScalarWriter:
         if not (is_ours and isinstance(failure.exc_value, OSError)):
             self._hook(failure)
 
-    def _to_events(self, add: Callable[[SummaryWriter], None], images_seen: int) -> None:
+    def _begin_with(self, add: _Adding) -> None:
+        """Nothing; this event file has what `add` adds, and so has every later one."""
+        self._to_events(add, self._images)
+        self._preludes.append(add)
+
+    def _to_events(self, add: _Adding, images_seen: int) -> None:
         """Nothing; the event file has what `add` adds, if the disk takes one: training is worth more."""
         if not self._enabled:
             return
@@ -151,13 +181,13 @@ class ScalarWriter:
             self._retry_s = time.monotonic() + RETRY_S
 
     def _begun(self) -> SummaryWriter:
-        """A new event file, which knows the charts."""
+        """A new event file, with what each begins with."""
         from torch.utils.tensorboard import SummaryWriter
 
         _require_room(self._folder)
         events = SummaryWriter(str(self._folder), purge_step=self._purge_step)
-        for layout in self._layouts:
-            events.add_custom_scalars(layout)
+        for add in self._preludes:
+            add(events)
         events.flush()
         if self._is_refused:
             get_logger().info(
@@ -190,6 +220,11 @@ class ScalarWriter:
 def read_metrics(run_dir: Path | str) -> list[dict[str, Any]]:
     """Rows of a run's metrics.jsonl, oldest first; lines that are damaged or cut short are left out."""
     return read_rows(Path(run_dir) / METRICS_FILE, lambda row: row["images"] >= 0)
+
+
+def caption_list(captions: Sequence[str]) -> str:
+    """The captions as a numbered list in Markdown, each on a line of its own."""
+    return "\n".join(f"{i}. {' '.join(caption.split())}" for i, caption in enumerate(captions, start=1))
 
 
 def image_grid(images: Tensor, columns: int = 8, gap: int = 2) -> Tensor:

@@ -22,7 +22,9 @@ from ldm_scale.interchange.artifact import write_artifact
 from ldm_scale.models.autoencoder import LatentStatistics
 from ldm_scale.models.half_precision import HalfPrecisionProbe, probe_half_precision
 from ldm_scale.models.half_precision import merge as merge_probes
+from ldm_scale.training.adversary import ACCURACY, FAKE, REAL
 from ldm_scale.training.statistics import Moments, latent_statistics, merge, require_difference
+from ldm_scale.training.task import Pictures
 
 if TYPE_CHECKING:
     from ldm_scale.training.autoencoder_step import AutoencoderTask
@@ -55,13 +57,32 @@ def validate(task: AutoencoderTask) -> dict[str, float]:
     return report
 
 
-def pictures(task: AutoencoderTask) -> dict[str, Tensor]:
-    """Held-out images, then their reconstructions. Collective: all ranks."""
+def charts(task: AutoencoderTask) -> dict[str, list[str]]:
+    """Scalars that TensorBoard shows over one another: losses, the GAN's health, use of the codes."""
+    loss = task.config.autoencoder_loss
+    regularization = {"kl": ["loss/kl"], "vq": ["loss/commitment"]}.get(task.config.autoencoder.kind, [])
+    perceptual = ["loss/perceptual"] if loss.perceptual_weight else []
+    result = {"losses": [f"loss/{loss.reconstruction}", *perceptual, *regularization]}
+    if task.adversary is not None:
+        result["adversarial losses"] = ["loss/discriminator", "loss/generator"]
+        result["logits of the discriminator"] = [REAL, FAKE]
+        result["accuracy of the discriminator"] = [ACCURACY, "discriminator/accuracy_smoothed", "discriminator/held"]
+        result["adaptive weight"] = ["adaptive_weight", "adaptive_weight_saturated"]
+    if task.codebook is not None:
+        result["use of the codebook"] = ["codebook/used_share", "codebook/alive_share"]
+        result["perplexity of the codes"] = ["codebook/perplexity"]
+    result["PSNR, dB"] = ["validation/psnr_db", "validation/bicubic_psnr_db"]
+    return result
+
+
+def pictures(task: AutoencoderTask) -> dict[str, Pictures]:
+    """Held-out images beside their reconstructions. Collective: all ranks."""
     with _evaluated_weights(task), torch.no_grad():
         batches = list(_batches(task, task.config.data.validation_split, PICTURES * task.environment.world_size))
         x = torch.cat([batch.images for batch in batches])[:PICTURES].to(task.environment.device)
         y = _reconstruct(task, x).clamp(-1, 1)
-    return {"reconstruction": torch.cat([x, y.float()]).cpu()}
+    keys = [key.rpartition("/")[2] for batch in batches for key in batch.keys]
+    return {"reconstruction": Pictures({"image": x.cpu(), "reconstruction": y.float().cpu()}, keys[: len(x)])}
 
 
 def measure_statistics(task: AutoencoderTask) -> LatentStatistics:

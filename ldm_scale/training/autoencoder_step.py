@@ -36,7 +36,7 @@ from ldm_scale.telemetry.log import get_logger
 from ldm_scale.training import autoencoder_product
 from ldm_scale.training.adversary import Adversary
 from ldm_scale.training.codebook import CodebookKeeper
-from ldm_scale.training.task import Task
+from ldm_scale.training.task import Pictures, Task
 
 conv2d_weight: Callable[..., Tensor] = grad.conv2d_weight  # torch gives it no types
 
@@ -69,6 +69,8 @@ class AdaptiveWeight(NamedTuple):
 
 class AutoencoderTask(Task):
     """Trains encoder, decoder and discriminator; leaves an autoencoder artifact."""
+
+    headline = ("loss/reconstruction", "validation/psnr_db")
 
     def __init__(self, config: Config, plan: BatchPlan, environment: Environment) -> None:
         super().__init__(config, plan, environment)
@@ -165,7 +167,11 @@ class AutoencoderTask(Task):
         """Held-out figures of the weights that the artifact would hold, beside bicubic's."""
         return autoencoder_product.validate(self)
 
-    def pictures(self) -> dict[str, Tensor]:
+    def charts(self) -> dict[str, list[str]]:
+        """Losses, the GAN's health, use of the codes."""
+        return autoencoder_product.charts(self)
+
+    def pictures(self) -> dict[str, Pictures]:
         """Held-out images beside their reconstructions."""
         return autoencoder_product.pictures(self)
 

@@ -27,6 +27,7 @@ from ldm_scale.evaluation.noise_levels import NUM_BINS, log_snr_ranges
 from ldm_scale.models.classifier import LatentClassifier
 from ldm_scale.telemetry.tensorboard import Curves
 from ldm_scale.training.latent_task import LatentTask
+from ldm_scale.training.task import Pictures
 
 VALIDATION_IMAGES = 256
 MODEL = "classifier"  # its name in checkpoints
@@ -36,6 +37,8 @@ FIGURES = ("accuracy", "loss")
 
 class ClassifierTask(LatentTask):
     """Trains a noise-conditional classifier of latents."""
+
+    headline = ("loss", "validation/accuracy/raw/mean", "validation/accuracy/ema/mean")
 
     def __init__(self, config: Config, plan: BatchPlan, environment: Environment) -> None:
         super().__init__(config, plan, environment)
@@ -112,7 +115,7 @@ class ClassifierTask(LatentTask):
             )
         }
 
-    def pictures(self) -> dict[str, Tensor]:
+    def pictures(self) -> dict[str, Pictures]:
         """Nothing to look at."""
         return {}
 

@@ -22,11 +22,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from ldm_scale.conditioning.base import Inputs
+from ldm_scale.conditioning.base import Conditions, Inputs
 from ldm_scale.conditioning.latent_diffusion import conditional_denoiser, sample_latents
 from ldm_scale.data import Batch, build_loader
 from ldm_scale.diffusion.sampler import ImageNoise
 from ldm_scale.engine.collectives import sum_over_ranks
+from ldm_scale.evaluation import shown
 from ldm_scale.evaluation.noise_levels import (
     NUM_BINS,
     Predictor,
@@ -38,6 +39,7 @@ from ldm_scale.evaluation.noise_levels import (
 )
 from ldm_scale.telemetry.tensorboard import Curves
 from ldm_scale.training.diagnosis import Figures, Finding, Gap, diagnose
+from ldm_scale.training.task import Pictures
 
 if TYPE_CHECKING:
     from ldm_scale.training.diffusion_step import DiffusionTask
@@ -161,17 +163,18 @@ def findings(
     )
 
 
-def pictures(task: DiffusionTask) -> dict[str, Tensor]:
-    """Samples of fixed conditions and seeds, raw and EMA. Collective: all ranks."""
-    inputs, count = _shown_inputs(task)
+def pictures(task: DiffusionTask) -> dict[str, Pictures]:
+    """Samples of fixed conditions and seeds beside what can be drawn of these, raw and EMA. Collective: all ranks."""
+    y, inputs, count = _shown_conditions(task)
     noise = ImageNoise(tuple(range(count)), task.latent_shape, task.environment.device)
+    beside, captions = _described(task, y, count)
     grids = {}
     for name, weights in _weights(task):
         with weights:
             z = sample_latents(task.network, task.process, inputs, noise, task.config.sampling)
         parts = torch.split(z.to(task.environment.dtype), task.plan.micro_batch)
         x = torch.cat([task.autoencoder.decode(part).float() for part in parts])
-        grids[f"samples/{name}"] = x.clamp(-1, 1).cpu()
+        grids[f"samples/{name}"] = Pictures(beside | {"sample": x.clamp(-1, 1).cpu()}, captions)
     return grids
 
 
@@ -278,16 +281,28 @@ def _sum_of_rates(task: DiffusionTask, images: int) -> float:
     return sum(task.lr(start) for start in chosen) * len(steps) / max(1, len(chosen))
 
 
-def _shown_inputs(task: DiffusionTask) -> tuple[Inputs, int]:
-    """Inputs of the pictures: of the first training images, with the configured prompts as the first ones' captions."""
+def _shown_conditions(task: DiffusionTask) -> tuple[Conditions, Inputs, int]:
+    """y of the pictures, what is made of it, and how many they are.
+
+    Of the first training images, with the configured prompts as the first ones' captions.
+    """
     batch = _first_batch(task)
     prompts = list(task.config.sampling.prompts)[:PICTURES]
-    count = len(prompts) or PICTURES
     changes: dict[str, Any] = {}
     if prompts:
-        changes = {"captions": prompts + batch.captions[count:], "text_contexts": None}
-    inputs = task.prepare(dataclasses.replace(task.conditions(batch), **changes))
-    return {name: rows[:count] for name, rows in inputs.items()}, count
+        changes = {"captions": prompts + batch.captions[len(prompts) :], "text_contexts": None}
+    y, count = dataclasses.replace(task.conditions(batch), **changes), len(prompts) or PICTURES
+    return y.rows(slice(count)), {name: rows[:count] for name, rows in task.prepare(y).items()}, count
+
+
+def _described(task: DiffusionTask, y: Conditions, count: int) -> tuple[dict[str, Tensor], list[str]]:
+    """What can be drawn of y, by name, and what can be said of it."""
+    kinds, config = set(task.network.conditioner.conditions), task.config
+    layout, classes = config.conditioning.layout, config.conditioning.classes
+    objects = task.labels.get("object_classes") or [str(i) for i in range(0 if layout is None else layout.num_classes)]
+    names = task.labels.get("classes") or [str(i) for i in range(0 if classes is None else classes.num_classes)]
+    drawn = shown.panels(y, kinds, objects, config.data.resolution)
+    return {name: x.cpu() for name, x in drawn.items()}, shown.captions(y, kinds, names, count)
 
 
 def _first_batch(task: DiffusionTask) -> Batch:

@@ -27,10 +27,13 @@ from ldm_scale.telemetry.tensorboard import Curves
 from ldm_scale.training import diffusion_product
 from ldm_scale.training.diagnosis import Finding
 from ldm_scale.training.latent_task import LatentTask
+from ldm_scale.training.task import Pictures
 
 
 class DiffusionTask(LatentTask):
     """Trains the latent diffusion model on the latent space that an artifact defines."""
+
+    headline = ("loss", "validation/raw/mean", "validation/ema/mean")
 
     def __init__(self, config: Config, plan: BatchPlan, environment: Environment) -> None:
         super().__init__(config, plan, environment)
@@ -84,7 +87,7 @@ class DiffusionTask(LatentTask):
         """See `Task.findings`."""
         return diffusion_product.findings(self, figures, recent, images)
 
-    def pictures(self) -> dict[str, Tensor]:
+    def pictures(self) -> dict[str, Pictures]:
         """Samples of fixed conditions and noise, raw and EMA."""
         return diffusion_product.pictures(self)
 

@@ -5,9 +5,11 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -18,19 +20,44 @@ from ldm_scale.engine.ema import ShardedEma, average_names
 from ldm_scale.engine.env import Environment
 from ldm_scale.engine.spikes import level_sums
 from ldm_scale.engine.zero import ShardedModel
+from ldm_scale.evaluation.generation import draw_captioned_grid
+from ldm_scale.evaluation.shown import grid_side
 from ldm_scale.telemetry.tensorboard import Curves
 from ldm_scale.training.diagnosis import Finding
 from ldm_scale.training.optimizer import learning_rate
 from ldm_scale.training.skipping import GRADIENT, LEVEL
 
+_MAX_COLUMNS, _MAX_WIDTH_PX = 8, 2048  # of a picture
+
+
+@dataclass(frozen=True, eq=False)
+class Pictures:
+    """Images with their captions; several panels, by name, stand side by side.
+
+    Shapes: each panel (N, 3, H, W) in [-1, 1], of a size of its own.
+    """
+
+    panels: Mapping[str, Tensor]
+    captions: Sequence[str]
+
+    def drawn(self) -> Tensor:
+        """All of them as one picture, (3, H, W) in bytes."""
+        side = grid_side(max(max(images.shape[-2:]) for images in self.panels.values()))
+        columns = max(1, min(_MAX_COLUMNS, _MAX_WIDTH_PX // (side * len(self.panels))))
+        grid = draw_captioned_grid(self.panels, self.captions, columns, side)
+        return torch.from_numpy(np.asarray(grid).copy()).permute(2, 0, 1)
+
 
 class Task(ABC):
     """One stage's networks, objective, validation and product."""
+
+    headline: tuple[str, ...] = ()  # figures by which runs are compared
 
     def __init__(self, config: Config, plan: BatchPlan, environment: Environment) -> None:
         self.config, self.plan, self.environment = config, plan, environment
         self.trained: dict[str, Trained] = {}
         self.autoencoder_hash = ""  # of the artifact that defines a diffusion model's latents
+        self.labels: dict[str, list[str]] = {}  # the data's names of classes, objects' classes and map labels
         self.sample_losses: list[tuple[Tensor, Tensor]] = []  # of the running step: losses and levels of noise, (b,)
 
     @abstractmethod
@@ -70,8 +97,8 @@ class Task(ABC):
         """Validation figures, equal on all ranks. Collective: all ranks."""
 
     @abstractmethod
-    def pictures(self) -> dict[str, Tensor]:
-        """Named image batches (N, 3, H, W) in [-1, 1] to look at; filled on rank 0. Collective: all ranks."""
+    def pictures(self) -> dict[str, Pictures]:
+        """What there is to look at, by name; filled on rank 0. Collective: all ranks."""
 
     @abstractmethod
     def finish(self, checkpoint: Path, images: int) -> dict[str, Any]:

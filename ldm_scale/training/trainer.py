@@ -19,10 +19,10 @@ import torch
 from torch import Tensor
 
 from ldm_scale import faults
-from ldm_scale.config.convert import config_to_dict
+from ldm_scale.config.convert import config_to_dict, flat_config
 from ldm_scale.config.fit import batch_plan
 from ldm_scale.config.schema import BatchPlan, Config
-from ldm_scale.data import Batch, Loader, build_loader, open_manifest, open_unindexed
+from ldm_scale.data import Batch, Loader, open_manifest, open_unindexed
 from ldm_scale.engine import collectives, phases, seeding
 from ldm_scale.engine.checkpoint import load_checkpoint
 from ldm_scale.engine.env import Environment
@@ -42,12 +42,14 @@ from ldm_scale.telemetry.side_files import read_record
 from ldm_scale.telemetry.tensorboard import ScalarWriter
 from ldm_scale.telemetry.throughput import TrainProgress
 from ldm_scale.training import resumption
+from ldm_scale.training.account import Account
 from ldm_scale.training.diagnosis import Finding
 from ldm_scale.training.rollback import roll_back
 from ldm_scale.training.sample_losses import SampleLosses
 from ldm_scale.training.saving import Saving
 from ldm_scale.training.skipping import StepGuard
 from ldm_scale.training.state import TrainingState
+from ldm_scale.training.streams import training_loader
 from ldm_scale.training.task import Task
 
 RESULT = "result.json"
@@ -76,8 +78,10 @@ class Trainer:
         self.state = TrainingState(
             data_digest=self._data_digest, autoencoder_hash=task.autoencoder_hash, labels=dataset.labels
         )
+        task.labels = dataset.labels
         self.log = get_logger(environment.rank)
         self.saving = Saving(config, self.checkpoints, environment.rank)
+        self.account = Account(config, self.plan, environment)
         self._kernels_described = False
         self._ranks_compared = False
         self._stop = Stop.NONE  # what the ranks have agreed on
@@ -104,14 +108,19 @@ class Trainer:
         if self._was_finished():
             self.log.info(f"finished before, nothing to do; remove {self.run_dir / RESULT} to make the product again")
             return True
+        with self.account.attempt(self.state):
+            return self._attempt()
+
+    def _attempt(self) -> bool:
         writer = ScalarWriter(self.run_dir, self.environment.is_main, self.state.cur_images or None)
         progress = TrainProgress(
             self.config.train.total_images, self.state.cur_images, self.environment.is_main, self.config.stage
         )
+        writer.add_configuration(flat_config(self.config), self.task.headline)
         writer.add_charts(self.task.charts(), "losses")
         try:
             with StopRequest() as stop:
-                loader = self._loader()
+                loader = training_loader(self.config, self.plan, self.environment, self.state)
                 self.losses = SampleLosses(
                     self.state.losses, self.run_dir, self._dataset, self.config.data, self.environment.is_main
                 )
@@ -182,6 +191,7 @@ class Trainer:
         self.state.step += 1
         seconds = time.perf_counter() - started
         self.state.training_s += seconds
+        self.account.step()
         between_ranks = self._stragglers.step(self.state.step, seconds)
         if not self._kernels_described:
             self._kernels_described = True
@@ -194,7 +204,7 @@ class Trainer:
             counted = {"bad_samples": float(self.state.losses.total), "truncated": float(self.state.truncated)}
             counted["skipped_steps"] = float(self.state.skipped)
             rate = {"images_per_s": self.plan.global_batch / seconds, "data_wait_share": waiting}
-            writer.add_scalars(means | rate | counted, self.state.cur_images)
+            writer.add_scalars(means | rate | self.account.figures() | counted, self.state.cur_images)
         if between_ranks:
             writer.add_scalars(between_ranks, self.state.cur_images)
         if self._due(self.config.ema.snapshot_every_images):
@@ -219,8 +229,8 @@ class Trainer:
             self._validate(writer)
         if self._validates and (self._due(self.config.train.sample_every_images) or self._at_end()):
             phases.enter("evaluate")
-            for name, images in self.task.pictures().items():
-                writer.add_image_grid(name, images, self.state.cur_images)
+            for name, shown in self.task.pictures().items():
+                writer.add_picture(name, shown.drawn(), self.state.cur_images, shown.captions)
         self.state.evaluated_images = self.state.cur_images
 
     def _validate(self, writer: ScalarWriter) -> None:
@@ -321,20 +331,6 @@ class Trainer:
             images = self.state.cur_images
             finished = read_record(self.run_dir / RESULT, lambda result: result["images"] == images) is True
         return bool(collectives.broadcast_object(finished))
-
-    def _loader(self) -> Loader:
-        return build_loader(
-            self.config.data,
-            seed=self.config.train.seed,
-            global_batch=self.plan.global_batch,
-            micro_batch=self.plan.micro_batch,
-            rank=self.environment.rank,
-            world_size=self.environment.world_size,
-            start_image=self.state.cur_images,
-            accept_latents=self.config.stage != "autoencoder",
-            annotations=self.config.conditioning.annotations if self.config.stage == "diffusion" else frozenset(),
-            quarantined={int(number): begins for number, begins in self.state.losses.quarantined.items()},
-        )
 
     def _finish(self) -> None:
         phases.enter("finish")

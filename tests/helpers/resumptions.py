@@ -33,6 +33,7 @@ GAN = {
     "r1_weight": 0.1,
 }
 TIMES = ("training_s", "images_per_s", "data_wait_share")  # what no two runs have in common
+MEASURED = ("time_share/", "throughput/", "memory/")  # nor figures whose names begin so
 
 
 @dataclass(frozen=True)
@@ -103,7 +104,7 @@ def logged(run_dir: Path, after_images: int = 0) -> dict[int, dict[str, str]]:
         row = json.loads(line)
         images = row.pop("images")
         if images > after_images:
-            figures = {name: float(value).hex() for name, value in row.items() if name not in (*TIMES, "time")}
+            figures = {name: float(value).hex() for name, value in row.items() if _is_repeatable(name)}
             steps.setdefault(images, {}).update(figures)
     return steps
 
@@ -134,3 +135,8 @@ def _run(config: Config) -> bool:
 
     setattr(Trainer, "_step", noting)  # noqa: B010  # in this rank's own process
     return train(config, launch)
+
+
+def _is_repeatable(name: str) -> bool:
+    """Whether a figure of that name is the same in every run of one configuration."""
+    return name not in (*TIMES, "time") and not name.startswith(MEASURED)

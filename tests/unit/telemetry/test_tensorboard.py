@@ -106,7 +106,8 @@ def test_values_that_are_not_finite_stay_valid_json(tmp_path: Path) -> None:
 def test_a_disabled_writer_writes_nothing(tmp_path: Path) -> None:
     with ScalarWriter(tmp_path / "run", enabled=False) as writer:
         writer.add_scalars({"loss": 1.0}, 64)
-        writer.add_image_grid("samples", torch.zeros(1, 3, 4, 4), 64)
+        writer.add_picture("samples", image_grid(torch.zeros(1, 3, 4, 4)), 64, ["a"])
+        writer.add_configuration({"train.seed": 0}, ["loss"])
         writer.add_curves("curves", CURVES, 64)
         writer.add_text("words", "x", 64)
         writer.add_charts({"chart": ["loss"]}, "losses")
@@ -129,7 +130,7 @@ def test_pictures_reach_tensorboard(tmp_path: Path) -> None:
 
     images = torch.tensor([-1.0, 1.0]).view(2, 1, 1, 1).expand(2, 3, 4, 4)
     with ScalarWriter(tmp_path, enabled=True) as writer:
-        writer.add_image_grid("samples/raw", images, 64, columns=2)
+        writer.add_picture("samples/raw", image_grid(images, columns=2), 64)
     (event,) = EventAccumulator(str(tmp_path / TENSORBOARD_FOLDER)).Reload().Images("samples/raw")
     pixels = np.asarray(Image.open(io.BytesIO(event.encoded_image_string)))
     assert event.step == 64
@@ -221,3 +222,49 @@ def test_curves_are_drawn_as_they_are() -> None:
     assert [label.get_text() for label in axes.get_xticklabels()] == ["low", "high"]
     assert [text.get_text() for text in axes.get_legend().get_texts()] == ["raw", "zero"]
     assert axes.get_ylim()[0] == 0
+
+
+def test_captions_are_told_beside_their_picture(tmp_path: Path) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    picture = image_grid(torch.zeros(2, 3, 4, 4))
+    with ScalarWriter(tmp_path, enabled=True) as writer:
+        writer.add_picture("samples/raw", picture, 64, ["red\n apple", "cr\u00e8me"])
+        writer.add_picture("samples/none", picture, 64, ["", ""])
+    events = EventAccumulator(str(tmp_path / TENSORBOARD_FOLDER)).Reload()
+    (text,) = events.Tensors("samples/raw/captions/text_summary")
+    assert (text.step, text.tensor_proto.string_val[0].decode()) == (64, "1. red apple\n2. cr\u00e8me")
+    assert events.Tags()["tensors"] == ["samples/raw/captions/text_summary"]
+    assert set(events.Tags()["images"]) == {"samples/raw", "samples/none"}
+
+
+def _hyperparameters(event_file: Path) -> tuple[dict[str, object], set[str]]:
+    """Values of a session and names of figures, as TensorBoard's own page reads them out of one event file."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+    from tensorboard.plugins.hparams import metadata
+
+    content = EventAccumulator(str(event_file)).Reload().summary_metadata
+    session = metadata.parse_session_start_info_plugin_data(
+        content[metadata.SESSION_START_INFO_TAG].plugin_data.content
+    )
+    experiment = metadata.parse_experiment_plugin_data(content[metadata.EXPERIMENT_TAG].plugin_data.content)
+    values = {key: getattr(value, value.WhichOneof("kind")) for key, value in session.hparams.items()}
+    return values, {info.name.tag for info in experiment.metric_infos}
+
+
+def test_the_configuration_is_in_every_event_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tensorboard, "RETRY_S", 0.0)
+    values = {"optimizer.lr": 1e-3, "train.seed": 7, "data.horizontal_flip": True, "data.manifest": "a|b", "zero": None}
+    with ScalarWriter(tmp_path, enabled=True) as writer:
+        writer.add_configuration(values, ["loss", "validation/raw/mean"])
+        writer.flush()
+        with full_disk():
+            writer.add_scalars({"loss": 0.4}, 64)
+            writer.flush()
+        writer.add_scalars({"loss": 0.2}, 128)
+    files = sorted((tmp_path / TENSORBOARD_FOLDER).glob("events*"), key=lambda path: path.stat().st_mtime_ns)
+    assert len(files) == 2
+    for file in files:
+        found, figures = _hyperparameters(file)
+        assert found == {**values, "zero": "None"}
+        assert figures == {"loss", "validation/raw/mean"}

@@ -40,7 +40,9 @@ def _figures(config: Config, zero_stage: int) -> dict[str, Any]:
     environment = env.start(launch, config.train)
     task = AutoencoderTask(config, batch_plan(config, launch.world_size), environment)
     statistics = measure_statistics(task)
-    return {"statistics": statistics, "validation": task.validate(0), "pictures": task.pictures()["reconstruction"]}
+    shown = task.pictures()["reconstruction"]
+    pictures = torch.cat(list(shown.panels.values()))
+    return {"statistics": statistics, "validation": task.validate(0), "pictures": pictures, "names": shown.captions}
 
 
 def _latents_at_once(config: Config) -> np.ndarray[Any, np.dtype[np.float64]]:
@@ -101,6 +103,7 @@ def test_pictures_are_images_above_their_reconstructions(on_one_rank: dict[str, 
     assert pictures.shape == (16, 3, 16, 16)
     assert pictures.abs().max() <= 1
     assert not torch.equal(pictures[:8], pictures[8:])
+    assert len(set(on_one_rank["names"])) == 8
 
 
 def _train(config: Config) -> None:

@@ -25,7 +25,7 @@ from ldm_scale.training import saving, trainer
 from ldm_scale.training.diagnosis import Finding
 from ldm_scale.training.skipping import StepGuard, read_records
 from ldm_scale.training.state import TrainingState
-from ldm_scale.training.task import Task
+from ldm_scale.training.task import Pictures, Task
 from ldm_scale.training.trainer import Trainer
 from tests.helpers.runs import tiny_config
 from tests.helpers.shards import make_dataset
@@ -77,9 +77,9 @@ class NotingTask(Task):
         late = [Finding("late", "seen", "matters", "advice")] if images >= 32 else []
         return [Finding("early", "seen", "matters", "advice"), *late]
 
-    def pictures(self) -> dict[str, Tensor]:
+    def pictures(self) -> dict[str, Pictures]:
         self.events.append(("pictures", self.numbers[-1] + 1))
-        return {"grid": torch.zeros(2, 3, 4, 4)}
+        return {"grid": Pictures({"": torch.zeros(2, 3, 4, 4)}, ["x", "y"])}
 
     def finish(self, checkpoint: Path, images: int) -> dict[str, Any]:
         self.events.append(("finish", images))
