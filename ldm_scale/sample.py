@@ -44,6 +44,12 @@ def _parser() -> argparse.ArgumentParser:
         "--out", type=output_path, default=Path("grid.png"), help="picture with all images and their prompts"
     )
     parser.add_argument("--images-dir", type=output_path, help="also write every image as a PNG of its own here")
+    parser.add_argument(
+        "--strip",
+        type=output_path,
+        metavar="FILE",
+        help="also write what the first images were taken for over the steps",
+    )
     parser.add_argument("--json", action="store_true", help="print one JSON object about what was made")
     _add_conditions(parser.add_argument_group("what the images show (each may be given several times)"))
     _add_picture(parser.add_argument_group("size and start"))

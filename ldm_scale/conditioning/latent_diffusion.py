@@ -118,12 +118,13 @@ def sample_latents(
     null_inputs: Inputs | None = None,
     unet: UNetCall | None = None,
     guide: Callable[[Denoiser], Denoiser] | None = None,
+    observe: Callable[[int, Tensor], None] | None = None,
     start: Start | None = None,
 ) -> Tensor:
     """Latents for prepared inputs; latent i depends on its own row and `noise.seeds[i]` alone.
 
     `null_inputs` and `unet` as of `guided_denoiser`; `guide` is put around the denoiser, outside of that guidance;
-    `start` as of `sample`.
+    `observe` and `start` as of `sample`.
     Shapes: inputs as many rows as `noise` has seeds; returns (B, c, h, w) in fp32.
     """
     size = (noise.shape[1], noise.shape[2])
@@ -137,6 +138,7 @@ def sample_latents(
         eta=sampling.eta,
         step_noise=noise.step,
         progress=progress,
+        observe=observe,
         start=start,
     )
 

@@ -79,13 +79,15 @@ def sample(
     eta: float = 0.0,
     step_noise: Callable[[int], Tensor] | None = None,
     progress: Callable[[int], None] | None = None,
+    observe: Callable[[int, Tensor], None] | None = None,
     start: Start | None = None,
 ) -> Tensor:
     """Latents z_0 that the reverse process reaches from `initial_noise` ~ N(0, I), without gradients.
 
     The noise is scaled to the deviation that z_t has at the first level if the latents' is 1. `denoiser(z, t)` returns
     the network's output; `step_noise(i)` the noise of step i (unused by deterministic samplers); `progress(n)` is
-    called after every step with the number of steps done.
+    called after every step with the number of steps done, `observe(n, x0)` before it with those done so far and the
+    clean latents that the network predicts there.
     Shapes: initial_noise (B, c, h, w); t (B,) of `process.time_dtype`; step_noise(i) and the result as initial_noise.
     Raises: ConfigError if sampler, num_steps, eta or start cannot be used.
     Source: arXiv:2010.02502 (ddim); arXiv:2006.11239, algorithm 2 (ddpm); arXiv:2202.09778, section 3.3 (plms);
@@ -103,7 +105,9 @@ def sample(
     with torch.no_grad():
         for index in range(first, num_steps):
             noise = step_noise(index) if stochastic and step_noise is not None else None
-            z = run.step(z, index, noise)
+            z, x0 = run.step(z, index, noise)
+            if observe is not None:
+                observe(index - first, x0)
             if progress is not None:
                 progress(index + 1 - first)
     return z
@@ -143,10 +147,13 @@ class _Run:
     levels: list[Level]
     _old: list[Tensor] = field(default_factory=list)  # eps (plms) or x0 (dpmpp_2m) of past levels, newest last
 
-    def step(self, z: Tensor, index: int, noise: Tensor | None) -> Tensor:
-        """Latents at level index + 1 from those at level index."""
+    def step(self, z: Tensor, index: int, noise: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Latents at level index + 1 from those at level index, and the clean ones that were predicted there."""
+        x0, eps = self._ask(z, self.levels[index])
+        return self._stepped(z, x0, eps, index, noise), x0
+
+    def _stepped(self, z: Tensor, x0: Tensor, eps: Tensor, index: int, noise: Tensor | None) -> Tensor:
         now, then = self.levels[index], self.levels[index + 1]
-        x0, eps = self._ask(z, now)
         if self.sampler in ("ddim", "euler"):
             return ddim_step(x0, eps, now, then, self.eta, noise)
         if self.sampler == "ddpm":

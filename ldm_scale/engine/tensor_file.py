@@ -151,15 +151,17 @@ class _Checksum:
         return self._value if self._running is None else self._running.result()
 
 
-def replace_file(path: Path, text: str) -> None:
-    """Nothing; the file holds the text and is on the disk. Until then it is as it was, whatever happens.
+def replace_file(path: Path, content: str | bytes) -> None:
+    """Nothing; the file holds the text (in UTF-8) or the bytes and is on the disk.
+
+    Until then it is as it was, whatever happens.
 
     Raises: OSError that names the path.
     """
     partial = path.with_name(f".{path.name}.tmp")
     try:
-        with partial.open("w", encoding="utf-8") as file:
-            file.write(text)
+        with partial.open("wb") as file:
+            file.write(content.encode() if isinstance(content, str) else content)
             file.flush()
             os.fsync(file.fileno())
         partial.replace(path)

@@ -53,6 +53,7 @@ class SampleOptions(TypedDict, total=False):
     init_images: Tensor | None  # (B, 3, H, W) in [-1, 1] to start from in place of noise (arXiv:2108.01073)
     strength: float | None  # with init_images: share of the steps that are taken, up to 1 = from noise
     guide: Callable[[Denoiser], Denoiser] | None  # put around the denoiser, such as `classifier_guided`
+    observe: Callable[[int, Tensor], None] | None  # told (steps done, clean latents that are predicted) in every step
 
 
 def draw(
@@ -83,6 +84,7 @@ def draw(
         null_inputs=_negative_inputs(model, inputs, options.get("negative"), sampling, len(seeds)),
         unet=unet,
         guide=options.get("guide"),
+        observe=options.get("observe"),
         start=_start(model, init_images, options.get("strength"), size, len(seeds), tile),
     )
     if not z.isfinite().all():

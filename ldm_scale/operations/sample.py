@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import math
-import re
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -14,30 +12,26 @@ from pathlib import Path
 from typing import Any, Unpack
 
 import torch
-import torch.nn.functional as F
-from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
 from ldm_scale.conditioning.base import Conditions
+from ldm_scale.config.schema import SamplingConfig
 from ldm_scale.diffusion.guidance import Denoiser
 from ldm_scale.diffusion.sampler import steps_taken
 from ldm_scale.errors import ConfigError
-from ldm_scale.evaluation.generation import captioned_grid
 from ldm_scale.interchange.load import LoadedDiffusion, load_diffusion
 from ldm_scale.interchange.sampling import SampleOptions, chosen_sampling
+from ldm_scale.operations.sample_files import Made, Strip, write_each, write_grid
 from ldm_scale.operations.sample_guides import build_guides, open_classifier
 from ldm_scale.operations.sample_inputs import SampleRequest, read_request
 from ldm_scale.telemetry.log import get_logger
 
 Guide = Callable[[Denoiser], Denoiser]
 
-_MAX_COLUMNS = 8
-_MIN_CELL_PX, _MAX_GRID_PX = 96, 8192
-
 
 def sample_to_files(arguments: argparse.Namespace) -> dict[str, Any]:
-    """What was made and how; writes the grid and, with --images-dir, each image.
+    """What was made and how; writes the grid, each image (--images-dir), the way there (--strip).
 
     Raises: ConfigError for what cannot be used; CheckpointError for the source.
     """
@@ -51,6 +45,8 @@ def sample_to_files(arguments: argparse.Namespace) -> dict[str, Any]:
     sampling = chosen_sampling(model, options)
     guides = build_guides(arguments, model, classifier, request.guide_classes)
 
+    strip = None if arguments.strip is None else Strip(len(request.seeds), _steps(sampling, options))
+
     begin = time.perf_counter()
     with _counted(model) as passes:
         images = sample_images(
@@ -59,22 +55,29 @@ def sample_to_files(arguments: argparse.Namespace) -> dict[str, Any]:
             request.seeds,
             batch=arguments.batch,
             guides=guides,
+            observe_rows=None if strip is None else strip.observe,
             **options,
         )
     seconds = time.perf_counter() - begin
     log = get_logger(0)
-    _write_grid(arguments.out, images, request.titles)
+    made = Made(model.content_hash, arguments, sampling, (images.shape[2], images.shape[3]))
+    write_grid(arguments.out, images, request, made)
     log.info(f"wrote {arguments.out} ({len(images)} images)")
     paths: list[Path] = []
     if arguments.images_dir is not None:
-        paths = _write_each(arguments.images_dir, images, request)
+        paths = write_each(arguments.images_dir, images, request, made)
         log.info(f"wrote {len(images)} images into {arguments.images_dir}")
+    if strip is not None:
+        strip.write(arguments.strip, model, images, request.titles, made)
+        log.info(f"wrote {arguments.strip} ({strip.num_images} images over the steps)")
     truncated = model.num_truncated
     if truncated:
         log.warning(f"{truncated} prompts or layouts are longer than the model reads: the rest of them was left out")
     return {
         "source": str(arguments.source),
         "grid": str(arguments.out),
+        "strip": None if arguments.strip is None else str(arguments.strip),
+        "model_hash": model.content_hash,
         "images": [
             {"seed": seed, "title": title, "path": str(paths[i]) if paths else None}
             for i, (seed, title) in enumerate(zip(request.seeds, request.titles, strict=True))
@@ -100,19 +103,20 @@ def sample_images(
     batch: int,
     description: str = "sample",
     guides: Callable[[slice], Guide] | None = None,
+    observe_rows: Callable[[int, int, Tensor], None] | None = None,
     bar: tqdm[Any] | None = None,
     **options: Unpack[SampleOptions],
 ) -> Tensor:
     """Images in batches, with a progress bar; y and options as of `LoadedDiffusion.sample`, `guides` by rows of y.
 
-    `bar` is advanced by steps of images in place of a bar of their own.
+    `observe_rows` is told the first row of a batch before the arguments of `SampleOptions`' observe; `bar` is advanced
+    by steps of images in place of a bar of their own.
 
     Shapes: returns (len(seeds), 3, H, W) in [-1, 1] on the CPU.
     Raises: ConfigError, with the largest batch that was seen to fit, if the memory does not hold one.
     """
     conditions = y if isinstance(y, Conditions) else Conditions(captions=list(y))
-    num_steps, strength = chosen_sampling(model, options).num_steps, options.get("strength")
-    num_steps = num_steps if strength is None else steps_taken(num_steps, strength)
+    num_steps = _steps(chosen_sampling(model, options), options)
 
     def draw(part: slice, progress: Callable[[int], None] | None, *, trial: bool = False) -> Tensor:
         chosen = options.copy()
@@ -121,11 +125,13 @@ def sample_images(
             chosen["init_images"] = init_images[part]
         if guides is not None:
             chosen["guide"] = guides(part)
+        if observe_rows is not None and not trial:
+            chosen["observe"] = partial(observe_rows, part.start)
         if trial:
             chosen["num_steps"] = 1
             if chosen_sampling(model, options).guidance_scale != 1.0:
                 chosen["guidance_interval"] = (0.0, math.inf)
-        return model.sample(_rows(conditions, part), list(seeds[part]), progress=progress, **chosen).float().cpu()
+        return model.sample(conditions.rows(part), list(seeds[part]), progress=progress, **chosen).float().cpu()
 
     def try_some(start: int, count: int) -> None:
         draw(slice(start, start + count), None, trial=True)
@@ -145,6 +151,12 @@ def sample_images(
             # Outside of the handler, whose traceback would keep what did not fit alive.
             raise ConfigError(_what_fits(count, partial(try_some, start)))
     return torch.cat(images)
+
+
+def _steps(sampling: SamplingConfig, options: SampleOptions) -> int:
+    """Steps that are taken, of an image to start from too."""
+    strength = options.get("strength")
+    return sampling.num_steps if strength is None else steps_taken(sampling.num_steps, strength)
 
 
 def _what_fits(batch: int, try_some: Callable[[int], None]) -> str:
@@ -187,12 +199,6 @@ def _counted(model: LoadedDiffusion) -> Iterator[list[int]]:
         yield passes
     finally:
         handle.remove()
-
-
-def _rows(y: Conditions, part: slice) -> Conditions:
-    """y of some of the images."""
-    given = {field.name: getattr(y, field.name) for field in dataclasses.fields(y)}
-    return Conditions(**{name: None if values is None else values[part] for name, values in given.items()})
 
 
 def sampler_options(arguments: argparse.Namespace) -> SampleOptions:
@@ -252,36 +258,12 @@ def _check(arguments: argparse.Namespace) -> None:
         raise ConfigError(
             f"--strength {arguments.strength}: must be above 0 (keep the image) and at most 1 (ignore it)"
         )
-    if arguments.out.is_dir():
-        raise ConfigError(
-            f"--out {arguments.out} is a folder; give the name of a picture, such as {arguments.out}/grid.png"
-        )
+    for option, path, name in (("--out", arguments.out, "grid.png"), ("--strip", arguments.strip, "strip.png")):
+        if path is not None and path.is_dir():
+            raise ConfigError(f"{option} {path} is a folder; give the name of a picture, such as {path}/{name}")
 
 
 def _device(wanted: str) -> str:
     if wanted == "cuda" and not torch.cuda.is_available():
         raise ConfigError("--device cuda but torch sees no CUDA device; use --device auto or cpu")
     return "cuda" if wanted != "cpu" and torch.cuda.is_available() else "cpu"
-
-
-def _write_grid(path: Path, images: Tensor, titles: Sequence[str]) -> None:
-    """Images in their own size, as far as the grid stays below a limit."""
-    side = max(images.shape[-2:])
-    rest = [side - images.shape[-1], side - images.shape[-2]]
-    squares = F.pad(images, [rest[0] // 2, rest[0] - rest[0] // 2, rest[1] // 2, rest[1] - rest[1] // 2], value=1.0)
-    columns = min(_MAX_COLUMNS, len(images))
-    rows = math.ceil(len(images) / columns)
-    cell = max(_MIN_CELL_PX, min(side, _MAX_GRID_PX // max(columns, rows)))
-    captioned_grid(squares, titles, columns=columns, path=path, side_px=cell)
-
-
-def _write_each(directory: Path, images: Tensor, request: SampleRequest) -> list[Path]:
-    """The files' paths."""
-    directory.mkdir(parents=True, exist_ok=True)
-    pixels = ((images.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).permute(0, 2, 3, 1).numpy()
-    paths = []
-    for i, (seed, title) in enumerate(zip(request.seeds, request.titles, strict=True)):
-        words = re.sub(r"[^A-Za-z0-9]+", "-", title).strip("-")[:40] or "empty"
-        paths.append(directory / f"{seed:06d}-{words}.png")
-        Image.fromarray(pixels[i]).save(paths[-1])
-    return paths

@@ -257,3 +257,25 @@ def test_unusable_eta_is_named(sampler: Any, eta: float) -> None:
 def test_no_steps_are_refused(kind: str) -> None:
     with pytest.raises(ConfigError, match=r"sampling.num_steps=0"):
         process_of(kind).levels(0)
+
+
+@pytest.mark.parametrize(("kind", "sampler"), ALL_PAIRS)
+def test_predictions_are_told_in_every_step(kind: str, sampler: Any) -> None:
+    """Of the right denoiser of one point, each is that point, whatever the level of noise."""
+    process = process_of(kind)
+    denoiser = mixture_denoiser(process, torch.tensor([0.7], dtype=torch.float64), 0.0)
+    told: list[tuple[int, Tensor]] = []
+
+    def run(observe: Any, start: Start | None = None) -> Tensor:
+        initial = NOISE.initial().double()
+        options: dict[str, Any] = {"sampler": sampler, "num_steps": 6, "step_noise": NOISE.step, "start": start}
+        return sample(denoiser, initial, process, observe=observe, **options)
+
+    end = run(lambda step, x0: told.append((step, x0)))
+    assert [step for step, _ in told] == list(range(6))
+    for _, x0 in told:
+        torch.testing.assert_close(x0, torch.full_like(x0, 0.7), rtol=0, atol=1e-6)
+    assert torch.equal(end, run(None)), "looking on changes nothing"
+    told.clear()
+    run(lambda step, x0: told.append((step, x0)), Start(torch.zeros_like(end), 0.5))
+    assert [step for step, _ in told] == [0, 1, 2]
