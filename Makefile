@@ -25,7 +25,7 @@ PIP_INSTALL := $(BIN)/python -m pip --disable-pip-version-check install --progre
 # pip's own report reduced to what takes time: large downloads, source builds and the copying at the end.
 PIP_PROGRESS := sed -un 's/^ *\(Downloading\|Using cached\) \([^ ]*\) \(([0-9.]* MB)\)/      \2 \3/p; s/^ *Building [^ ]* for \([^ ]*\) .*started/      building \1/p; s/^Installing collected packages.*/      copying files/p'
 
-.PHONY: help env lint types test test-faults test-slurm test-slurm-quick slurm-programs soak soak-short aot demo docs bench data-soak gpu-proof gpu-demo clean
+.PHONY: help env lint types test test-faults test-slurm test-slurm-quick slurm-programs soak soak-short browser-programs test-browser aot demo docs bench data-soak gpu-proof gpu-demo clean
 
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 26
@@ -77,6 +77,21 @@ test-slurm: $(STAMP) slurm-programs ## as root: jobs on a real Slurm cluster in 
 
 test-slurm-quick: $(STAMP) slurm-programs ## as root: both stages over two nodes, one requeue, one lost node (at most 6 minutes)
 	$(BIN)/python -m pytest tests/slurm/test_quick.py
+
+# The driver stands in Debian's chromium-driver, so that no program is fetched from anywhere else.
+browser-programs: $(STAMP)
+	@if ! which chromium chromedriver >/dev/null; then \
+		[ "$$(id -u)" = 0 ] || { \
+			echo "error: chromium or chromedriver is missing; install them, or run as root: make $(MAKECMDGOALS)" >&2; exit 1; }; \
+		command -v apt-get >/dev/null || { \
+			echo "error: chromium or chromedriver is missing and there is no apt-get; install both" >&2; exit 1; }; \
+		apt-get update -q && DEBIAN_FRONTEND=noninteractive apt-get install -y -q --no-install-recommends \
+			chromium chromium-driver fonts-dejavu-core; \
+	fi
+	@$(BIN)/python -c 'import selenium' 2>/dev/null || $(PIP_INSTALL) --editable '.[browser]' | $(PIP_PROGRESS)
+
+test-browser: browser-programs ## a run's page in a real browser, phone and desktop (as root where chromium is to be installed)
+	$(BIN)/python -m pytest tests/browser
 
 soak: $(STAMP) slurm-programs ## as root: a run on that cluster for two hours, a fault every ten minutes, and what they take (130 minutes)
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.soak

@@ -17,6 +17,7 @@ from typing import TypeVar
 from safetensors import SafetensorError
 
 from ldm_scale import __version__
+from ldm_scale.command_line import example_lines
 from ldm_scale.errors import LdmScaleError
 from ldm_scale.processes import end_with_launcher
 from ldm_scale.redaction import public_urls
@@ -31,6 +32,7 @@ COMMANDS = {
     "evaluate": "measure autoencoders and diffusion models, compare results, draw distortion over rate",
     "export": "turn a run or a checkpoint into a diffusers folder, a CompVis checkpoint or plain safetensors",
     "import": "turn a checkpoint of CompVis or Stability into an artifact to train on, sample from and evaluate",
+    "report": "write a run as one HTML page: pictures, curves, figures, cost, configuration",
     "replay": "make a step again that was skipped, image by image, to see which images are to blame",
     "doctor": "look at data, machine or latent caches before money is spent",
     "demo": "both stages on OpenMoji, from shards to samples and an export",
@@ -97,7 +99,8 @@ def help_text() -> str:
     """The list of commands."""
     width = max(map(len, COMMANDS))
     lines = "\n".join(f"  {name:<{width}}  {summary}" for name, summary in COMMANDS.items())
-    return f"ldm-scale <command> [arguments]\n\n{lines}\n\nldm-scale <command> --help tells more about one of them."
+    more = "ldm-scale <command> --help tells more about one of them."
+    return f"ldm-scale <command> [arguments]\n\n{lines}\n\n{more}\n{example_lines('ldm-scale')}"
 
 
 if __name__ == "__main__":

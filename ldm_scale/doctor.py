@@ -19,7 +19,7 @@ if __package__ in (None, ""):
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 from ldm_scale.__main__ import run_command
-from ldm_scale.command_line import Parser
+from ldm_scale.command_line import Parser, example_lines
 from ldm_scale.redaction import public_urls
 
 # Sub-command -> what it says of itself; its module is operations/doctor_NAME.py, imported when it is asked for.
@@ -81,7 +81,7 @@ def help_text() -> str:
     width = max(map(len, SUBJECTS))
     lines = "\n".join(f"  {name:<{width}}  {summary}" for name, summary in SUBJECTS.items())
     more = "ldm-scale doctor <subject> --help tells more about one of them."
-    return f"ldm-scale doctor <subject> [arguments]\n\n{lines}\n\n{more}"
+    return f"ldm-scale doctor <subject> [arguments]\n\n{lines}\n\n{more}\n{example_lines('ldm-scale doctor')}"
 
 
 if __name__ == "__main__":

@@ -11,19 +11,13 @@ from pathlib import Path
 
 from ldm_scale.command_line import Parser, output_path
 
-EXAMPLE = """example: the last step that runs/demo_text skipped, and the one that has image 40960 of the training stream
-  ldm-scale replay runs/demo_text
-  ldm-scale replay runs/demo_text --image 40960 --json"""
-
 
 def _parser() -> argparse.ArgumentParser:
     parser = Parser(
         prog="ldm-scale replay",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        description="Makes one global batch of a run again, on one process: the same images with the same noise and\n"
-        "times, one by one, with the weights of the newest checkpoint before it. Prints the loss and the norm\n"
+        description="Makes one global batch of a run again, on one process: the same images with the same noise and "
+        "times, one by one, with the weights of the newest checkpoint before it. Prints the loss and the norm "
         "of the gradient of each image, the suspicious ones first, and writes a picture of them in that order.",
-        epilog=EXAMPLE,
     )
     parser.add_argument("run", type=Path, metavar="RUN", help="folder of a run")
     parser.add_argument(

@@ -14,6 +14,7 @@ if __package__ in (None, ""):
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 from ldm_scale.__main__ import run_command
+from ldm_scale.command_line import example_lines
 from ldm_scale.telemetry.streams import enduring
 
 USAGE = """usage: ldm-scale train experiment=NAME [KEY=VALUE ...]
@@ -31,7 +32,7 @@ def main(argv: list[str] | None = None) -> int:
     # The deepspeed launcher adds the rank as an argument beside the environment variables that we read.
     arguments = [a for a in arguments if not a.startswith(("--local_rank", "--local-rank"))]
     if any(a in ("-h", "--help") for a in arguments):
-        print(USAGE)
+        print(f"{USAGE}\n{example_lines('ldm-scale train')}")
         return 0
     sys.stdout = enduring(sys.stdout)  # only libraries' messages go there
     from ldm_scale.config.compose import load_config
