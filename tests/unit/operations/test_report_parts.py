@@ -63,7 +63,16 @@ def test_many_points_become_columns_of_mean_and_range() -> None:
     assert len(band) == 2 * len(line)
     assert len(svg) < 20_000
     upper, lower = band[: len(line)], band[len(line) :][::-1]
-    assert all(up[1] <= middle[1] <= low[1] for up, middle, low in zip(upper, line, lower, strict=True))
+    size = -(-10_000 // MAX_COLUMNS)
+    means, highs, lows = (
+        np.array([reduce(values[start : start + size]) for start in range(0, 10_000, size)])
+        for reduce in (np.mean, np.max, np.min)
+    )
+    slope, zero = np.polyfit(means, [y for _, y in line], 1)
+    for places, expected in ((line, means), (upper, highs), (lower, lows)):
+        inside = np.clip(slope * expected + zero, 10, 186)  # of the axes
+        np.testing.assert_allclose([y for _, y in places], inside, atol=0.3)
+    assert f"<b>{number_text(float(means[-1]))}</b>" in svg
 
 
 def test_gaps_and_what_is_not_finite_are_left_out() -> None:
