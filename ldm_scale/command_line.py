@@ -63,8 +63,8 @@ EXAMPLES = {
     "ldm-scale export": ("ldm-scale export runs/ldm --to diffusers --out my-pipeline",),
     "ldm-scale report": ("ldm-scale report runs/ldm --results results/ldm --out ldm.html",),
     "ldm-scale replay": (
-        "ldm-scale replay runs/ldm",
-        "ldm-scale replay runs/ldm --image 40960 --json",
+        "ldm-scale replay runs/demo_text",
+        "ldm-scale replay runs/demo_text --image 40960 --json",
     ),
     "ldm-scale doctor": ("ldm-scale doctor data data/mine/manifest.json --resolution 128",),
     "ldm-scale doctor data": ("ldm-scale doctor data data/mine/manifest.json --resolution 128",),
