@@ -61,6 +61,11 @@ EXAMPLES = {
         "ldm-scale evaluate rate-distortion results/kl_f4 results/kl_f8 --out rate_distortion.png",
     ),
     "ldm-scale export": ("ldm-scale export runs/ldm --to diffusers --out my-pipeline",),
+    "ldm-scale import": (
+        "ldm-scale import v1-5-pruned-emaonly.safetensors --out models/sd1",
+        "ldm-scale import 512-base-ema.ckpt --config v2-inference.yaml --out models/sd2",
+        "ldm-scale import kl-f8/model.ckpt --scale-factor 0.18215 --out models/kl_f8",
+    ),
     "ldm-scale report": ("ldm-scale report runs/ldm --results results/ldm --out ldm.html",),
     "ldm-scale replay": (
         "ldm-scale replay runs/demo_text",

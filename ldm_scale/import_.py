@@ -16,13 +16,6 @@ from ldm_scale.command_line import Parser, output_path
 if TYPE_CHECKING:
     from ldm_scale.interchange.compvis import Imported
 
-_EXAMPLE = """\
-examples:
-  ldm-scale import v1-5-pruned-emaonly.safetensors --out models/sd1
-  ldm-scale import 512-base-ema.ckpt --config v2-inference.yaml --out models/sd2
-  ldm-scale import kl-f8/model.ckpt --scale-factor 0.18215 --out models/kl_f8
-"""
-
 
 def main(argv: Sequence[str] | None = None) -> int:
     """0, after the artifact was written, read back and found to compute the same."""
@@ -51,10 +44,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
         prog="ldm-scale import",
         description="Turns a checkpoint of CompVis' or Stability's layout (Stable Diffusion 1 and 2, the latent "
         "diffusion zoo, KL and VQ autoencoders) into an artifact. Nothing that the file contains is run. The YAML of "
-        "the model "
-        "is looked for beside the checkpoint, under its name or as config.yaml.",
-        epilog=_EXAMPLE,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        "the model is looked for beside the checkpoint, under its name or as config.yaml.",
     )
     parser.add_argument("path", type=Path, help="a .ckpt, .pt or .safetensors file, or the folder that holds it")
     parser.add_argument("--out", type=output_path, required=True, help="new folder, or an earlier import to replace")

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import keyword
 import shlex
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from importlib import import_module
 from typing import Any
 
@@ -70,6 +71,12 @@ def _with_actions() -> list[tuple[str, ...]]:
     return alone + [(name, action) for name, parts in actions.items() for action in parts]
 
 
+def _main_of(name: str) -> Callable[[list[str]], object]:
+    """What runs a command."""
+    module = f"{name}_" if keyword.iskeyword(name) else name
+    return import_module(f"ldm_scale.{module}").main  # type: ignore[no-any-return]
+
+
 ALL = _with_actions()
 
 
@@ -90,7 +97,7 @@ def test_no_command_has_sub_commands_that_the_walk_does_not_see(only_parse: None
     for name in set(COMMANDS) - {"train"} - seen:
         example = EXAMPLES[f"ldm-scale {name}"][0]
         with pytest.raises(_Parsed) as parsed:
-            import_module(f"ldm_scale.{name}").main(shlex.split(example)[2:])
+            _main_of(name)(shlex.split(example)[2:])
         assert _actions(parsed.value.parser) == [], name
 
 
@@ -106,7 +113,7 @@ def test_examples_are_taken(example: str, only_parse: None) -> None:
         assert load_config(arguments).experiment == "openmoji_text"
         return
     with pytest.raises(_Parsed):
-        import_module(f"ldm_scale.{name}").main(arguments)
+        _main_of(name)(arguments)
     with pytest.raises(SystemExit) as refused:
-        import_module(f"ldm_scale.{name}").main([*arguments, "--no-such-option"])
+        _main_of(name)([*arguments, "--no-such-option"])
     assert refused.value.code == 2
