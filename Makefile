@@ -45,7 +45,7 @@ $(STAMP): pyproject.toml constraints.txt
 	@echo "[2/3] torch and torchvision: 2.5 GB to download the first time"
 	@$(PIP_INSTALL) torch torchvision | $(PIP_PROGRESS)
 	@echo "[3/3] the other dependencies, and ldm-scale itself (editable)"
-	@$(PIP_INSTALL) --editable '.[interchange,dev,docs]' | $(PIP_PROGRESS)
+	@$(PIP_INSTALL) --editable '.[evaluation,interchange,dev,docs]' | $(PIP_PROGRESS)
 	@rm -f $(INCOMPLETE); touch $@
 
 lint: $(STAMP) ## ruff: rules and formatting

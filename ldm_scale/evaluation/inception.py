@@ -31,7 +31,8 @@ class InceptionFeatures:
         if find_spec("torch_fidelity") is None:
             raise ConfigError(
                 "--features inception_v3 needs torch-fidelity's network, which this environment lacks: "
-                "pip install torch-fidelity, or use --features efficientnet_lite0, which is installed"
+                "pip install torch-fidelity (or 'ldm-scale[evaluation]'), or use --features efficientnet_lite0, which "
+                "is installed"
             )
         if weights_path is None or not weights_path.is_file():
             found = "no file was named" if weights_path is None else f"there is no file {weights_path}"
@@ -44,6 +45,8 @@ class InceptionFeatures:
         with weights_path.open("rb") as file:
             self.weights_hash = hashlib.file_digest(file, "sha256").hexdigest()
         try:
+            # The package unpickles whatever the file holds: it is given only what has been seen to hold tensors alone.
+            torch.load(weights_path, map_location="cpu", weights_only=True)
             net = FeatureExtractorInceptionV3("inception-v3-compat", ["2048"], str(weights_path))
         except (RuntimeError, TypeError, AttributeError, EOFError, pickle.UnpicklingError) as error:
             reason = " ".join(str(error).split())[:200]
@@ -54,9 +57,25 @@ class InceptionFeatures:
         self._net = net.eval().to(self._device)
 
     @property
+    def is_published(self) -> bool:
+        """Whether the weights are those that everybody's FID is made with."""
+        return self.weights_hash == _STANDARD_SHA256
+
+    @property
+    def network(self) -> str:
+        """What reports call the network."""
+        return "InceptionV3" if self.is_published else f"InceptionV3-{self.weights_hash[:8]}"
+
+    @property
     def name(self) -> str:
         """What reports call a Frechet distance of reconstructions on these features."""
-        return "rFID" if self.weights_hash == _STANDARD_SHA256 else f"FD-InceptionV3-{self.weights_hash[:8]}"
+        return "rFID" if self.is_published else f"FD-{self.network}"
+
+    @property
+    def classifier(self) -> Tensor:
+        """(1008, 2048) weights: features times them are the logits without bias, of which Inception scores are made."""
+        weight: Tensor = self._net.fc.weight
+        return weight.detach().cpu()
 
     @property
     def protocol(self) -> dict[str, str | int]:

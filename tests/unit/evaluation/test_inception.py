@@ -11,6 +11,7 @@ import torch
 from ldm_scale.errors import ConfigError
 from ldm_scale.evaluation import inception
 from ldm_scale.evaluation.inception import InceptionFeatures
+from tests.helpers.inception import write_inception
 
 
 @pytest.fixture
@@ -62,3 +63,39 @@ def test_only_the_standard_weights_make_an_rfid(tmp_path: Path, monkeypatch: pyt
     assert features.name == "rFID"
     images = torch.tensor([-2.0, 0.105, 1.0]).view(3, 1, 1, 1).expand(3, 3, 4, 4)
     assert features.extract(images)[:, 0].tolist() == [0, 141, 255]
+
+
+@pytest.fixture(scope="module")
+def random_inception(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, torch.nn.Module]:
+    path = tmp_path_factory.mktemp("inception") / "weights.pth"
+    return path, write_inception(path)
+
+
+def test_features_and_logits_are_the_networks_own(random_inception: tuple[Path, torch.nn.Module]) -> None:
+    path, net = random_inception
+    features = InceptionFeatures(path)
+    levels = torch.randint(0, 256, (2, 3, 20, 20), generator=torch.Generator().manual_seed(0)).to(torch.uint8)
+    expected, logits = net(levels)
+    found = features.extract(levels / 127.5 - 1)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4 * expected.abs().max().item())
+    made = found @ features.classifier.T
+    torch.testing.assert_close(made, logits, rtol=1e-4, atol=1e-4 * logits.abs().max().item())
+    assert (expected[0] - expected[1]).abs().max() > 0.01 * expected.abs().max()
+    assert not features.is_published
+
+
+class Planted:
+    """Unpickled, it would leave a file."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return (Path.touch, (self.path,))
+
+
+def test_a_pickle_that_wants_more_than_tensors_is_not_opened(tmp_path: Path) -> None:
+    torch.save({"Conv2d_1a_3x3.conv.weight": Planted(tmp_path / "ran")}, tmp_path / "weights.pth")
+    with pytest.raises(ConfigError, match=r"weights\.pth does not hold"):
+        InceptionFeatures(tmp_path / "weights.pth")
+    assert not (tmp_path / "ran").exists()
