@@ -19,8 +19,10 @@ from ldm_scale.errors import DataError, NumericsError
 from ldm_scale.evaluation.features import ImageFeatures
 from ldm_scale.evaluation.frechet import frechet_figures
 from ldm_scale.evaluation.images import eight_bits
+from ldm_scale.evaluation.intervals import RESAMPLES, Halves
 from ldm_scale.evaluation.rate import PIXEL_BITS, CodeUsage, GaussianRate, numbers_per_pixel
 from ldm_scale.evaluation.reconstruction import bicubic_baseline, psnr, summary
+from ldm_scale.evaluation.set_figures import score_figure
 from ldm_scale.evaluation.similarity import ssim
 from ldm_scale.interchange.load import LoadedAutoencoder
 from ldm_scale.models.perceptual import PerceptualLoss
@@ -41,6 +43,8 @@ class Instruments:
     frechet_name: str
     num_features: int
     num_components: int | None  # principal components that the Frechet distance is taken in; None = all features
+    classifier: Tensor | None = None  # of FID's Inception: gives the reconstructions' Inception score
+    score_name: str = "IS"
 
 
 class ReconstructionMeter:
@@ -106,7 +110,7 @@ class ReconstructionMeter:
         values = {name: torch.cat([part[name] for part in self._values]) for name in self._values[0]}
         originals, reconstructions = (torch.cat(part) for part in zip(*self._features, strict=True))
         instruments = self._instruments
-        frechet = frechet_figures(originals, reconstructions, instruments.num_components)
+        frechet = frechet_figures(originals, reconstructions, instruments.num_components, RESAMPLES)
         figures: dict[str, Any] = {
             "psnr_db": summary(values["psnr_db"]),
             "exact_images": int(values["psnr_db"].isposinf().sum()),
@@ -122,6 +126,12 @@ class ReconstructionMeter:
             "bicubic": {name: summary(values[f"bicubic_{name}"])["mean"] for name in ("psnr_db", "ssim", "perceptual")},
             "rate": {"numbers_per_pixel": numbers_per_pixel(self._model.config), **self._rate()},
         }
+        if instruments.classifier is not None:
+            figures["inception_score"] = score_figure(
+                reconstructions.double() @ instruments.classifier.double().T,
+                instruments.score_name,
+                Halves(len(reconstructions), RESAMPLES, "the reconstructions"),
+            )
         if self._codes is not None:
             figures["codes"] = {
                 "share_used": self._codes.share_used,

@@ -141,18 +141,49 @@ class FeatureSpace:
         return (features.double() - self.mean) @ self.components.T
 
 
-def frechet_distance(mu1: Tensor, sigma1: Tensor, mu2: Tensor, sigma2: Tensor) -> float:
-    """Squared Frechet distance between two Gaussians: |mu1 - mu2|^2 + tr(sigma1 + sigma2 - 2 (sigma1 sigma2)^(1/2)).
+@dataclass(frozen=True, eq=False)
+class Gaussian:
+    """Mean (K,) and a factor (R, K) of the covariance, which is factor.T @ factor; float64.
 
-    The trace of the last term is the sum of the singular values of sigma1^(1/2) sigma2^(1/2). These are real and
-    non-negative in any arithmetic, where a general matrix root of the product may turn complex.
-    Shapes: means (K,), covariances (K, K), symmetric and positive semi-definite; computed in float64.
-    Source: arXiv:1706.08500, eq. 6; Dowson and Landau 1982.
+    A factor in place of the covariance: of few vectors in many dimensions it is small, and no root has to be taken.
     """
-    mu1, sigma1, mu2, sigma2 = (value.double() for value in (mu1, sigma1, mu2, sigma2))
-    cross = torch.linalg.svdvals(_symmetric_root(sigma1) @ _symmetric_root(sigma2)).sum()
-    distance = (mu1 - mu2).square().sum() + sigma1.trace() + sigma2.trace() - 2 * cross
-    return max(0.0, float(distance))  # a difference of equal terms may round below zero
+
+    mean: Tensor
+    factor: Tensor
+
+    @classmethod
+    def of(cls, vectors: Tensor) -> Gaussian:
+        """The one with the vectors' moments, of at least two. Shapes: (N, K)."""
+        vectors = vectors.double()
+        mean = vectors.mean(dim=0)
+        if len(vectors) <= vectors.shape[1]:
+            return cls(mean, (vectors - mean) / (len(vectors) - 1) ** 0.5)
+        return cls(mean, _symmetric_root(torch.cov(vectors.T)))
+
+    def distance(self, other: Gaussian) -> float:
+        """Squared Frechet distance: |mu1 - mu2|^2 + tr(sigma1 + sigma2 - 2 (sigma1 sigma2)^(1/2)).
+
+        The eigenvalues of sigma1 sigma2 = A'A B'B are the squared singular values of A B', so the trace of the root is
+        their sum. These are real and non-negative in any arithmetic, where a general matrix root of the product may
+        turn complex.
+        Source: arXiv:1706.08500, eq. 6; Dowson and Landau 1982.
+        """
+        cross = torch.linalg.svdvals(self.factor @ other.factor.mT).sum()
+        variances = self.factor.square().sum() + other.factor.square().sum()
+        distance = (self.mean - other.mean).square().sum() + variances - 2 * cross
+        return max(0.0, float(distance))  # a difference of equal terms may round below zero
+
+
+def frechet_distance(mu1: Tensor, sigma1: Tensor, mu2: Tensor, sigma2: Tensor) -> float:
+    """Squared Frechet distance between two Gaussians, see `Gaussian.distance`.
+
+    Shapes: means (K,), covariances (K, K), symmetric and positive semi-definite; computed in float64.
+    """
+    first, second = (
+        Gaussian(mean.double(), _symmetric_root(covariance.double()))
+        for mean, covariance in ((mu1, sigma1), (mu2, sigma2))
+    )
+    return first.distance(second)
 
 
 def frechet_from_features(a: Tensor, b: Tensor, space: FeatureSpace) -> float:
@@ -160,7 +191,7 @@ def frechet_from_features(a: Tensor, b: Tensor, space: FeatureSpace) -> float:
 
     Raises: ConfigError if a set has too few images for its covariance to have full rank.
     """
-    moments = []
+    gaussians = []
     for features in (a, b):
         coordinates = space.project(features)
         num_images, num_components = coordinates.shape
@@ -169,8 +200,8 @@ def frechet_from_features(a: Tensor, b: Tensor, space: FeatureSpace) -> float:
                 f"{space.name}: {num_images} images give no covariance in {num_components} dimensions: "
                 f"use at least {num_components + 1}, better several hundred"
             )
-        moments += [coordinates.mean(dim=0), torch.cov(coordinates.T)]
-    return frechet_distance(*moments)
+        gaussians.append(Gaussian.of(coordinates))
+    return gaussians[0].distance(gaussians[1])
 
 
 def _symmetric_root(matrix: Tensor) -> Tensor:

@@ -10,10 +10,10 @@ from __future__ import annotations
 import math
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from ldm_scale.evaluation.features import FeatureSpace, frechet_distance, frechet_from_features
+from ldm_scale.evaluation.features import FeatureSpace, Gaussian, frechet_from_features
+from ldm_scale.evaluation.intervals import Halves
 
 
 def frechet_protocol(num_images: int, num_features: int, num_components: int | None) -> dict[str, Any]:
@@ -32,9 +32,12 @@ def frechet_protocol(num_images: int, num_features: int, num_components: int | N
     return {"dimensions": dimensions, "space": space, "bias": bias}
 
 
-def frechet_figures(originals: Tensor, reconstructions: Tensor, num_components: int | None) -> dict[str, Any]:
+def frechet_figures(
+    originals: Tensor, reconstructions: Tensor, num_components: int | None, resamples: int = 0
+) -> dict[str, Any]:
     """The distance and its companions, None where there are too few images for them; and the reason then.
 
+    With `resamples`, an `interval` from so many halves of the pairs.
     Principal components are those of the originals. Halves are the even and the odd images.
     Shapes: both (N, D), row i of one image.
     """
@@ -47,6 +50,10 @@ def frechet_figures(originals: Tensor, reconstructions: Tensor, num_components: 
     assert num_components is None or num_components <= num_features, "components are some of the dimensions"
     space = None if num_components is None else FeatureSpace.fit(originals, num_components)
     figures["distance"] = _distance(originals, reconstructions, space)
+    halves = Halves(num_images, resamples, "the pairs of images")
+    if resamples and halves.size >= needed:
+        over = [_distance(originals[half], reconstructions[half], space) for half in halves.indices()]
+        figures["interval"] = halves.interval(figures["distance"], over, (0.0, math.inf))
     if space is not None:
         share = space.explained_variance
         figures["explained_variance"] = share if math.isfinite(share) else None  # originals that are all alike
@@ -60,10 +67,4 @@ def frechet_figures(originals: Tensor, reconstructions: Tensor, num_components: 
 def _distance(a: Tensor, b: Tensor, space: FeatureSpace | None) -> float:
     if space is not None:
         return frechet_from_features(a, b, space)
-    moments = [moment for features in (a, b) for moment in _moments(features)]
-    return frechet_distance(*moments)
-
-
-def _moments(features: Tensor) -> tuple[Tensor, Tensor]:
-    features = features.double()
-    return features.mean(dim=0), torch.cov(features.T)
+    return Gaussian.of(a).distance(Gaussian.of(b))

@@ -1,4 +1,4 @@
-"""Images to measure models on: a split of a manifest, or the image files of a folder.
+"""Images to measure models on: a split of a manifest, the image files of a folder, or the array of an NPZ file.
 
 Each image comes once, uncropped but for the largest centred square, in an order that depends on the number of images
 alone, so that the first N are the same for every model and no class comes first. The training's loader is not used:
@@ -9,6 +9,11 @@ threads, one batch ahead of what is being measured.
 
 from __future__ import annotations
 
+import hashlib
+import io
+import sys
+import zipfile
+import zlib
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -18,18 +23,23 @@ from pathlib import Path
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from PIL import Image
 from torch import Tensor
+from tqdm import tqdm
 
 from ldm_scale.data import require_images
 from ldm_scale.data.decode import DecodeSettings, decode_image, image_extension, to_pixels
 from ldm_scale.data.metadata import member_bytes
 from ldm_scale.data.order import shuffled
+from ldm_scale.data.pictures import Picture
 from ldm_scale.data.policy import BadRecord, BadSample, BadSampleLog
 from ldm_scale.data.shards import IMAGE_EXTENSIONS, Dataset, open_manifest
 from ldm_scale.data.sources.image_folder import list_images
 from ldm_scale.errors import ConfigError, DataError
+from ldm_scale.telemetry.log import shows_progress
 
 DEFAULT_SPLIT = "heldout"
+NPZ = ".npz"
 ORDER_SEED = 0
 CROP = "largest centred square"
 RESIZE = "Pillow bicubic with antialiasing (reducing_gap 3); smaller images are enlarged"
@@ -41,19 +51,24 @@ _Decoding = tuple[str, Future[NDArray[np.uint8]] | str]  # key, and the pixels t
 class ImageSet:
     """Encoded images by number, with what identifies them."""
 
-    source: str  # manifest or folder, for messages
-    split: str  # "" for a folder
+    source: str  # manifest, folder or file, for messages
+    split: str  # "" for a folder or a file
     digest: str
     num_images: int
     read: Callable[[int], tuple[str, bytes | str]] = field(repr=False)  # key and bytes, or why there are none
+    caption: Callable[[int], str] | None = field(default=None, repr=False)  # of an image, where there may be one
 
 
 def open_images(path: Path, split: str | None = None) -> ImageSet:
-    """The images of a manifest's split (None: heldout), or of a folder and its sub-folders.
+    """The images of a manifest's split (None: heldout), of a folder and its sub-folders, or of an NPZ file.
 
     Raises: DataError if there are none; ConfigError if the split holds latents, or is named for a folder without a
     manifest.
     """
+    if path.suffix.lower() == NPZ:
+        if split is not None:
+            raise ConfigError(f"--split {split}: {path} is an array, which has no splits: leave it out")
+        return _open_array(path)
     if path.is_file() or (path / "manifest.json").is_file():
         dataset = open_split(path, split)
         return ImageSet(
@@ -70,7 +85,7 @@ def open_images(path: Path, split: str | None = None) -> ImageSet:
         raise DataError(f"--data {path}: no image ({', '.join(IMAGE_EXTENSIONS)}) and no manifest.json in this folder")
     rows = [f"{name} {_size(path / name)}" for name in names]
     digest = blake2b("\n".join(rows).encode("utf-8", "surrogateescape"), digest_size=16).hexdigest()
-    return ImageSet(str(path), "", digest, len(names), _file_reader(path, names))
+    return ImageSet(str(path), "", digest, len(names), _file_reader(path, names), _file_captions(path, names))
 
 
 def open_split(path: Path, split: str | None = None) -> Dataset:
@@ -85,6 +100,19 @@ def open_split(path: Path, split: str | None = None) -> Dataset:
         raise DataError(str(error).replace("data.split, data.validation_split", "--split")) from None
     require_images(dataset)
     return dataset
+
+
+def content_sha256(images: ImageSet, numbers: list[int]) -> str:
+    """Hash of the names and encoded bytes of these images, in their order: of all that their pixels are made from."""
+    digest = hashlib.sha256()
+    for number in tqdm(
+        numbers, desc="hash", unit="images", mininterval=1.0, file=sys.stderr, disable=not shows_progress()
+    ):
+        key, data = images.read(number)
+        content = data if isinstance(data, bytes) else b""
+        digest.update(f"{key}\0{len(content)}\0".encode("utf-8", "surrogateescape"))
+        digest.update(content)
+    return digest.hexdigest()
 
 
 def chosen_numbers(source: str, split: str, available: int, asked: int | None) -> list[int]:
@@ -120,18 +148,35 @@ class MeasuredImages:
         return len(self._order)
 
     @property
+    def order(self) -> list[int]:
+        """Numbers of the images, in the order in which they are measured."""
+        return list(self._order)
+
+    @property
     def pixels_digest(self) -> str:
         """Hash of the 8-bit pixels in their order."""
         return self._hash.hexdigest()
 
 
 class ImageStream(MeasuredImages):
-    """Iterable once over the batches of an image set, (B, 3, R, R) pixels in [-1, 1] of 8-bit values, fp32."""
+    """Iterable once over the batches of an image set, (B, 3, R, R) pixels in [-1, 1] of 8-bit values, fp32.
 
-    def __init__(self, images: ImageSet, resolution: int, batch_size: int, num_images: int | None = None) -> None:
+    With `as_they_are`, an image of another size is an error and not cropped and resized.
+    """
+
+    def __init__(
+        self,
+        images: ImageSet,
+        resolution: int,
+        batch_size: int,
+        num_images: int | None = None,
+        *,
+        as_they_are: bool = False,
+    ) -> None:
         order = chosen_numbers(images.source, images.split, images.num_images, num_images)
         super().__init__(order, batch_size, DecodeSettings(resolution=resolution, augment=False))
-        self._images = images
+        self._images, self._as_they_are = images, as_they_are
+        self.numbers: list[int] = []  # positions in the order of the images that came
 
     def __iter__(self) -> Iterator[Tensor]:
         order = self._order
@@ -140,7 +185,7 @@ class ImageStream(MeasuredImages):
             following = self._start(pool, parts[0])
             for index in range(len(parts)):
                 current, following = following, self._start(pool, parts[index + 1]) if index + 1 < len(parts) else []
-                pixels = self._finish(current)
+                pixels = self._finish(current, index * self._batch_size)
                 if len(pixels):
                     yield to_pixels(pixels)
 
@@ -149,18 +194,30 @@ class ImageStream(MeasuredImages):
         started: list[_Decoding] = []
         for number in numbers:
             key, data = self._images.read(number)
-            decoding = data if isinstance(data, str) else pool.submit(decode_image, data, self._settings, 0, key)
+            decoding = data if isinstance(data, str) else pool.submit(self._decode, data, key)
             started.append((key, decoding))
         return started
 
-    def _finish(self, started: list[_Decoding]) -> NDArray[np.uint8]:
+    def _decode(self, data: bytes, key: str) -> NDArray[np.uint8]:
+        if self._as_they_are:
+            width, height = Picture(data).size
+            side = self._settings.resolution
+            if (width, height) != (side, side):
+                raise DataError(
+                    f"{self._images.source}: {key} has {width}x{height} pixels where others have {side}x{side}, and "
+                    "samples are measured as they are; give --resolution to crop and resize all of them"
+                )
+        return decode_image(data, self._settings, 0, key)
+
+    def _finish(self, started: list[_Decoding], first: int) -> NDArray[np.uint8]:
         side = self._settings.resolution
         pixels = []
-        for key, decoding in started:
+        for position, (key, decoding) in enumerate(started, first):
             try:
                 if isinstance(decoding, str):
                     raise BadSample(decoding)
                 pixels.append(decoding.result())
+                self.numbers.append(position)
                 self._hash.update(pixels[-1].tobytes())
             except BadSample as error:
                 self.bad.add([BadRecord(key, str(error))])
@@ -171,6 +228,28 @@ class ImageStream(MeasuredImages):
 def eight_bits(pixels: Tensor) -> Tensor:
     """Pixels as an image file gives them back: clamped to [-1, 1], rounded to 256 levels; fp32."""
     return ((pixels.to(torch.float32).clamp(-1, 1) + 1) * 127.5).round() / 127.5 - 1
+
+
+def picture_side(images: ImageSet) -> int:
+    """Pixels along each side of the first picture that decodes, in the order of evaluation.
+
+    Raises: DataError if it is no square, or there is none.
+    """
+    for number in chosen_numbers(images.source, images.split, images.num_images, None):
+        key, data = images.read(number)
+        try:
+            if isinstance(data, str):
+                continue
+            width, height = Picture(data).size
+        except BadSample:
+            continue
+        if width != height:
+            raise DataError(
+                f"{images.source}: {key} has {width}x{height} pixels, and squares are measured; give --resolution to "
+                "crop and resize all images"
+            )
+        return width
+    raise DataError(f"{images.source}: none of {images.num_images} images can be read as a picture")
 
 
 def _size(path: Path) -> int:
@@ -195,3 +274,48 @@ def _file_reader(folder: Path, names: list[str]) -> Callable[[int], tuple[str, b
             return names[number], f"file cannot be read ({error.strerror})"
 
     return read
+
+
+def _file_captions(folder: Path, names: list[str]) -> Callable[[int], str]:
+    """As `ldm-scale prepare image-folder` reads them: NAME.txt beside NAME.png; "" where there is none."""
+
+    def read(number: int) -> str:
+        try:
+            return (folder / names[number]).with_suffix(".txt").read_text(encoding="utf-8").strip()
+        except FileNotFoundError:
+            return ""
+        except (OSError, ValueError) as error:
+            raise DataError(
+                f"{folder / names[number]}: its caption cannot be read ({error}); save it as UTF-8"
+            ) from None
+
+    return read
+
+
+def _open_array(path: Path) -> ImageSet:
+    """The pictures of an NPZ file: its only array, or the one called arr_0 or images, (N, H, W, 3) uint8."""
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            names = file.files
+            name = next((known for known in ("arr_0", "images") if known in names), names[0] if len(names) == 1 else "")
+            if not name:
+                raise DataError(f"{path}: holds {', '.join(names) or 'nothing'}; pictures are looked for in arr_0")
+            array = file[name]
+    except FileNotFoundError:
+        raise DataError(f"{path}: no such file") from None
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+        raise DataError(f"{path}: this NPZ file cannot be read ({error}); write it again") from None
+    if array.dtype != np.uint8 or array.ndim != 4 or array.shape[-1] != 3 or 0 in array.shape:
+        raise DataError(
+            f"{path}: {name} is {array.dtype} of shape {array.shape}, expected pictures: uint8 of shape (N, H, W, 3), "
+            "N at least 1; numbers of other types do not say what is black and what is white"
+        )
+
+    def read(number: int) -> tuple[str, bytes | str]:
+        # As a file, for one way from bytes to pixels; uncompressed, so that it costs little.
+        buffer = io.BytesIO()
+        Image.fromarray(array[number]).save(buffer, format="PNG", compress_level=0)
+        return f"{name}[{number}]", buffer.getvalue()
+
+    digest = blake2b(np.ascontiguousarray(array).data, digest_size=16).hexdigest()
+    return ImageSet(str(path), "", digest, len(array), read)

@@ -17,7 +17,8 @@ from ldm_scale.errors import ConfigError, DataError
 
 FORMAT, VERSION = "ldm-scale-autoencoder-evaluation", 1
 SAMPLES_FORMAT = "ldm-scale-diffusion-evaluation"
-_COMMANDS = {FORMAT: "autoencoder", SAMPLES_FORMAT: "diffusion"}
+IMAGES_FORMAT = "ldm-scale-images-evaluation"
+_COMMANDS = {FORMAT: "autoencoder", SAMPLES_FORMAT: "diffusion", IMAGES_FORMAT: "images"}
 RESULT_FILE = "result.json"
 _ABSENT = "nothing"
 
@@ -48,7 +49,7 @@ def write_result(directory: Path, document: dict[str, Any]) -> Path:
     return path
 
 
-def read_result(path: Path, formats: Sequence[str] = (FORMAT, SAMPLES_FORMAT)) -> Result:
+def read_result(path: Path, formats: Sequence[str] = tuple(_COMMANDS)) -> Result:
     """The result in a file, or in a folder's result.json.
 
     Raises: DataError if there is none, or it is not of these formats and our version.
@@ -115,7 +116,7 @@ def figure_rows(figures: dict[str, Any]) -> dict[str, str]:
         distance + (" (the paper's PSIM)" if distance == "LPIPS-VGG" else ""): _spread(perceptual, 4),
         f"{distance} of bicubic by f": _number(bicubic["perceptual"], 4),
         f"{distance} of unrelated images": _number(perceptual["unrelated"], 4),
-        frechet["name"]: _number(frechet["distance"], 3),
+        frechet["name"]: _with_interval(frechet["distance"], frechet.get("interval"), 3),
         f"{frechet['name']}, half against other half": _number(frechet["halves_reconstructed"], 3),
         f"{frechet['name']}, original halves (floor)": _number(frechet["halves_original"], 3),
         "latent numbers per pixel": _number(figures["rate"]["numbers_per_pixel"], 4),
@@ -128,6 +129,9 @@ def figure_rows(figures: dict[str, Any]) -> dict[str, str]:
         "stored_bits_per_pixel": "stored bits per pixel",
     }
     rows |= {name: _number(figures["rate"][key], 4) for key, name in rates.items() if key in figures["rate"]}
+    if "value" in figures.get("inception_score", {}):
+        score = figures["inception_score"]
+        rows[score["name"]] = _with_interval(score["value"], score["interval"], 2)
     if "codes" in figures:
         rows["codes used"] = f"{figures['codes']['share_used']:.1%} in {figures['codes']['num_chosen']} choices"
         rows["perplexity of the codes"] = _number(figures["codes"]["perplexity"], 1)
@@ -147,8 +151,9 @@ def sample_rows(figures: dict[str, Any]) -> dict[str, str]:
         "halves_real": ", real halves (floor)",
     }.items():
         rows[f"{frechet['name']}{what}"] = _number(frechet[key], 3)
+    rows |= set_rows(figures)
     for kind, found in figures.items():
-        if kind == "frechet" or "not_measured" in found:
+        if kind in ("frechet", "samples") or "not_measured" in found:
             continue
         for key, (name, digits) in _SAMPLE_FIGURES.items():
             if key in found:
@@ -158,6 +163,26 @@ def sample_rows(figures: dict[str, Any]) -> dict[str, str]:
     return rows
 
 
+def set_rows(figures: dict[str, Any]) -> dict[str, str]:
+    """As `figure_rows`, of a set of samples beside a reference set."""
+    rows = {}
+    for key, found in figures.get("samples", {}).items():
+        if "value" not in found:
+            continue
+        digits = _SET_DIGITS.get(key, 3)
+        name = found["name"] + (" to the reference" if key == "frechet" else "")
+        rows[name] = _with_interval(found["value"], found["interval"], digits)
+        for companion, what in {
+            "floor": "halves of the reference (floor)",
+            "shuffled": "captions shuffled",
+            "real": "real images",
+        }.items():
+            if found.get(companion) is not None:
+                rows[f"{found['name']}, {what}"] = _number(found[companion], digits)
+    return rows
+
+
+_SET_DIGITS = {"kernel": 5, "clip_score": 4}
 _SAMPLE_FIGURES = {
     "psnr_db": ("PSNR, dB", 2),
     "bicubic_psnr_db": ("PSNR of bicubic, dB", 2),
@@ -186,7 +211,7 @@ _SAMPLE_FIGURES = {
     "reconstructions": ("of reconstructions", 3),
     "real_others": ("of real images and others", 3),
 }
-_ROWS = {FORMAT: figure_rows, SAMPLES_FORMAT: sample_rows}
+_ROWS = {FORMAT: figure_rows, SAMPLES_FORMAT: sample_rows, IMAGES_FORMAT: set_rows}
 
 
 def comparison_table(results: Sequence[Result]) -> str:
@@ -206,10 +231,14 @@ def result_text(document: dict[str, Any]) -> str:
     """A result document for people: figures, protocol, what was left out."""
     result = Result("", document["model"], document["protocol"], document["figures"], document["format"])
     model, bad = document["model"], document["bad_images"]
-    lines = [f"{model['path']}: {model['label']}, {model['parameters']:,} parameters, {model['weights']} weights, "]
-    lines[0] += f"content {model['content_sha256'][:12]}"
+    if result.format == IMAGES_FORMAT:
+        what = f"{document['protocol']['samples']['num_samples']} images"
+    else:
+        what = f"{model['label']}, {model['parameters']:,} parameters, {model['weights']} weights"
+    lines = [f"{model['path']}: {what}, content {model['content_sha256'][:12]}"]
     lines += [comparison_table([result])]
-    for name, found in document["figures"].items():
+    figures = document["figures"]
+    for name, found in [*figures.items(), *figures.get("samples", {}).items()]:
         if isinstance(found, dict) and "not_measured" in found:
             lines += [f"{found.get('name', name)}: {found['not_measured']}"]
     if bad["count"]:
@@ -237,6 +266,11 @@ def _spread(summary: dict[str, Any], digits: int, absent: str = "-") -> str:
     if summary["mean"] is None:
         return absent
     return f"{summary['mean']:.{digits}f} +- {summary['std']:.{digits}f}"
+
+
+def _with_interval(value: float | None, interval: dict[str, Any] | None, digits: int) -> str:
+    cell = _number(value, digits)
+    return cell if interval is None else f"{cell} [{interval['low']:.{digits}f}, {interval['high']:.{digits}f}]"
 
 
 def _number(value: float | None, digits: int, absent: str = "-") -> str:

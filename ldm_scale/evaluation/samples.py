@@ -17,7 +17,8 @@ from torch import Tensor
 from ldm_scale.conditioning.base import Conditions
 from ldm_scale.conditioning.classes import NO_CLASS
 from ldm_scale.data.annotations import Layout, shown_objects
-from ldm_scale.errors import DataError
+from ldm_scale.errors import DataError, NumericsError
+from ldm_scale.evaluation.clip_score import ClipScorer, clip_figure
 from ldm_scale.evaluation.conditioned import (
     class_colours,
     evaluate_layouts,
@@ -25,10 +26,13 @@ from ldm_scale.evaluation.conditioned import (
     inpainting_values,
     super_resolution_values,
 )
+from ldm_scale.evaluation.feature_sets import FeatureSet
 from ldm_scale.evaluation.features import ImageFeatures
 from ldm_scale.evaluation.frechet import frechet_figures
 from ldm_scale.evaluation.images import eight_bits
 from ldm_scale.evaluation.reconstruction import psnr, summary
+from ldm_scale.evaluation.rows import Rows
+from ldm_scale.evaluation.set_figures import Network, set_figures
 from ldm_scale.evaluation.similarity import ssim
 
 BACKGROUND = "background"
@@ -56,7 +60,13 @@ class Judge:
     features: ImageFeatures
     frechet_name: str
     num_components: int | None  # of the features; None = all
+    network: Network  # that the features are of
+    description: dict[str, Any]  # of what takes the features
     reconstruct: Callable[[Tensor], Tensor]  # pixels to what the autoencoder leaves of them
+    classifier: Tensor | None = None  # whose logits are the features times it
+    scorer: ClipScorer | None = None
+    reference: FeatureSet | None = None  # that the samples are set beside; None = the real images
+    resamples: int = 0  # halves of the samples that confidence intervals are taken from
     object_classes: tuple[str, ...] = ()  # of the data; so are the labels
     map_labels: tuple[str, ...] = ()
 
@@ -66,65 +76,101 @@ class SampleMeter:
 
     def __init__(self, judge: Judge) -> None:
         self._judge = judge
-        self.num_images = 0
-        self._features: list[tuple[Tensor, Tensor, Tensor]] = []  # of real images, samples, reconstructions
-        self._values: dict[str, list[dict[str, Tensor]]] = {"low_resolution": [], "inpainting": []}
-        self._labels: dict[str, list[Hashable]] = {"text": [], "classes": []}
-        self._pixels: list[tuple[Tensor, Tensor]] = []  # real images, samples; uint8
-        self._maps: list[Tensor] = []
-        self._layouts: list[Layout] = []
+        self.rows = Rows()
+
+    @property
+    def num_images(self) -> int:
+        """Samples so far."""
+        return len(self.rows)
 
     @torch.inference_mode()
-    def add(self, samples: Tensor, originals: Tensor, y: Conditions, maps: Tensor | None = None) -> None:
+    def add(
+        self,
+        samples: Tensor,
+        originals: Tensor,
+        y: Conditions,
+        numbers: Sequence[int],
+        maps: Tensor | None = None,
+    ) -> None:
         """Nothing; measures one batch. `maps` are those of the images, which boxes are judged with too.
 
+        `numbers` are the images' places in the order of evaluation.
         Shapes: samples, originals (B, 3, H, W) in [-1, 1] on the CPU, maps (B, H, W) uint8.
+        Raises: NumericsError if a sample is not finite.
         """
-        kinds, extract = self._judge.kinds, self._judge.features.extract
+        finite = torch.isfinite(samples).flatten(start_dim=1).all(dim=1)
+        if not finite.all():
+            first = numbers[int((~finite).nonzero()[0])]
+            raise NumericsError(
+                f"{int((~finite).sum())} of {len(samples)} samples are not finite, the first for image {first} in the "
+                "order of evaluation: guide less, use float32, or look at these weights"
+            )
+        kinds, extract, scorer = self._judge.kinds, self._judge.features.extract, self._judge.scorer
         real, made = eight_bits(originals), eight_bits(samples)
         again = eight_bits(self._judge.reconstruct(real))
-        self._features.append((extract(real), extract(made), extract(again)))
+        rows = {"real": extract(real), "made": extract(made), "again": extract(again)}
+        lists: dict[str, Sequence[Any]] = {}
         if "inpainting" in kinds:
             assert y.masks is not None, "the samples were given masks"
             # Before any rounding, which would hide a difference.
             exact = inpainting_values(samples, originals, y.masks)["known_exact"]
             limit = inpainting_values(again, real, y.masks)["hole_psnr_db"]
-            self._values["inpainting"].append(
-                inpainting_values(made, real, y.masks) | {"known_exact": exact, "reconstruction_psnr_db": limit}
-            )
+            found = inpainting_values(made, real, y.masks) | {"known_exact": exact, "reconstruction_psnr_db": limit}
+            rows |= {f"inpainting.{name}": value for name, value in found.items()}
         if "low_resolution" in kinds:
             assert y.low_resolution is not None, "the samples were given small images"
             limits = {"reconstruction_psnr_db": psnr(again, real), "reconstruction_ssim": ssim(again, real)}
-            self._values["low_resolution"].append(super_resolution_values(made, real, y.low_resolution) | limits)
+            found = super_resolution_values(made, real, y.low_resolution) | limits
+            rows |= {f"low_resolution.{name}": value for name, value in found.items()}
         if y.captions is not None and ("text" in kinds or "frozen_text" in kinds):
-            self._labels["text"] += y.captions
+            lists["text"] = y.captions
+            if scorer is not None:
+                rows |= {"clip.made": scorer.images(made), "clip.real": scorer.images(real)}
+                rows["clip.text"] = scorer.texts(y.captions)
         if y.classes is not None and "classes" in kinds:
-            self._labels["classes"] += y.classes.tolist()
+            lists["classes"] = y.classes.tolist()
         if maps is not None and ("layout" in kinds or "semantic_map" in kinds):
-            self._pixels.append((_bytes(real), _bytes(made)))
-            self._maps.append(maps)
-            self._layouts += y.layouts or ()
-        self.num_images += len(samples)
+            rows |= {"pixels.real": _bytes(real), "pixels.made": _bytes(made), "maps": maps}
+            if y.layouts is not None:
+                lists["layouts"] = y.layouts
+        self.rows.add(numbers, rows, lists)
 
     @torch.inference_mode()
     def figures(self) -> dict[str, Any]:
-        """All figures by name, for JSON: `frechet`, and one entry for each kind of conditioning.
+        """All figures by name, for JSON: `frechet`, `samples`, and one entry for each kind of conditioning.
 
         Units: PSNR in dB, IoU and agreement from 0 to 1.
         Raises: DataError if there was no image.
         """
         if not self.num_images:
             raise DataError("no image to evaluate samples on; name another split")
-        real, made, reconstructed = (torch.cat(part) for part in zip(*self._features, strict=True))
-        figures: dict[str, Any] = {"frechet": self._frechet(real, made, reconstructed)}
+        real, made, reconstructed = (self.rows.tensor(name) for name in ("real", "made", "again"))
+        figures: dict[str, Any] = {
+            "frechet": self._frechet(real, made, reconstructed),
+            "samples": self._samples(real, made),
+        }
         for kind in self._judge.kinds:
-            if kind in self._values:
-                figures[kind] = _means(self._values[kind])
+            if kind in ("low_resolution", "inpainting"):
+                figures[kind] = _means(self.rows.tensors(f"{kind}."))
             elif kind in ("layout", "semantic_map"):
                 figures[kind] = self._colours(kind)
             else:
-                labels = self._labels["classes" if kind == "classes" else "text"]
+                name = "classes" if kind == "classes" else "text"
+                labels = self.rows.values(name) if name in self.rows else []
                 figures[kind] = nearest_agreement(real, made, reconstructed, labels)
+        return figures
+
+    def _samples(self, real: Tensor, made: Tensor) -> dict[str, Any]:
+        """The samples beside the reference, and their captions."""
+        judge = self._judge
+        reference = judge.reference or FeatureSet(real, judge.description, {})
+        figures = set_figures(
+            FeatureSet(made, judge.description, {}), reference, judge.network, judge.classifier, judge.resamples
+        )
+        if "clip.made" in self.rows:
+            images, texts, originals = (self.rows.tensor(f"clip.{name}") for name in ("made", "text", "real"))
+            captions = self.rows.values("text")
+            figures["clip_score"] = clip_figure(images, texts, captions, originals, judge.resamples)
         return figures
 
     def _frechet(self, real: Tensor, made: Tensor, reconstructed: Tensor) -> dict[str, Any]:
@@ -146,19 +192,20 @@ class SampleMeter:
         reason = None
         if self.num_images < 2:
             reason = "one image has no other to be shuffled with"
-        elif kind == "layout" and (missing or not self._maps):
+        elif kind == "layout" and (missing or "maps" not in self.rows):
             what = f"no map label is named {missing[0]!r}" if judge.map_labels else "the data have no maps"
             reason = f"{what}, which would tell the colours of the boxes' classes"
-        elif kind == "layout" and not any(map(shown_objects, self._layouts)):
+        elif kind == "layout" and not any(map(shown_objects, self.rows.values("layouts"))):
             reason = "no layout has an object"
         if reason is not None:
             return {"not_measured": reason}
-        real, made = (torch.cat(part).float().div(127.5).sub(1) for part in zip(*self._pixels, strict=True))
-        maps = torch.cat(self._maps)
+        real, made = (self.rows.tensor(f"pixels.{name}").float().div(127.5).sub(1) for name in ("real", "made"))
+        maps = self.rows.tensor("maps")
         table = class_colours(real, maps, len(judge.map_labels))
         if kind == "layout":
             rows = table[[judge.map_labels.index(name) for name in judge.object_classes]]
-            reports = [asdict(evaluate_layouts(images, self._layouts, rows)) for images in (made, real)]
+            layouts: list[Layout] = self.rows.values("layouts")
+            reports = [asdict(evaluate_layouts(images, layouts, rows)) for images in (made, real)]
             return reports[0] | {f"real_{name}": reports[1][name] for name in ("iou", "hits", "colour_match")}
         background = judge.map_labels.index(BACKGROUND) if BACKGROUND in judge.map_labels else None
         reports = [asdict(evaluate_maps(images, maps, table, background)) for images in (made, real)]
@@ -207,9 +254,8 @@ def _share(hits: Tensor) -> float:
     return float(hits.double().mean())
 
 
-def _means(parts: list[dict[str, Tensor]]) -> dict[str, Any]:
+def _means(values: dict[str, Tensor]) -> dict[str, Any]:
     """Mean and deviation of each figure over the images that have it."""
-    values = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
     figures: dict[str, Any] = {name: summary(value[~value.isnan()]) for name, value in values.items()}
     main = next(iter(values.values()))
     return figures | {"num_images": int((~main.isnan()).sum()), "exact_images": int(main.isposinf().sum())}

@@ -7,12 +7,17 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
 
 from ldm_scale.data.policy import BadSampleLog
 from ldm_scale.errors import ConfigError
 from ldm_scale.evaluation.features import FEATURE_RESOLUTION, NUM_COMPONENTS, EfficientNetFeatures, ImageFeatures
 from ldm_scale.evaluation.frechet import frechet_protocol
 from ldm_scale.evaluation.inception import NUM_FEATURES, InceptionFeatures
+from ldm_scale.evaluation.records import figure_records, versions
+from ldm_scale.evaluation.results import RESULT_FILE
+from ldm_scale.evaluation.set_figures import Network
+from ldm_scale.redaction import public_urls
 
 EFFICIENTNET_FEATURES = 1280
 
@@ -24,6 +29,13 @@ class FrechetSpace(NamedTuple):
     features: ImageFeatures
     num_features: int
     num_components: int | None  # None = all features
+    network: Network
+    classifier: Tensor | None = None  # whose logits are the features times it
+
+    @property
+    def description(self) -> dict[str, Any]:
+        """What took the features, as it stands beside them in files."""
+        return {"network": self.network.name, **self.features.protocol, "weights_sha256": self.features.weights_hash}
 
     def protocol(self, num_images: int) -> dict[str, Any]:
         """What a distance over so many images depends on."""
@@ -35,7 +47,7 @@ class FrechetSpace(NamedTuple):
         }
 
 
-def check_request(arguments: argparse.Namespace, picture: str) -> None:
+def check_request(arguments: argparse.Namespace, picture: str = "") -> None:
     """Nothing, if --batch and --out can be used.
 
     Raises: ConfigError.
@@ -43,8 +55,19 @@ def check_request(arguments: argparse.Namespace, picture: str) -> None:
     if arguments.batch < 1:
         raise ConfigError(f"--batch {arguments.batch}: must be at least 1")
     out: Path | None = arguments.out
-    if out is not None and out.exists() and not out.is_dir():
-        raise ConfigError(f"--out {out} is a file; give a folder for result.json and {picture}")
+    if out is None:
+        return
+    if out.exists() and not out.is_dir():
+        files = f"{RESULT_FILE} and {picture}" if picture else RESULT_FILE
+        raise ConfigError(f"--out {out} is a file; give a folder for {files}")
+    if (out / RESULT_FILE).exists() and not arguments.overwrite:
+        raise ConfigError(f"--out {out} holds a {RESULT_FILE} already; give another folder, or --overwrite")
+
+
+def complete(document: dict[str, Any], arguments: argparse.Namespace) -> dict[str, Any]:
+    """The document with command, versions, and each figure as a record of its own."""
+    document = document | {"command": public_urls(arguments.command), "versions": versions()}
+    return document | {"records": figure_records(document)}
 
 
 def choose_device(name: str) -> torch.device:
@@ -68,15 +91,16 @@ def open_features(arguments: argparse.Namespace, resolution: int, device: torch.
     """
     if arguments.features == "inception_v3":
         inception = InceptionFeatures(arguments.features_weights, device)
-        return FrechetSpace(inception.name, inception, NUM_FEATURES, num_components=None)
+        network = Network(inception.network, published=inception.is_published)
+        return FrechetSpace(inception.name, inception, NUM_FEATURES, None, network, inception.classifier)
     if arguments.features_weights is not None:
         raise ConfigError(
             f"--features-weights {arguments.features_weights}: efficientnet_lite0 brings its own; leave it out, or add "
             "--features inception_v3"
         )
     features = EfficientNetFeatures(device, resolution=max(resolution, FEATURE_RESOLUTION))
-    name = f"FD-EffNetLite0-PCA{NUM_COMPONENTS}"
-    return FrechetSpace(name, features, EFFICIENTNET_FEATURES, NUM_COMPONENTS)
+    network = Network("EffNetLite0", num_components=NUM_COMPONENTS)
+    return FrechetSpace(network.call("frechet"), features, EFFICIENTNET_FEATURES, NUM_COMPONENTS, network)
 
 
 def describe_bad(bad: BadSampleLog) -> dict[str, Any]:

@@ -92,9 +92,14 @@ def test_batches_change_no_figure() -> None:
     whole = measure(model, x, 11).figures()
     assert whole["frechet"].pop("name") == "FD-pixels"
     assert whole["perceptual"].pop("name") == "pixels"
+    interval = whole["frechet"].pop("interval")
+    assert interval.pop("method").endswith("of the pairs of images")
     for batch in (1, 4):
         parts = measure(model, x, batch).figures()
         del parts["frechet"]["name"], parts["perceptual"]["name"]
+        other = parts["frechet"].pop("interval")
+        del other["method"]
+        assert other == pytest.approx(interval, rel=1e-3)
         for name, group in whole.items():
             assert parts[name] == pytest.approx(group, rel=1e-3), name
 
@@ -146,3 +151,14 @@ def test_no_image_and_a_factor_that_does_not_divide() -> None:
         meter.figures()
     with pytest.raises(ConfigError, match="cannot be reduced by f = 2"):
         meter.add(images(2)[..., :15])
+
+
+def test_reconstructions_have_an_inception_score_where_there_is_a_classifier() -> None:
+    logits = torch.randn(6, 10, generator=torch.Generator().manual_seed(2))
+    instruments = dataclasses.replace(INSTRUMENTS, classifier=logits, score_name="IS of reconstructions")
+    meter = ReconstructionMeter(model_of(IDENTITY), instruments)
+    meter.add(images(24))
+    found = meter.figures()["inception_score"]
+    probabilities = (images(24).flatten(start_dim=1)[:, :10].double() @ logits.double().T).softmax(dim=1)
+    assert 1 < found["value"] < math.exp((probabilities.log() * probabilities).sum(dim=1).mean() + math.log(6)) * 1.5
+    assert found["name"] == "IS of reconstructions"

@@ -57,3 +57,12 @@ def test_protocol_says_when_covariances_are_singular() -> None:
     assert reduced["dimensions"] == 32
     assert "singular" not in reduced["bias"]
     assert "not seen" in reduced["bias"]
+
+
+def test_the_interval_is_of_pairs() -> None:
+    x, y = features(80), features(80, seed=1)
+    figures = frechet_figures(x, y, 4, resamples=6)
+    interval = figures["interval"]
+    assert interval["low"] < figures["distance"] < interval["high"]
+    assert frechet_figures(x, x.clone(), 4, resamples=6)["interval"]["standard_error"] == pytest.approx(0, abs=1e-9)
+    assert "interval" not in frechet_figures(x[:9], y[:9], 4, resamples=6)

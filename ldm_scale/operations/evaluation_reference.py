@@ -1,0 +1,185 @@
+"""What samples are set beside a reference with: its features, their cache, the judge of captions."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import PIL
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from ldm_scale import __version__
+from ldm_scale.errors import ConfigError, DataError
+from ldm_scale.evaluation import fidelity
+from ldm_scale.evaluation.clip_score import ClipScorer
+from ldm_scale.evaluation.feature_sets import (
+    EXTENSION,
+    FeatureCache,
+    FeatureSet,
+    default_cache,
+    read_features,
+    require_finite,
+)
+from ldm_scale.evaluation.images import CROP, RESIZE, ImageStream, content_sha256, open_images
+from ldm_scale.evaluation.set_figures import DEFINITIONS
+from ldm_scale.operations.evaluation_setup import FrechetSpace
+from ldm_scale.telemetry.log import get_logger, shows_progress
+
+
+def check_set_request(arguments: argparse.Namespace) -> None:
+    """Nothing, if the options of figures beside a reference go together.
+
+    Raises: ConfigError.
+    """
+    if arguments.resamples < 0 or arguments.resamples == 1:
+        raise ConfigError(f"--resamples {arguments.resamples}: must be 2 or more, or 0 for no confidence intervals")
+    if arguments.clip_weights is None and arguments.clip_model is not None:
+        raise ConfigError(
+            f"--clip-model {arguments.clip_model}: without weights there is no CLIP score; add --clip-weights FILE, or "
+            "OpenCLIP's name of weights in the usual cache"
+        )
+    if arguments.cache is not None and arguments.cache.exists() and not arguments.cache.is_dir():
+        raise ConfigError(f"--cache {arguments.cache} is a file; give a folder")
+
+
+def open_scorer(arguments: argparse.Namespace, device: torch.device) -> ClipScorer | None:
+    """The judge of captions, if its weights are named.
+
+    Raises: ConfigError if they cannot be had.
+    """
+    if arguments.clip_weights is None:
+        return None
+    return ClipScorer(arguments.clip_model or "ViT-B-32", arguments.clip_weights, device)
+
+
+def open_cache(arguments: argparse.Namespace) -> FeatureCache:
+    """Where features of reference sets are kept."""
+    if arguments.no_cache:
+        return FeatureCache(None)
+    return FeatureCache(arguments.cache or default_cache())
+
+
+def reference_features(
+    path: Path,
+    split: str | None,
+    num_images: int | None,
+    resolution: int,
+    arguments: argparse.Namespace,
+    space: FrechetSpace,
+    device: torch.device,
+) -> FeatureSet:
+    """Features of a reference set, of a feature file as they are, or from the cache, or taken now and kept.
+
+    Raises: ConfigError, DataError for what the command line names; NumericsError for features that are not finite.
+    """
+    if path.suffix == EXTENSION:
+        if num_images is not None or split is not None:
+            raise ConfigError(f"{path} is a feature file, of which all is used: leave split and number of images out")
+        found = read_features(path)
+        if not {"pixels_digest", "num_images"} <= set(found.images):
+            raise DataError(f"{path}: does not say what its features are of; take a file from the cache of features")
+        return found
+    images = open_images(path, split)
+    stream = ImageStream(images, resolution, arguments.batch, num_images)
+    wanted = {
+        "images_sha256": content_sha256(images, stream.order),
+        "num_listed": stream.wanted,
+        "resolution": resolution,
+        "crop": CROP,
+        "resize": RESIZE,
+        "decoder": f"Pillow {PIL.__version__}, torch {torch.__version__}, ldm-scale {__version__}",
+        "extractor": space.description,
+    }
+    cache = open_cache(arguments)
+    cached = cache.get(wanted)
+    if cached is not None:
+        warn_of_bad(images.source, cached.images["left_out"], "cached")
+        return cached
+    features = extract_all(stream, space, device, "reference")
+    if not len(features):
+        raise DataError(f"{images.source}: none of {stream.wanted} images can be used: {stream.bad.describe()}")
+    require_finite(features, images.source)
+    if stream.bad.counts:
+        get_logger().warning(f"{images.source}: {stream.bad.describe()}; the reference is the rest")
+    described = {
+        "wanted": wanted,
+        "source": images.source,
+        "split": images.split,
+        "num_images": stream.num_images,
+        "pixels_digest": stream.pixels_digest,
+        "left_out": stream.bad.counts.total(),
+    }
+    found = FeatureSet(features, space.description, described)
+    cache.put(wanted, found)
+    return found
+
+
+def warn_of_bad(source: str, count: int, where: str) -> None:
+    """Nothing; says that images were left out."""
+    if count:
+        get_logger().warning(f"{source}: {count} images could not be used ({where}); the reference is the rest")
+
+
+def extract_all(
+    stream: ImageStream,
+    space: FrechetSpace,
+    device: torch.device,
+    what: str,
+    beside: Callable[[Tensor], None] | None = None,
+) -> Tensor:
+    """Features of all images of a stream; `beside` is shown every batch too. Shapes: returns (N, D) fp32."""
+    parts = [torch.empty(0, space.num_features)]
+    with tqdm(
+        total=stream.wanted,
+        desc=what,
+        unit="images",
+        mininterval=1.0,
+        file=sys.stderr,
+        disable=not shows_progress(),
+    ) as bar:
+        for pixels in stream:
+            parts.append(space.features.extract(pixels.to(device, non_blocking=True)))
+            if beside is not None:
+                beside(pixels)
+            bar.update(len(pixels))
+    return torch.cat(parts)
+
+
+def describe_reference(reference: FeatureSet) -> dict[str, Any]:
+    """What the reference is, as part of a protocol."""
+    images = reference.images
+    return {name: images[name] for name in ("pixels_digest", "num_images")} | {"split": images.get("split", "")}
+
+
+def set_protocol(
+    space: FrechetSpace, num_samples: int, reference: dict[str, Any] | None, scorer: ClipScorer | None
+) -> dict[str, Any]:
+    """What figures beside a reference depend on; `reference` None is the images of the protocol's data."""
+    definitions = dict(DEFINITIONS)
+    if space.classifier is None:
+        del definitions["inception_score"]
+    if space.num_components is not None:
+        definitions["frechet"] += (
+            f"; in {space.num_components} leading principal components of the reference's features"
+        )
+    if not fidelity.is_installed():
+        del definitions["kernel"]
+    return {
+        "num_samples": num_samples,
+        "reference": reference,
+        "extractor": space.description,
+        "definitions": definitions,
+        "clip": None if scorer is None else scorer.protocol,
+    }
+
+
+def warn_of_small_sets(figures: dict[str, Any]) -> None:
+    """Nothing; what small numbers of images do to the figures goes to the log."""
+    for found in figures.values():
+        if "warning" in found:
+            get_logger().warning(found["warning"])
