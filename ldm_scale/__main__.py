@@ -29,7 +29,7 @@ COMMANDS = {
     "encode": "turn image shards into latent shards for stage 2, with provenance",
     "train": "train an autoencoder or a diffusion model: ldm-scale train experiment=NAME [key=value ...]",
     "sample": "draw images from a trained model",
-    "evaluate": "measure autoencoders and diffusion models, compare results, draw distortion over rate",
+    "evaluate": "measure autoencoders, diffusion models and image files; compare results; draw distortion over rate",
     "export": "turn a run or a checkpoint into a diffusers folder, a CompVis checkpoint or plain safetensors",
     "import": "turn a checkpoint of CompVis or Stability into an artifact to train on, sample from and evaluate",
     "report": "write a run as one HTML page: pictures, curves, figures, cost, configuration",

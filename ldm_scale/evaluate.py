@@ -1,10 +1,11 @@
-"""`ldm-scale evaluate autoencoder | diffusion | compare | rate-distortion`: figures with their protocol."""
+"""`ldm-scale evaluate autoencoder | diffusion | images | compare | rate-distortion`: figures with their protocol."""
 
 from __future__ import annotations
 
 import argparse
 import contextlib
 import json
+import shlex
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -17,6 +18,7 @@ from ldm_scale.errors import ConfigError
 def main(argv: Sequence[str] | None = None) -> int:
     """0, after the figures were printed, as a table or as one JSON object."""
     arguments = _parser().parse_args(argv)
+    arguments.command = shlex.join(["ldm-scale", "evaluate", *(sys.argv[1:] if argv is None else argv)])
     run: Callable[[argparse.Namespace], tuple[dict[str, Any], str]] = arguments.run
     # The libraries behind some formats print notices when they are imported; stdout belongs to the result.
     with contextlib.redirect_stdout(sys.stderr):
@@ -43,6 +45,16 @@ def _parser() -> argparse.ArgumentParser:
             description="Samples one image for the captions, classes, boxes, maps, small or masked images of each of a "
             "split's first images, made as in training, and measures: distance from the real images, and for each kind "
             "of conditioning whether the samples are what was asked for.",
+        )
+    )
+    _add_images(
+        actions.add_parser(
+            "images",
+            parents=[output],
+            help="image files of any origin beside a reference set",
+            description="Measures the image files of a folder, or the array of an NPZ file, beside a reference set: "
+            "Frechet and kernel distance, precision, recall, density and coverage in features of EfficientNet-Lite0; "
+            "with FID's own weights FID, KID and Inception score; with OpenCLIP's weights the CLIP score.",
         )
     )
     compare = actions.add_parser("compare", parents=[output], help="several results side by side")
@@ -82,6 +94,12 @@ def _add_diffusion(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--guidance", type=float, help="classifier-free guidance scale, 1 = none")
     parser.add_argument("--guidance-rescale", type=float, help="0 to 1")
     parser.add_argument("--guidance-interval", type=float, nargs=2, metavar=("LO", "HI"), help="noise levels")
+    parser.add_argument(
+        "--reference", type=Path, help="set the samples beside these images, as of `evaluate images`; default: --data's"
+    )
+    parser.add_argument("--reference-split", help="of its manifest; default: heldout")
+    parser.add_argument("--num-reference", type=int, help="images of it; default: all")
+    _add_set_figures(parser)
     parser.set_defaults(run=_diffusion)
 
 
@@ -90,17 +108,62 @@ def _add_common(parser: argparse.ArgumentParser, data: str, picture: str) -> Non
     parser.add_argument("--data", type=Path, required=True, help=data)
     parser.add_argument("--split", help="of the manifest; default: heldout")
     parser.add_argument("--num-images", type=int, help="images to measure, the same for every model; default: all")
-    parser.add_argument("--batch", type=int, default=16, help="images at once; changes no figure")
     parser.add_argument(
         "--weights",
         metavar="raw|ema|ema=STD",
         help="of a checkpoint; ema=0.07 is the power-function average of that width, reconstructed if it was not kept; "
         "default: its first average, or raw",
     )
+    _add_measuring(parser, f"folder for result.json and {picture}")
+
+
+def _add_images(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("source", type=Path, metavar="IMAGES", help="a folder, or an .npz of uint8 (N, H, W, 3)")
+    parser.add_argument(
+        "--data",
+        type=Path,
+        required=True,
+        help="the reference: a manifest.json, a folder of images, an .npz, or a feature file from the cache",
+    )
+    parser.add_argument("--split", help="of the reference's manifest; default: heldout")
+    parser.add_argument("--num-images", type=int, help="samples to measure; default: all")
+    parser.add_argument("--num-reference", type=int, help="images of the reference; default: all")
+    parser.add_argument(
+        "--resolution",
+        type=int,
+        help="pixels that samples are cropped and resized to; default: as they are",
+    )
+    _add_measuring(parser, "folder for result.json")
+    _add_set_figures(parser)
+    parser.set_defaults(run=_images)
+
+
+def _add_set_figures(parser: argparse.ArgumentParser) -> None:
+    """Options of figures beside a reference set."""
+    parser.add_argument("--clip-model", metavar="NAME", help="OpenCLIP's name; default: ViT-B-32")
+    parser.add_argument(
+        "--clip-weights", metavar="FILE|NAME", help="for the CLIP score: a file, or OpenCLIP's name of cached weights"
+    )
+    parser.add_argument(
+        "--resamples", type=int, default=20, help="halves of the samples for confidence intervals; 0: none"
+    )
+    parser.add_argument(
+        "--cache",
+        type=output_path,
+        metavar="DIR",
+        help="of reference features; default: ~/.cache/ldm-scale/features",
+    )
+    parser.add_argument("--no-cache", action="store_true", help="neither look for features nor keep them")
+
+
+def _add_measuring(parser: argparse.ArgumentParser, out: str) -> None:
+    """Options that all evaluations have."""
+    parser.add_argument("--batch", type=int, default=16, help="images at once; changes no figure")
     parser.add_argument("--features", choices=("efficientnet_lite0", "inception_v3"), default="efficientnet_lite0")
     parser.add_argument("--features-weights", type=Path, metavar="FILE", help="FID's Inception, for inception_v3")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
-    parser.add_argument("--out", type=output_path, metavar="DIR", help=f"folder for result.json and {picture}")
+    parser.add_argument("--out", type=output_path, metavar="DIR", help=out)
+    parser.add_argument("--overwrite", action="store_true", help="replace a result in --out")
 
 
 # Imported in each: torch and the networks take seconds, which --help and a wrong command line need not wait for.
@@ -117,6 +180,14 @@ def _diffusion(arguments: argparse.Namespace) -> tuple[dict[str, Any], str]:
     from ldm_scale.operations.evaluate_diffusion import evaluate_diffusion
 
     document = evaluate_diffusion(arguments)
+    return document, result_text(document)
+
+
+def _images(arguments: argparse.Namespace) -> tuple[dict[str, Any], str]:
+    from ldm_scale.evaluation.results import result_text
+    from ldm_scale.operations.evaluate_images import evaluate_images
+
+    document = evaluate_images(arguments)
     return document, result_text(document)
 
 

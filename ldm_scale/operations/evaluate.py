@@ -38,6 +38,7 @@ from ldm_scale.operations.evaluation_setup import (
     FrechetSpace,
     check_request,
     choose_device,
+    complete,
     describe_bad,
     describe_machine,
     open_features,
@@ -69,7 +70,7 @@ def evaluate_autoencoder(arguments: argparse.Namespace) -> dict[str, Any]:
         raise DataError(f"{images.source}: none of {stream.wanted} images can be used: {stream.bad.describe()}")
     if stream.bad.counts:
         get_logger().warning(f"{images.source}: {stream.bad.describe()}; the figures are over the rest")
-    document = {
+    document: dict[str, Any] = {
         "format": FORMAT,
         "version": VERSION,
         "model": _describe_model(arguments.source, artifact),
@@ -78,6 +79,7 @@ def evaluate_autoencoder(arguments: argparse.Namespace) -> dict[str, Any]:
         "bad_images": describe_bad(stream.bad),
         "machine": describe_machine(device, meter.num_images / seconds),
     }
+    document = complete(document, arguments)
     if arguments.out is not None:
         path = write_result(arguments.out, document)
         grid = reconstruction_grid(*meter.shown, columns=8)
@@ -133,7 +135,17 @@ def _instruments(
 ) -> tuple[Instruments, FrechetSpace]:
     perceptual = _perceptual(arguments.perceptual, arguments.perceptual_weights).to(device)
     space = open_features(arguments, resolution, device)
-    return Instruments(perceptual, space.features, space.name, space.num_features, space.num_components), space
+    score_name = space.network.call("inception_score")
+    instruments = Instruments(
+        perceptual,
+        space.features,
+        space.name,
+        space.num_features,
+        space.num_components,
+        space.classifier,
+        f"{score_name} of reconstructions",
+    )
+    return instruments, space
 
 
 def _perceptual(net: str, weights: Path | None) -> PerceptualLoss:

@@ -10,8 +10,10 @@ import argparse
 import dataclasses
 import sys
 import time
+from dataclasses import replace
 from typing import Any
 
+import torch
 from torch import Tensor
 from tqdm import tqdm
 
@@ -22,6 +24,7 @@ from ldm_scale.data.annotations import MAP, TEXT
 from ldm_scale.data.shards import Dataset
 from ldm_scale.engine.lazy_tensors import num_elements
 from ldm_scale.errors import CheckpointError, ConfigError, DataError
+from ldm_scale.evaluation.feature_sets import FeatureSet
 from ldm_scale.evaluation.generation import captioned_grid
 from ldm_scale.evaluation.images import CROP, RESIZE, open_split
 from ldm_scale.evaluation.results import SAMPLES_FORMAT, VERSION, write_result
@@ -32,10 +35,19 @@ from ldm_scale.evaluation.split import SplitStream
 from ldm_scale.interchange.artifact import Artifact, DiffusionArtifact
 from ldm_scale.interchange.load import LoadedDiffusion, read_source
 from ldm_scale.interchange.sampling import SampleOptions, chosen_sampling
+from ldm_scale.operations.evaluation_reference import (
+    check_set_request,
+    describe_reference,
+    open_scorer,
+    reference_features,
+    set_protocol,
+    warn_of_small_sets,
+)
 from ldm_scale.operations.evaluation_setup import (
     FrechetSpace,
     check_request,
     choose_device,
+    complete,
     describe_bad,
     describe_machine,
     open_features,
@@ -57,6 +69,7 @@ def evaluate_diffusion(arguments: argparse.Namespace) -> dict[str, Any]:
     are not finite.
     """
     check_request(arguments, PICTURE_FILE)
+    check_set_request(arguments)
     check_sampling(arguments)
     device = choose_device(arguments.device)
     artifact = read_source(arguments.source, arguments.weights)
@@ -77,8 +90,16 @@ def evaluate_diffusion(arguments: argparse.Namespace) -> dict[str, Any]:
     stream = SplitStream(dataset, model.resolution, annotations, arguments.batch, arguments.num_images)
     space = open_features(arguments, model.resolution, device)
     space = space._replace(name=space.name.removeprefix("r"))  # rFID is of reconstructions
+    scorer = open_scorer(arguments, device)
+    if scorer is not None and not {"text", "frozen_text"} & set(kinds):
+        raise ConfigError(
+            f"--clip-weights {arguments.clip_weights}: {arguments.source} has no captions for its samples, not being "
+            "conditioned on them; leave --clip-weights and --clip-model out"
+        )
+    reference = _reference(arguments, model.resolution, space, device)
     model.to(device)
-    meter = SampleMeter(_judge(model, dataset, kinds, space))
+    judge = _judge(model, dataset, kinds, space)
+    meter = SampleMeter(replace(judge, scorer=scorer, reference=reference, resamples=arguments.resamples))
     started = time.monotonic()
     shown = _measure(stream, meter, model, options, sampling, arguments.seed)
     seconds = time.monotonic() - started
@@ -89,16 +110,21 @@ def evaluate_diffusion(arguments: argparse.Namespace) -> dict[str, Any]:
         log.warning(f"{dataset.manifest_path}: {stream.bad.describe()}; the figures are over the rest")
     if model.num_truncated:
         log.warning(f"{model.num_truncated} captions or layouts are longer than the model reads")
+    figures = meter.figures()
+    warn_of_small_sets(figures["samples"])
+    protocol = _protocol(dataset, stream, space, model.conditioning, model.resolution, arguments.seed)
+    described = None if reference is None else describe_reference(reference)
     document = {
         "format": SAMPLES_FORMAT,
         "version": VERSION,
         "model": _describe_model(arguments, artifact, kinds, sampling),
-        "protocol": _protocol(dataset, stream, space, model.conditioning, model.resolution, arguments.seed),
-        "figures": meter.figures(),
+        "protocol": protocol | {"samples": set_protocol(space, meter.num_images, described, scorer)},
+        "figures": figures,
         "truncated": model.num_truncated,
         "bad_images": describe_bad(stream.bad),
         "machine": describe_machine(device, meter.num_images / seconds),
     }
+    document = complete(document, arguments)
     if arguments.out is not None:
         path = write_result(arguments.out, document)
         _write_picture(arguments, *shown, model.resolution)
@@ -130,7 +156,7 @@ def _measure(
             y = conditions_of(model.network.conditioner, batch, seed)
             seeds = [seed + number for number in batch.image_numbers.tolist()]
             samples = sample_images(model, y, seeds, batch=len(seeds), bar=bar, **options)
-            meter.add(samples, batch.images, y, batch.maps)
+            meter.add(samples, batch.images, y, batch.image_numbers.tolist(), batch.maps)
             if len(texts) < NUM_SHOWN:
                 drawn = panels(y, kinds, names.get("object_classes", ()), grid_side(model.resolution))
                 parts.append(drawn | {"sample": samples, "real image": batch.images})
@@ -171,9 +197,26 @@ def _judge(model: LoadedDiffusion, dataset: Dataset, kinds: tuple[str, ...], spa
         space.features,
         space.name,
         space.num_components,
+        space.network,
+        space.description,
+        classifier=space.classifier,
         reconstruct=lambda x: autoencoder.decode(model.encode_pixels(x)).cpu(),
         object_classes=dataset.object_classes,
         map_labels=dataset.map_labels,
+    )
+
+
+def _reference(
+    arguments: argparse.Namespace, resolution: int, space: FrechetSpace, device: torch.device
+) -> FeatureSet | None:
+    """Features of --reference, or None if the samples are set beside the images whose y they are given."""
+    if arguments.reference is None:
+        for name in ("reference_split", "num_reference"):
+            if getattr(arguments, name) is not None:
+                raise ConfigError(f"--{name.replace('_', '-')} without --reference, whose it is; give both or none")
+        return None
+    return reference_features(
+        arguments.reference, arguments.reference_split, arguments.num_reference, resolution, arguments, space, device
     )
 
 

@@ -86,8 +86,10 @@ def test_every_kind_is_measured_and_shown(
     document = measure(capsys, models[name], data, "--num-images", "6", "--steps", "2", "--out", tmp_path)
     assert document == json.loads((tmp_path / "result.json").read_text())
     kinds = document["model"]["conditioning"]
-    assert set(document["figures"]) == {"frechet", *kinds}
+    assert set(document["figures"]) == {"frechet", "samples", *kinds}
     assert document["figures"]["frechet"]["not_measured"] == "6 images, at least 33 are needed"
+    assert document["figures"]["samples"]["frechet"]["not_measured"] == "6 samples, at least 33 are needed"
+    assert document["figures"]["samples"]["precision"]["interval"] is None
     assert set(document["protocol"]["given"]) == set(kinds)
     assert document["model"]["label"].startswith(f"{'+'.join(kinds) or 'unconditional'} ddim-2")
     guided = name in ("text", "classes", "layout", "fill")
