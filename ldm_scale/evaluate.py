@@ -1,4 +1,4 @@
-"""`ldm-scale evaluate autoencoder | diffusion | images | compare | rate-distortion`: figures with their protocol."""
+"""`ldm-scale evaluate autoencoder | diffusion | images | sweep | compare | rate-distortion`: figures and protocol."""
 
 from __future__ import annotations
 
@@ -57,6 +57,18 @@ def _parser() -> argparse.ArgumentParser:
             "with FID's own weights FID, KID and Inception score; with OpenCLIP's weights the CLIP score.",
         )
     )
+    _add_sweep(
+        actions.add_parser(
+            "sweep",
+            parents=[output],
+            help="a diffusion model over guidance scales, steps and averages",
+            description="Measures a model as `evaluate diffusion` does for every guidance scale, number of steps and "
+            "average of its weights that are given, and writes quality against sampling throughput as a CSV and, as "
+            "the paper's Figure 7, a plot. Called again, it goes on where it was; more values add cells.",
+            epilog="example: ldm-scale evaluate sweep runs/ldm --data data/mine/manifest.json --guidance 1 2 4 "
+            "--steps 10 20 50 --weights raw ema --out results/sweep",
+        )
+    )
     compare = actions.add_parser("compare", parents=[output], help="several results side by side")
     compare.add_argument("results", nargs="+", type=Path, metavar="RESULT", help="a result.json or its folder")
     compare.set_defaults(run=_compare)
@@ -74,7 +86,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _add_autoencoder(parser: argparse.ArgumentParser) -> None:
-    _add_common(parser, "a manifest.json, or a folder of images", "reconstructions.png")
+    _add_common(parser, "a manifest.json, or a folder of images", "folder for result.json and reconstructions.png")
     parser.add_argument("--resolution", type=int, help="pixels along each side; default: the model's in training")
     parser.add_argument("--perceptual", choices=("efficientnet_lite0", "lpips_vgg"), default="efficientnet_lite0")
     parser.add_argument("--perceptual-weights", type=Path, metavar="FILE", help="torchvision's VGG16, for lpips_vgg")
@@ -82,16 +94,29 @@ def _add_autoencoder(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_diffusion(parser: argparse.ArgumentParser) -> None:
-    _add_common(parser, "a manifest.json", "samples.png")
+    _add_common(parser, "a manifest.json", "folder for result.json and samples.png")
+    _add_sampling(parser)
+    parser.set_defaults(run=_diffusion)
+
+
+def _add_sweep(parser: argparse.ArgumentParser) -> None:
+    _add_common(parser, "a manifest.json", "folder for sweep.csv, sweep.png and the cells", many=True)
+    _add_sampling(parser, many=True)
+    parser.set_defaults(run=_sweep)
+
+
+def _add_sampling(parser: argparse.ArgumentParser, many: bool = False) -> None:
+    """How samples are made and what they are set beside; with `many`, steps and guidance are lists."""
+    several = {"nargs": "+"} if many else {}
     parser.add_argument("--seed", type=int, default=0, help="of the first sample, and of masks and small images")
     parser.add_argument(
         "--sampler",
         choices=("ddim", "ddpm", "plms", "dpmpp_2m", "dpmpp_2m_sde", "euler", "heun"),
         help="default, here and below: the model's",
     )
-    parser.add_argument("--steps", type=int)
+    parser.add_argument("--steps", type=int, **several)  # type: ignore[arg-type]
     parser.add_argument("--eta", type=float, help="stochasticity of DDIM, 0 to 1")
-    parser.add_argument("--guidance", type=float, help="classifier-free guidance scale, 1 = none")
+    parser.add_argument("--guidance", type=float, help="classifier-free guidance scale, 1 = none", **several)  # type: ignore[arg-type]
     parser.add_argument("--guidance-rescale", type=float, help="0 to 1")
     parser.add_argument("--guidance-interval", type=float, nargs=2, metavar=("LO", "HI"), help="noise levels")
     parser.add_argument(
@@ -100,10 +125,9 @@ def _add_diffusion(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--reference-split", help="of its manifest; default: heldout")
     parser.add_argument("--num-reference", type=int, help="images of it; default: all")
     _add_set_figures(parser)
-    parser.set_defaults(run=_diffusion)
 
 
-def _add_common(parser: argparse.ArgumentParser, data: str, picture: str) -> None:
+def _add_common(parser: argparse.ArgumentParser, data: str, out: str, many: bool = False) -> None:
     parser.add_argument("source", type=Path, metavar="PATH", help="a run, a checkpoint, an artifact or an export")
     parser.add_argument("--data", type=Path, required=True, help=data)
     parser.add_argument("--split", help="of the manifest; default: heldout")
@@ -111,10 +135,11 @@ def _add_common(parser: argparse.ArgumentParser, data: str, picture: str) -> Non
     parser.add_argument(
         "--weights",
         metavar="raw|ema|ema=STD",
+        nargs="+" if many else None,
         help="of a checkpoint; ema=0.07 is the power-function average of that width, reconstructed if it was not kept; "
         "default: its first average, or raw",
     )
-    _add_measuring(parser, f"folder for result.json and {picture}")
+    _add_measuring(parser, out, required=many)
 
 
 def _add_images(parser: argparse.ArgumentParser) -> None:
@@ -156,13 +181,13 @@ def _add_set_figures(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--no-cache", action="store_true", help="neither look for features nor keep them")
 
 
-def _add_measuring(parser: argparse.ArgumentParser, out: str) -> None:
+def _add_measuring(parser: argparse.ArgumentParser, out: str, required: bool = False) -> None:
     """Options that all evaluations have."""
     parser.add_argument("--batch", type=int, default=16, help="images at once; changes no figure")
     parser.add_argument("--features", choices=("efficientnet_lite0", "inception_v3"), default="efficientnet_lite0")
     parser.add_argument("--features-weights", type=Path, metavar="FILE", help="FID's Inception, for inception_v3")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
-    parser.add_argument("--out", type=output_path, metavar="DIR", help=out)
+    parser.add_argument("--out", type=output_path, metavar="DIR", required=required, help=out)
     parser.add_argument("--overwrite", action="store_true", help="replace a result in --out")
 
 
@@ -189,6 +214,12 @@ def _images(arguments: argparse.Namespace) -> tuple[dict[str, Any], str]:
 
     document = evaluate_images(arguments)
     return document, result_text(document)
+
+
+def _sweep(arguments: argparse.Namespace) -> tuple[dict[str, Any], str]:
+    from ldm_scale.operations.evaluate_sweep import evaluate_sweep
+
+    return evaluate_sweep(arguments)
 
 
 def _compare(arguments: argparse.Namespace) -> tuple[dict[str, Any], str]:

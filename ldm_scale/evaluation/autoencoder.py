@@ -9,6 +9,7 @@ features, so memory does not grow by its pixels.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,6 +23,7 @@ from ldm_scale.evaluation.images import eight_bits
 from ldm_scale.evaluation.intervals import RESAMPLES, Halves
 from ldm_scale.evaluation.rate import PIXEL_BITS, CodeUsage, GaussianRate, numbers_per_pixel
 from ldm_scale.evaluation.reconstruction import bicubic_baseline, psnr, summary
+from ldm_scale.evaluation.rows import Rows
 from ldm_scale.evaluation.set_figures import score_figure
 from ldm_scale.evaluation.similarity import ssim
 from ldm_scale.interchange.load import LoadedAutoencoder
@@ -55,27 +57,38 @@ class ReconstructionMeter:
 
     def __init__(self, model: LoadedAutoencoder, instruments: Instruments) -> None:
         self._model, self._instruments = model, instruments
-        self._values: list[dict[str, Tensor]] = []
-        self._features: list[tuple[Tensor, Tensor]] = []
-        self._previous: Tensor | None = None
-        self._shown: list[tuple[Tensor, Tensor]] = []
-        self.num_images = 0
+        self.rows = Rows()
+        self._previous: tuple[int, Tensor] | None = None  # number and pixels of the last image
+        self._shown: list[tuple[int, Tensor, Tensor]] = []
         config = model.config
         self._gaussian = GaussianRate(config.latent_channels) if config.kind == "kl" else None
         self._codes = CodeUsage(config.codebook_size) if config.codebook_size is not None else None
 
-    @torch.inference_mode()
-    def add(self, x: Tensor) -> None:
-        """Nothing; measures one batch.
+    @property
+    def num_images(self) -> int:
+        """Images so far."""
+        return len(self.rows)
 
-        Shapes: pixels (B, 3, H, W) in [-1, 1] of 8-bit values, on the model's device.
+    @torch.inference_mode()
+    def add(self, x: Tensor, first: int | None = None, before: Tensor | None = None) -> None:
+        """Nothing; measures one batch of neighbours in the order of evaluation.
+
+        `first` is the number of its first image; None follows on the batch before. `before` is the image before that,
+        which a rank that does not begin with image 0 has to be given once: each is compared with the one before it.
+        Shapes: pixels (B, 3, H, W) in [-1, 1] of 8-bit values, on the model's device; before (1, 3, H, W).
         Raises: NumericsError if a reconstruction is not finite; ConfigError for images that f does not divide.
         """
         x = eight_bits(x)
+        previous = self._previous
+        if first is None:
+            first = 0 if previous is None else previous[0] + 1
+        if before is None and previous is not None and previous[0] == first - 1:
+            before = previous[1]
+        assert before is not None or first == 0, f"image {first} is compared with the one before it, which is not known"
         baseline = eight_bits(bicubic_baseline(x, self._model.config.downsampling_factor))
-        y = self._reconstruct(x)
+        y = self._reconstruct(x, first)
         perceptual = self._instruments.perceptual
-        before = torch.cat([x[:1] if self._previous is None else self._previous, x[:-1]])
+        others = torch.cat([x[:1] if before is None else eight_bits(before), x[:-1]])
         values = {
             "psnr_db": psnr(x, y),
             "ssim": ssim(x, y),
@@ -84,19 +97,29 @@ class ReconstructionMeter:
             "bicubic_psnr_db": psnr(x, baseline),
             "bicubic_ssim": ssim(x, baseline),
             "bicubic_perceptual": perceptual(baseline, x),
-            "unrelated_perceptual": perceptual(before, x),
+            "unrelated_perceptual": perceptual(others, x),
         }
-        self._values.append({name: value.double().cpu() for name, value in values.items()})
-        self._features.append((self._instruments.features.extract(x), self._instruments.features.extract(y)))
-        if self.num_images < NUM_SHOWN:
-            self._shown.append((x[: NUM_SHOWN - self.num_images].cpu(), y[: NUM_SHOWN - self.num_images].cpu()))
-        self._previous = x[-1:]
-        self.num_images += len(x)
+        extract = self._instruments.features.extract
+        rows = {name: value.double().cpu() for name, value in values.items()}
+        self.rows.add(list(range(first, first + len(x))), rows | {"original": extract(x), "reconstruction": extract(y)})
+        if first < NUM_SHOWN:
+            self._shown.append((first, x[: NUM_SHOWN - first].cpu(), y[: NUM_SHOWN - first].cpu()))
+        self._previous = first + len(x) - 1, x[-1:]
+
+    def merge(self, others: Sequence[ReconstructionMeter]) -> None:
+        """Nothing; takes in what others of the same model have measured of other images, such as other ranks."""
+        self.rows.merge([other.rows for other in others])
+        for other in others:
+            self._shown += other._shown
+            if self._gaussian is not None and other._gaussian is not None:
+                self._gaussian.merge(other._gaussian)
+            if self._codes is not None and other._codes is not None:
+                self._codes.merge(other._codes)
 
     @property
     def shown(self) -> tuple[Tensor, Tensor]:
         """The first originals and reconstructions. Shapes: (N, 3, H, W) twice, N at most NUM_SHOWN."""
-        originals, reconstructions = zip(*self._shown, strict=True)
+        _, originals, reconstructions = zip(*sorted(self._shown, key=lambda part: part[0]), strict=True)
         return torch.cat(originals), torch.cat(reconstructions)
 
     def figures(self) -> dict[str, Any]:
@@ -107,8 +130,8 @@ class ReconstructionMeter:
         """
         if not self.num_images:
             raise DataError("no image to evaluate reconstructions on; name another split or folder")
-        values = {name: torch.cat([part[name] for part in self._values]) for name in self._values[0]}
-        originals, reconstructions = (torch.cat(part) for part in zip(*self._features, strict=True))
+        values = self.rows.tensors("")
+        originals, reconstructions = values.pop("original"), values.pop("reconstruction")
         instruments = self._instruments
         frechet = frechet_figures(originals, reconstructions, instruments.num_components, RESAMPLES)
         figures: dict[str, Any] = {
@@ -140,7 +163,7 @@ class ReconstructionMeter:
             }
         return figures
 
-    def _reconstruct(self, x: Tensor) -> Tensor:
+    def _reconstruct(self, x: Tensor, number: int) -> Tensor:
         network = self._model.network
         mean, logvar = network.encode_moments(x)
         num_pixels = x[:, 0].numel()
@@ -153,7 +176,7 @@ class ReconstructionMeter:
         y = network.decode(network.latents(mean, logvar))
         finite = torch.isfinite(y).flatten(start_dim=1).all(dim=1)
         if not finite.all():
-            first = self.num_images + int((~finite).nonzero()[0])
+            first = number + int((~finite).nonzero()[0])
             raise NumericsError(
                 f"{int((~finite).sum())} of {len(y)} reconstructions are not finite, the first of image {first} in "
                 "the order of evaluation: these weights are damaged or diverged"

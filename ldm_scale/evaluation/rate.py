@@ -47,6 +47,13 @@ class GaussianRate:
         self._numbers_per_channel += mean[:, 0].numel()
         self.num_pixels += num_pixels
 
+    def merge(self, other: GaussianRate) -> None:
+        """Nothing; takes in the posteriors that another has seen."""
+        self._kl_nats += other._kl_nats
+        self._sums += other._sums
+        self._numbers_per_channel += other._numbers_per_channel
+        self.num_pixels += other.num_pixels
+
     @property
     def bits_per_pixel(self) -> float:
         """KL from N(0, 1), the prior of training."""
@@ -76,6 +83,11 @@ class CodeUsage:
         """Nothing; takes in the codes of images with `num_pixels` pixels in all. Shapes: indices (B, h, w)."""
         self.counts += torch.bincount(indices.flatten().cpu(), minlength=len(self.counts))
         self.num_pixels += num_pixels
+
+    def merge(self, other: CodeUsage) -> None:
+        """Nothing; takes in the codes that another has counted."""
+        self.counts += other.counts
+        self.num_pixels += other.num_pixels
 
     @property
     def num_chosen(self) -> int:

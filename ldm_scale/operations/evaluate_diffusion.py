@@ -11,6 +11,7 @@ import dataclasses
 import sys
 import time
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -24,6 +25,7 @@ from ldm_scale.data.annotations import MAP, TEXT
 from ldm_scale.data.shards import Dataset
 from ldm_scale.engine.lazy_tensors import num_elements
 from ldm_scale.errors import CheckpointError, ConfigError, DataError
+from ldm_scale.evaluation.clip_score import ClipScorer
 from ldm_scale.evaluation.feature_sets import FeatureSet
 from ldm_scale.evaluation.generation import captioned_grid
 from ldm_scale.evaluation.images import CROP, RESIZE, open_split
@@ -33,7 +35,7 @@ from ldm_scale.evaluation.shown import captions, first_rows, grid_side, panels
 from ldm_scale.evaluation.similarity import PROTOCOL as SSIM
 from ldm_scale.evaluation.split import SplitStream
 from ldm_scale.interchange.artifact import Artifact, DiffusionArtifact
-from ldm_scale.interchange.load import LoadedDiffusion, read_source
+from ldm_scale.interchange.load import LoadedDiffusion, Weights, read_source
 from ldm_scale.interchange.sampling import SampleOptions, chosen_sampling
 from ldm_scale.operations.evaluation_reference import (
     check_set_request,
@@ -72,12 +74,7 @@ def evaluate_diffusion(arguments: argparse.Namespace) -> dict[str, Any]:
     check_set_request(arguments)
     check_sampling(arguments)
     device = choose_device(arguments.device)
-    artifact = read_source(arguments.source, arguments.weights)
-    if isinstance(artifact, Artifact):
-        raise CheckpointError(
-            f"{arguments.source} holds an autoencoder, expected a diffusion model: give the folder of a stage-2 run, "
-            "or use `ldm-scale evaluate autoencoder`"
-        )
+    artifact = read_diffusion(arguments.source, arguments.weights)
     model = LoadedDiffusion(artifact)
     kinds = tuple(model.network.conditioner.conditions)
     dataset = open_split(arguments.data, arguments.split)
@@ -90,18 +87,13 @@ def evaluate_diffusion(arguments: argparse.Namespace) -> dict[str, Any]:
     stream = SplitStream(dataset, model.resolution, annotations, arguments.batch, arguments.num_images)
     space = open_features(arguments, model.resolution, device)
     space = space._replace(name=space.name.removeprefix("r"))  # rFID is of reconstructions
-    scorer = open_scorer(arguments, device)
-    if scorer is not None and not {"text", "frozen_text"} & set(kinds):
-        raise ConfigError(
-            f"--clip-weights {arguments.clip_weights}: {arguments.source} has no captions for its samples, not being "
-            "conditioned on them; leave --clip-weights and --clip-model out"
-        )
+    scorer = _scorer(arguments, kinds, device)
     reference = _reference(arguments, model.resolution, space, device)
     model.to(device)
     judge = _judge(model, dataset, kinds, space)
     meter = SampleMeter(replace(judge, scorer=scorer, reference=reference, resamples=arguments.resamples))
     started = time.monotonic()
-    shown = _measure(stream, meter, model, options, sampling, arguments.seed)
+    pictures, texts, speed = _measure(stream, meter, model, options, sampling, arguments.seed)
     seconds = time.monotonic() - started
     if not meter.num_images:
         raise DataError(f"{dataset.manifest_path}: none of {stream.wanted} images can be used: {stream.bad.describe()}")
@@ -122,14 +114,37 @@ def evaluate_diffusion(arguments: argparse.Namespace) -> dict[str, Any]:
         "figures": figures,
         "truncated": model.num_truncated,
         "bad_images": describe_bad(stream.bad),
-        "machine": describe_machine(device, meter.num_images / seconds),
+        "machine": describe_machine(device, meter.num_images / seconds, sampling_images_per_s=speed),
     }
     document = complete(document, arguments)
     if arguments.out is not None:
         path = write_result(arguments.out, document)
-        _write_picture(arguments, *shown, model.resolution)
+        _write_picture(arguments, pictures, texts, model.resolution)
         log.info(f"wrote {path} and {PICTURE_FILE}")
     return document
+
+
+def read_diffusion(source: Path, weights: Weights | None) -> DiffusionArtifact:
+    """The diffusion model in a folder.
+
+    Raises: CheckpointError if it holds an autoencoder.
+    """
+    artifact = read_source(source, weights)
+    if isinstance(artifact, Artifact):
+        raise CheckpointError(
+            f"{source} holds an autoencoder, expected a diffusion model: give the folder of a stage-2 run, "
+            "or use `ldm-scale evaluate autoencoder`"
+        )
+    return artifact
+
+
+def _scorer(arguments: argparse.Namespace, kinds: tuple[str, ...], device: torch.device) -> ClipScorer | None:
+    if arguments.clip_weights is not None and not {"text", "frozen_text"} & set(kinds):
+        raise ConfigError(
+            f"--clip-weights {arguments.clip_weights}: {arguments.source} has no captions for its samples, not being "
+            "conditioned on them; leave --clip-weights and --clip-model out"
+        )
+    return open_scorer(arguments, device)
 
 
 def _measure(
@@ -139,11 +154,15 @@ def _measure(
     options: SampleOptions,
     sampling: SamplingConfig,
     seed: int,
-) -> tuple[dict[str, Tensor], list[str]]:
-    """The first images' panels and captions; all images go through the meter."""
+) -> tuple[dict[str, Tensor], list[str], float]:
+    """The first images' panels and captions, and images sampled per second; all images go through the meter.
+
+    The first batch, in which libraries choose their algorithms, is not timed if there are others.
+    """
     kinds, names = tuple(model.network.conditioner.conditions), model.labels
     parts: list[dict[str, Tensor]] = []
     texts: list[str] = []
+    timed: list[tuple[int, float]] = []
     with tqdm(
         total=stream.wanted * sampling.num_steps,
         desc="sample",
@@ -155,13 +174,16 @@ def _measure(
         for batch in stream:
             y = conditions_of(model.network.conditioner, batch, seed)
             seeds = [seed + number for number in batch.image_numbers.tolist()]
+            begin = time.perf_counter()
             samples = sample_images(model, y, seeds, batch=len(seeds), bar=bar, **options)
+            timed.append((len(seeds), time.perf_counter() - begin))  # the samples are on the CPU, so all is done
             meter.add(samples, batch.images, y, batch.image_numbers.tolist(), batch.maps)
             if len(texts) < NUM_SHOWN:
                 drawn = panels(y, kinds, names.get("object_classes", ()), grid_side(model.resolution))
                 parts.append(drawn | {"sample": samples, "real image": batch.images})
                 texts += captions(y, kinds, names.get("classes", ()), len(seeds))
-    return (first_rows(parts, NUM_SHOWN) if parts else {}), texts[:NUM_SHOWN]
+    images, seconds = (sum(column) for column in zip(*(timed[1:] or timed or [(0, 1.0)]), strict=True))
+    return (first_rows(parts, NUM_SHOWN) if parts else {}), texts[:NUM_SHOWN], images / seconds
 
 
 def _check_names(model: LoadedDiffusion, dataset: Dataset, kinds: tuple[str, ...]) -> None:

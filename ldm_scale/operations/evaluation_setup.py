@@ -52,8 +52,7 @@ def check_request(arguments: argparse.Namespace, picture: str = "") -> None:
 
     Raises: ConfigError.
     """
-    if arguments.batch < 1:
-        raise ConfigError(f"--batch {arguments.batch}: must be at least 1")
+    check_batch(arguments)
     out: Path | None = arguments.out
     if out is None:
         return
@@ -62,6 +61,15 @@ def check_request(arguments: argparse.Namespace, picture: str = "") -> None:
         raise ConfigError(f"--out {out} is a file; give a folder for {files}")
     if (out / RESULT_FILE).exists() and not arguments.overwrite:
         raise ConfigError(f"--out {out} holds a {RESULT_FILE} already; give another folder, or --overwrite")
+
+
+def check_batch(arguments: argparse.Namespace) -> None:
+    """Nothing, if --batch can be used.
+
+    Raises: ConfigError.
+    """
+    if arguments.batch < 1:
+        raise ConfigError(f"--batch {arguments.batch}: must be at least 1")
 
 
 def complete(document: dict[str, Any], arguments: argparse.Namespace) -> dict[str, Any]:
@@ -108,10 +116,11 @@ def describe_bad(bad: BadSampleLog) -> dict[str, Any]:
     return {"count": bad.counts.total(), "reasons": dict(bad.counts), "names": bad.names}
 
 
-def describe_machine(device: torch.device, images_per_s: float) -> dict[str, Any]:
-    """Where it ran, for a document."""
+def describe_machine(device: torch.device, images_per_s: float, **speeds: float) -> dict[str, Any]:
+    """Where it ran and how fast, for a document."""
     return {
         "device": torch.cuda.get_device_name() if device.type == "cuda" else "cpu",
         "torch": torch.__version__,
         "images_per_s": images_per_s,
+        **speeds,
     }

@@ -31,6 +31,7 @@ from ldm_scale.operations import evaluate_diffusion, evaluation_setup
 from tests.helpers.models import SIDE, tiny_model
 from tests.helpers.runs import TEXT, tiny_artifact
 from tests.helpers.scenes import make_squares
+from tests.helpers.towers import TINY_MODEL, tiny_tower
 
 NUM_IMAGES = 36
 INPAINTING = InpaintingConditioningConfig(masks="thick")
@@ -306,3 +307,48 @@ def test_the_picture_shows_what_was_given(
     assert squares.mean() == pytest.approx(0.25)
     assert len({tuple(colour) for colour in labels[squares]}) == 1
     assert len({tuple(colour) for colour in labels[~squares]}) == 1
+
+
+def test_samples_are_set_beside_another_reference(
+    models: dict[str, Path],
+    data: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(evaluate_diffusion, "sample_images", real_images)
+    clip = tiny_tower(tmp_path).weights
+    other = make_squares(tmp_path / "other", 40, SIDE)
+    arguments = ["--cache", tmp_path / "cache", "--reference", other, "--num-reference", "38", "--num-images", "8"]
+    arguments += ["--clip-model", TINY_MODEL, "--clip-weights", clip, "--resamples", "4"]
+    document = measure(capsys, models["fill"], data, *arguments)
+    samples = document["figures"]["samples"]
+    assert samples["clip_score"]["value"] == samples["clip_score"]["real"], "the samples are the real images"
+    assert samples["clip_score"]["num_images"] == 8
+    record = next(record for record in document["records"] if record["figure"] == "samples.recall")
+    assert (record["n"], record["n_reference"], record["weights"]) == (8, 38, "raw")
+    assert record["reference"] == document["protocol"]["samples"]["reference"]["pixels_digest"]
+    assert record["reference"] != document["protocol"]["data"]["pixels_digest"]
+    assert (record["sampler"], record["guidance_scale"]) == ("ddim", 2.0)
+    assert len(list((tmp_path / "cache").iterdir())) == 1
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments", "expected"),
+    [
+        ("classes", ["--clip-weights", "x.pt"], "has no captions for its samples"),
+        ("text", ["--num-reference", "5"], "--num-reference without --reference"),
+        ("text", ["--reference-split", "train"], "--reference-split without --reference"),
+    ],
+)
+def test_options_of_a_reference_go_together(
+    models: dict[str, Path],
+    data: Path,
+    capsys: pytest.CaptureFixture[str],
+    name: str,
+    arguments: list[str],
+    expected: str,
+) -> None:
+    assert main(command(models[name], data, *arguments)) == 2
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error:")]
+    assert expected in line

@@ -162,3 +162,26 @@ def test_reconstructions_have_an_inception_score_where_there_is_a_classifier() -
     probabilities = (images(24).flatten(start_dim=1)[:, :10].double() @ logits.double().T).softmax(dim=1)
     assert 1 < found["value"] < math.exp((probabilities.log() * probabilities).sum(dim=1).mean() + math.log(6)) * 1.5
     assert found["name"] == "IS of reconstructions"
+
+
+@pytest.mark.parametrize("config", [AUTOENCODER, VQ])
+def test_meters_of_ranks_merge_to_that_of_all_images(config: AutoencoderConfig) -> None:
+    model, x = model_of(config), images(20)
+    alone = measure(model, x, 5)
+    ranks = [ReconstructionMeter(model, INSTRUMENTS) for _ in range(3)]
+    # Blocks of neighbours, the last rank's first; each begins with the image before its own.
+    for rank, (begin, end) in zip(ranks, ((10, 20), (0, 5), (5, 10)), strict=True):
+        for first in range(begin, end, 5):
+            before = x[begin - 1 : begin] if first == begin > 0 else None
+            rank.add(x[first : first + 5], first, before)
+    ranks[0].merge(ranks[1:])
+    expected, found = alone.figures(), ranks[0].figures()
+    assert found["psnr_db"] == pytest.approx(expected["psnr_db"], rel=1e-9)
+    assert found["perceptual"]["unrelated"] == pytest.approx(expected["perceptual"]["unrelated"], rel=1e-9)
+    assert found["rate"] == pytest.approx(expected["rate"], rel=1e-9)
+    assert found["frechet"]["distance"] == pytest.approx(expected["frechet"]["distance"], rel=1e-6)
+    assert found.get("codes") == expected.get("codes")
+    for mine, theirs in zip(ranks[0].shown, alone.shown, strict=True):
+        torch.testing.assert_close(mine, theirs)
+    with pytest.raises(AssertionError, match="image 3 is compared with the one before it"):
+        ReconstructionMeter(model, INSTRUMENTS).add(x[:2], 3)
