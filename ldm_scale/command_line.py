@@ -56,12 +56,20 @@ EXAMPLES = {
     "ldm-scale evaluate diffusion": (
         "ldm-scale evaluate diffusion runs/ldm --data data/mine/manifest.json --steps 20 --out results/ldm",
     ),
+    "ldm-scale evaluate images": (
+        "ldm-scale evaluate images samples/ --data data/mine/manifest.json --out results/samples",
+    ),
+    "ldm-scale evaluate sweep": (
+        "ldm-scale evaluate sweep runs/ldm --data data/mine/manifest.json --guidance 1 2 4 --steps 10 20 50 "
+        "--weights raw ema --out results/sweep",
+    ),
     "ldm-scale evaluate compare": ("ldm-scale evaluate compare results/ae results/other",),
     "ldm-scale evaluate rate-distortion": (
         "ldm-scale evaluate rate-distortion results/kl_f4 results/kl_f8 --out rate_distortion.png",
     ),
     "ldm-scale export": ("ldm-scale export runs/ldm --to diffusers --out my-pipeline",),
     "ldm-scale import": (
+        "ldm-scale import stable-diffusion-v1-5 --out models/sd1",
         "ldm-scale import v1-5-pruned-emaonly.safetensors --out models/sd1",
         "ldm-scale import 512-base-ema.ckpt --config v2-inference.yaml --out models/sd2",
         "ldm-scale import kl-f8/model.ckpt --scale-factor 0.18215 --out models/kl_f8",

@@ -65,8 +65,6 @@ def _parser() -> argparse.ArgumentParser:
             description="Measures a model as `evaluate diffusion` does for every guidance scale, number of steps and "
             "average of its weights that are given, and writes quality against sampling throughput as a CSV and, as "
             "the paper's Figure 7, a plot. Called again, it goes on where it was; more values add cells.",
-            epilog="example: ldm-scale evaluate sweep runs/ldm --data data/mine/manifest.json --guidance 1 2 4 "
-            "--steps 10 20 50 --weights raw ema --out results/sweep",
         )
     )
     compare = actions.add_parser("compare", parents=[output], help="several results side by side")

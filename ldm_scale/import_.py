@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import dataclasses
 import json
 import math
 import sys
@@ -12,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ldm_scale.command_line import Parser, output_path
+from ldm_scale.errors import ConfigError
 
 if TYPE_CHECKING:
     from ldm_scale.interchange.compvis import Imported
@@ -42,11 +44,14 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = Parser(
         prog="ldm-scale import",
-        description="Turns a checkpoint of CompVis' or Stability's layout (Stable Diffusion 1 and 2, the latent "
-        "diffusion zoo, KL and VQ autoencoders) into an artifact. Nothing that the file contains is run. The YAML of "
-        "the model is looked for beside the checkpoint, under its name or as config.yaml.",
+        description="Turns a folder of diffusers, or a checkpoint of CompVis' or Stability's layout (Stable Diffusion "
+        "1 and 2, the latent diffusion zoo, KL and VQ autoencoders), into an artifact. Nothing that the files contain "
+        "is run. The YAML of a checkpoint is looked for beside it, under its name or as config.yaml; the options that "
+        "say more of the model are for checkpoints alone.",
     )
-    parser.add_argument("path", type=Path, help="a .ckpt, .pt or .safetensors file, or the folder that holds it")
+    parser.add_argument(
+        "path", type=Path, help="a folder of diffusers; a .ckpt, .pt or .safetensors file, or the folder that holds it"
+    )
     parser.add_argument("--out", type=output_path, required=True, help="new folder, or an earlier import to replace")
     parser.add_argument("--config", type=Path, metavar="YAML", help="the model's configuration, if it lies elsewhere")
     parser.add_argument("--weights", choices=("raw", "ema"), help="default: ema where the checkpoint has it, else raw")
@@ -78,17 +83,16 @@ def _scale(text: str) -> float:
 
 
 def _read(arguments: argparse.Namespace) -> Imported:
-    from ldm_scale.interchange.compvis import ImportOptions, read_compvis
+    from ldm_scale.interchange.compvis import Imported, ImportOptions, read_compvis
+    from ldm_scale.interchange.load import FOREIGN_FILES, read_source
 
-    return read_compvis(
-        arguments.path,
-        ImportOptions(
-            config=arguments.config,
-            weights=arguments.weights,
-            prediction=arguments.prediction,
-            resolution=arguments.resolution,
-            num_classes=arguments.num_classes,
-            scale_factor=arguments.scale_factor,
-            vocabulary=arguments.vocabulary,
-        ),
-    )
+    said = {option.name: getattr(arguments, option.name) for option in dataclasses.fields(ImportOptions)}
+    if not any((arguments.path / name).is_file() for name in FOREIGN_FILES):
+        return read_compvis(arguments.path, ImportOptions(**said))
+    useless = [f"--{name.replace('_', '-')} {value}" for name, value in said.items() if value is not None]
+    if useless:
+        raise ConfigError(
+            f"{useless[0]}: {arguments.path} is a folder of diffusers, whose configuration says all of the model; "
+            "leave it out"
+        )
+    return Imported(read_source(arguments.path))

@@ -21,7 +21,7 @@ from ldm_scale.interchange.safetensors_io import passing
 from ldm_scale.models.autoencoder import Autoencoder, LatentStatistics
 
 TOLERANCE = 1e-4  # of the outputs' relative difference, in float32
-_ZERO_REPLACEMENT_STD = 0.02
+ZERO_REPLACEMENT_STD = 0.02
 
 ModuleT = TypeVar("ModuleT", bound=nn.Module)
 
@@ -54,8 +54,7 @@ def require_small(found: Mapping[str, float]) -> None:
             raise CheckpointError(
                 f"the {part} read back differs by {difference:.2e} of its norm (allowed {TOLERANCE:.0e}), so nothing "
                 "was written; weights that are not finite give this, anything else is a defect of ldm-scale: please "
-                "report "
-                "the configuration"
+                "report the configuration"
             )
 
 
@@ -126,7 +125,7 @@ def _loaded(build: Callable[[], ModuleT], state: Mapping[str, Tensor]) -> Module
     """The network with these weights, zeros replaced. It ends with its last output: one at a time is in memory."""
     generator = torch.Generator().manual_seed(0)
     filled = {
-        name: tensor if tensor.any() else torch.randn(tensor.shape, generator=generator) * _ZERO_REPLACEMENT_STD
+        name: tensor if tensor.any() else torch.randn(tensor.shape, generator=generator) * ZERO_REPLACEMENT_STD
         for name, tensor in passing(state, "loading", sorted(state))  # the same draws for both
     }
     with torch.device("meta"):

@@ -22,6 +22,7 @@ from ldm_scale.config.schema import FrozenTextConditioningConfig, TextConditioni
 from ldm_scale.engine.lazy_tensors import LazyTensors, deferred
 from ldm_scale.errors import CheckpointError
 from ldm_scale.interchange.artifact import Artifact, DiffusionArtifact
+from ldm_scale.interchange.comparison import ZERO_REPLACEMENT_STD, relative_difference, require_small
 from ldm_scale.interchange.diffusers import (
     CONDITIONER_WEIGHTS,
     exported_unet_state,
@@ -40,8 +41,6 @@ from ldm_scale.interchange.safetensors_io import passing, read_tensors, tensors_
 from ldm_scale.interchange.text_encoder import loadable, published, text_model_class, tokenizer_class
 from ldm_scale.models.build import build_autoencoder, build_unet
 
-TOLERANCE = 1e-4  # of the outputs' relative difference, in float32
-ZERO_REPLACEMENT_STD = 0.02
 _CONTEXT_TOKENS = 7
 CAPTIONS = ("", "a red apple on a white plate", "Grinning Face", "flag: Cote d'Ivoire, 3 stars")
 
@@ -59,20 +58,8 @@ def measure_differences(folder: Path, artifact: Artifact | DiffusionArtifact) ->
             differences = _compare_autoencoder(folder, artifact)
         else:
             differences = _compare_diffusion(folder, artifact)
-    for part, difference in differences.items():
-        # Written so that a NaN fails too.
-        if not difference <= TOLERANCE:
-            raise CheckpointError(
-                f"the exported {part} differs from ours by {difference:.2e} of its norm (allowed {TOLERANCE:.0e}), so "
-                "nothing was written; this is a defect of ldm-scale: please report the configuration"
-            )
+    require_small(differences)
     return differences
-
-
-def relative_difference(theirs: Tensor, ours: Tensor) -> float:
-    """|theirs - ours| / |ours|."""
-    assert theirs.shape == ours.shape, f"{theirs.shape} and {ours.shape} cannot be compared"
-    return float((theirs.double() - ours.double()).norm() / ours.double().norm())
 
 
 def filled(state: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
