@@ -25,15 +25,16 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from benchmarks.both import give_both
 from benchmarks.measured import command_line, is_trial, parse, spread, write_results
 from ldm_scale.config.compose import load_config
 from ldm_scale.config.schema import AutoencoderConfig
 from ldm_scale.engine.env import cpu_threads
 from ldm_scale.interchange.artifact import make_artifact
+from ldm_scale.interchange.comparison import relative_difference
 from ldm_scale.interchange.diffusers_autoencoder import empty_autoencoder
 from ldm_scale.interchange.load import LoadedAutoencoder
 from ldm_scale.interchange.name_maps import autoencoder_names
-from ldm_scale.interchange.verify import load_both, relative_difference
 from ldm_scale.models.autoencoder import LatentStatistics
 from ldm_scale.models.build import build_autoencoder, build_seeded
 
@@ -130,7 +131,7 @@ def both_autoencoders(case: Case, device: torch.device) -> tuple[LoadedAutoencod
     config = case.autoencoder
     network = build_seeded(lambda: build_autoencoder(config), seed=0)
     theirs: nn.Module = empty_autoencoder(config, LatentStatistics(), case.resolution).to_empty(device="cpu")
-    load_both(network, theirs, network.state_dict(), autoencoder_names(config))
+    give_both(network, theirs, autoencoder_names(config))
     artifact = make_artifact(network.state_dict(), config, LatentStatistics(), {"resolution": case.resolution})
     return LoadedAutoencoder(artifact).to(device), theirs.to(device).eval()
 

@@ -27,13 +27,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from benchmarks.both import give_both
 from benchmarks.measured import command_line, is_trial, parse, spread, write_results
 from ldm_scale.config.compose import load_config
 from ldm_scale.config.schema import UNetConfig
 from ldm_scale.engine.env import cpu_threads
+from ldm_scale.interchange.comparison import relative_difference
 from ldm_scale.interchange.diffusers_unet import empty_unet
 from ldm_scale.interchange.name_maps import NameMap, translate, unet_names
-from ldm_scale.interchange.verify import load_both, relative_difference
 from ldm_scale.models.build import build_seeded, build_unet
 
 TOLERANCE = 1e-4  # of the norm, for outputs and for gradients
@@ -146,7 +147,7 @@ def both_unets(case: Case, device: torch.device) -> tuple[nn.Module, nn.Module, 
     )
     theirs = empty_unet(case.unet, case.latent_channels, case.context_width, case.latent_side).to_empty(device="cpu")
     names = unet_names(case.unet)
-    load_both(ours, theirs, ours.state_dict(), names)
+    give_both(ours, theirs, names)
     return ours.to(device).train(), theirs.to(device).to(memory_format=torch.channels_last).train(), names
 
 

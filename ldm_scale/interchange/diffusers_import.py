@@ -198,6 +198,9 @@ def _side(folder: Path, side: int | None) -> int:
 def _provenance(config: Plain, resolution: int) -> dict[str, Any]:
     return {
         "weights": "imported",
-        "imported": {"class": config["_class_name"], "diffusers": config.get("_diffusers_version", "")},
+        "imported": {
+            "from": config["_class_name"],
+            "layout": f"diffusers {config.get('_diffusers_version', '')}".rstrip(),
+        },
         "resolution": resolution,
     }

@@ -19,6 +19,7 @@ from ldm_scale.interchange.compvis import ImportOptions, read_compvis
 from ldm_scale.interchange.compvis_write import fill_compvis_folder
 from ldm_scale.interchange.load import read_source
 from ldm_scale.interchange.publish import publish
+from tests.helpers import foreign
 from tests.helpers.commands import stage2
 from tests.helpers.compvis import (
     BERT,
@@ -166,3 +167,19 @@ def test_an_export_of_what_theirs_cannot_hold_is_refused(tmp_path: Path, capsys:
     assert main(["export", str(tmp_path / "ours"), "--to", "compvis", "--out", str(tmp_path / "theirs")]) == 4
     assert "unet.norm_groups=8" in capsys.readouterr().err
     assert not (tmp_path / "theirs").exists()
+
+
+def test_folders_of_diffusers(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    theirs, out = foreign.save("sd1", tmp_path / "theirs"), tmp_path / "out"
+    arguments = ["import", str(theirs), "--out", str(out)]
+    assert main([*arguments, "--scale-factor", "0.5"]) == 2
+    assert "--scale-factor 0.5" in capsys.readouterr().err
+    assert not out.exists()
+    assert main([*arguments, "--json"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert (report["kind"], report["weights"], report["left_out"]) == ("diffusion", "imported", {})
+    assert set(report["differences"].values()) == {0.0}
+    assert read_diffusion_artifact(out).content_hash == read_source(theirs).content_hash
+    assert "imported from: StableDiffusionPipeline (diffusers" in (out / "README.md").read_text()
+    assert main(["import", str(theirs / "vae"), "--out", str(tmp_path / "vae")]) == 0
+    assert load_autoencoder(tmp_path / "vae").content_hash == load_autoencoder(out).content_hash

@@ -360,7 +360,7 @@ def test_a_tower_that_is_read_otherwise_fails_the_export(tmp_path: Path) -> None
     fill_diffusers_folder(tmp_path / "out", artifact)
     path = tmp_path / "out" / "text_encoder" / "config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"hidden_act": "quick_gelu"}))
-    with pytest.raises(CheckpointError, match="exported text encoder differs"):
+    with pytest.raises(CheckpointError, match="text encoder read back differs"):
         verify.measure_differences(tmp_path / "out", artifact)
 
 
