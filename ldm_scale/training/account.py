@@ -96,6 +96,7 @@ class Account:
     def _beginning(self, size: RunSize, device: str, images: int) -> Mapping[str, Any]:
         environment, meeting = self._environment, self._environment.meeting
         hosts = [place.host for place in meeting.places] if meeting is not None else [platform.node()]
+        system = os.uname()  # platform.platform() runs a program
         return {
             "event": "start",
             "time": round(time.time(), 3),
@@ -116,7 +117,7 @@ class Account:
                 "ldm-scale": __version__,
                 "python": platform.python_version(),
                 "cuda": torch.version.cuda,
-                "system": platform.platform(),
+                "system": " ".join((system.sysname, system.release, system.machine)),
                 **{name: installed_version(name) for name in _LIBRARIES},
             },
             "config": config_to_dict(self._config),
