@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Iterator
 
 # Before torch is imported, here and in the processes that tests start.
@@ -36,4 +37,6 @@ def log_of_rank_0() -> None:
 def no_process_group() -> Iterator[None]:
     """Tests start process groups in forks (tests/helpers/ranks.py): threads of gloo here would stall later forks."""
     yield
+    groups = sys.modules.get("deepspeed.utils.groups")  # which would be those of an ended process group in later forks
     assert not dist.is_initialized(), "the test has started a process group in pytest's own process"
+    assert groups is None or groups._WORLD_GROUP is None, "the test has trained in pytest's own process; use run_ranks"

@@ -22,7 +22,7 @@ from ldm_scale.interchange.artifact import write_artifact
 from ldm_scale.models.autoencoder import LatentStatistics
 from ldm_scale.models.build import build_autoencoder, build_seeded
 from ldm_scale.telemetry.tensorboard import read_metrics
-from ldm_scale.training import diagnosis, diffusion_product, trainer
+from ldm_scale.training import diagnosis, diffusion_product, streams
 from ldm_scale.training.diffusion_step import DiffusionTask
 from ldm_scale.training.trainer import Trainer
 from tests.helpers.ranks import run_ranks
@@ -93,8 +93,8 @@ def _train(configs: list[Config], same_batches: bool = False) -> list[str]:
     diagnosis.JUDGED_AFTER_STEPS = 20  # in this rank's own process
     diffusion_product.VALIDATION_IMAGES = diffusion_product.COMPARED_IMAGES = 32
     if same_batches:  # every rank reads what rank 0 reads
-        build = trainer.build_loader
-        trainer.build_loader = lambda *args, **options: build(*args, **(options | {"rank": 0}))
+        build = streams.build_loader
+        streams.build_loader = lambda *args, **options: build(*args, **(options | {"rank": 0}))
     errors = []
     for config in configs:
         environment = env.start(env.read_launch(), config.train)

@@ -33,6 +33,7 @@ from tests.helpers.compvis import (
     write_vocabulary,
 )
 from tests.helpers.disks import full_disk
+from tests.helpers.ranks import run_ranks
 from tests.helpers.shards import make_dataset
 from tests.helpers.towers import tiny_tower
 
@@ -129,7 +130,7 @@ def test_an_imported_autoencoder_is_trained_on(tmp_path: Path, capsys: pytest.Ca
     make_dataset(tmp_path / "data", num_samples=16, samples_per_shard=16, resolution=20)
     same = ["autoencoder.base_channels=32", "autoencoder.latent_channels=4", "autoencoder.norm_groups=32"]
     more = ["autoencoder.num_res_blocks=1", "train.total_images=8", "optimizer.warmup_images=0", "data.num_workers=0"]
-    assert main(["train", *stage2(tmp_path, tmp_path / "run", *same, *more)]) == 0
+    assert run_ranks(main, 1, ["train", *stage2(tmp_path, tmp_path / "run", *same, *more)]) == [0]
     model = read_source(tmp_path / "run")
     assert isinstance(model, DiffusionArtifact)
     assert model.autoencoder.provenance["imported"]["from"] == "model.ckpt"

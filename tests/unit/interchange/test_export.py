@@ -311,7 +311,7 @@ def test_a_configuration_that_computes_something_else_fails_the_export(
     config = json.loads((tmp_path / file).read_text())
     assert config[key] != value
     (tmp_path / file).write_text(json.dumps(config | {key: value}))
-    with pytest.raises(CheckpointError, match=f"exported {part} differs from ours by"):
+    with pytest.raises(CheckpointError, match=f"{part} read back differs by"):
         verify.measure_differences(tmp_path, diffusion_artifact)
 
 
