@@ -54,9 +54,10 @@ def empty_model(model_class: Any, folder: Path) -> tuple[Plain, nn.Module]:
         with torch.device("meta"):
             model = model_class.from_config(given)
     except (ValueError, TypeError, KeyError, IndexError, AttributeError, NotImplementedError) as error:
+        # Its constructors raise any of these for a configuration that they do not know, some without a message.
+        reason = (str(error).splitlines() or [type(error).__name__])[0][:200]
         raise CheckpointError(
-            f"{path}: diffusers cannot build this {model_class.__name__} ({str(error).splitlines()[0][:200]}); is it "
-            "of another version?"
+            f"{path}: diffusers cannot build this {model_class.__name__} ({reason}); is it of another version?"
         ) from error
     return filled(model, given, path), model
 
