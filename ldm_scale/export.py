@@ -91,5 +91,7 @@ def _read(arguments: argparse.Namespace) -> Artifact | DiffusionArtifact:
     from ldm_scale.interchange.publish import untrained_artifact
 
     config = load_config(source)
+    if config.init:
+        raise ConfigError(f"init={config.init} beside --random-init, which gives random weights; leave one of them out")
     validate_architecture(config)
     return untrained_artifact(config, config.train.seed if arguments.seed is None else arguments.seed)

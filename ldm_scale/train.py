@@ -40,9 +40,11 @@ def main(argv: list[str] | None = None) -> int:
     from ldm_scale.engine.env import read_launch
     from ldm_scale.errors import Restart
     from ldm_scale.operations.train import train
+    from ldm_scale.telemetry.log import get_logger
 
-    config = load_config(arguments)
     launch = read_launch()
+    get_logger(launch.rank)  # what is said of init's weights, it says once
+    config = load_config(arguments)
     validate(config, world_size=launch.world_size)
     try:
         train(config, launch)

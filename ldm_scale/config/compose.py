@@ -9,6 +9,7 @@ while Hydra's grammar would trip over a comma, a parenthesis or an equals sign i
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import difflib
 import re
@@ -24,6 +25,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from ldm_scale.config.convert import config_from_dict, key_type, unknown_key_error
+from ldm_scale.config.origin import GROUPS, begun_tree
 from ldm_scale.config.schema import Config
 from ldm_scale.errors import ConfigError
 
@@ -35,37 +37,31 @@ def load_config(overrides: Sequence[str]) -> Config:
 
     Each override is `group=name` (experiment=demo_text, model=sd1) or `key=value` (zero.stage=2). Values are put in
     place in their order: the later one wins, and `unet={...}` leaves what it does not name. `experiment` and, where it
-    is not set, `run_dir` (runs/<experiment>) are filled in.
+    is not set, `run_dir` (runs/<experiment>) are filled in. With `init` the networks are those of the model there: they
+    win over the files, single values win over them.
 
-    Raises: ConfigError in one line: key, value, rule, fix.
+    Raises: ConfigError in one line: key, value, rule, fix; CheckpointError if `init` names no model.
     """
     if not CONFIG_DIR.is_dir():
         raise ConfigError(
             f"there is no folder {CONFIG_DIR}: ldm-scale runs from a checkout of its repository; install it there "
             "with `make env` or `pip install --editable .`"
         )
-    choices: dict[str, str] = {}
-    values: list[tuple[str, Any]] = []
-    groups = list_groups()
-    for override in overrides:
-        key, equals, text = override.partition("=")
-        if key[:1] in ("+", "~"):
-            raise ConfigError(f"{override!r}: no key can be added or deleted; write {override.lstrip('+~')}")
-        if not equals or not re.fullmatch(r"[\w.]+", key):
-            raise ConfigError(f"{override!r}: an override is key=value, such as experiment=demo_text or zero.stage=2")
-        if key in groups and not text.startswith("{"):
-            choices[key] = _checked_choice(key, text)
-        else:
-            values.append((key, _parse_value(key, text)))
-    tree = _compose(choices)
-    for key, value in values:
-        _set(tree, key, value)
-    if "experiment" in choices:
-        tree["experiment"] = choices["experiment"]
-    config = config_from_dict(tree)
-    if config.experiment and not config.run_dir:
-        config = dataclasses.replace(config, run_dir=f"runs/{config.experiment}")
-    return config
+    choices, values = _parse(overrides)
+    files = _compose(choices)
+    config = _with_values(files, values, choices)
+    if not config.init or config.stage not in GROUPS:
+        return config
+    for group in GROUPS[config.stage]:
+        if group in choices:
+            raise ConfigError(
+                f"{group}={choices[group]} beside init={config.init}: init gives the networks of stage={config.stage}; "
+                f"leave {group} out, or set single keys"
+            )
+    # Reading weights needs torch, which a configuration alone does not.
+    from ldm_scale.interchange.initial import networks_of_origin
+
+    return _with_values(begun_tree(files, config, networks_of_origin(config)), values, choices)
 
 
 def list_groups() -> list[str]:
@@ -81,6 +77,37 @@ def list_choices(group: str) -> list[str]:
 def list_experiments() -> list[str]:
     """The names that `experiment=` takes."""
     return list_choices("experiment")
+
+
+def _parse(overrides: Sequence[str]) -> tuple[dict[str, str], list[tuple[str, Any]]]:
+    """The group choices, and the single values in their order."""
+    choices: dict[str, str] = {}
+    values: list[tuple[str, Any]] = []
+    groups = list_groups()
+    for override in overrides:
+        key, equals, text = override.partition("=")
+        if key[:1] in ("+", "~"):
+            raise ConfigError(f"{override!r}: no key can be added or deleted; write {override.lstrip('+~')}")
+        if not equals or not re.fullmatch(r"[\w.]+", key):
+            raise ConfigError(f"{override!r}: an override is key=value, such as experiment=demo_text or zero.stage=2")
+        if key in groups and not text.startswith("{"):
+            choices[key] = _checked_choice(key, text)
+        else:
+            values.append((key, _parse_value(key, text)))
+    return choices, values
+
+
+def _with_values(files: dict[str, Any], values: Sequence[tuple[str, Any]], choices: dict[str, str]) -> Config:
+    """What the files say, changed by single values; `files` stay as they are."""
+    tree = copy.deepcopy(files)
+    for key, value in values:
+        _set(tree, key, value)
+    if "experiment" in choices:
+        tree["experiment"] = choices["experiment"]
+    config = config_from_dict(tree)
+    if config.experiment and not config.run_dir:
+        config = dataclasses.replace(config, run_dir=f"runs/{config.experiment}")
+    return config
 
 
 def _checked_choice(group: str, name: str) -> str:

@@ -417,6 +417,10 @@ class Config:
     stage: Stage = "autoencoder"  # what is trained: the first stage, the second, or a classifier that guides it
     run_dir: str = ""  # where checkpoints, TensorBoard and artifact go; default runs/<experiment>
     artifact: str = ""  # stage 2: folder of the autoencoder artifact that defines its latent space
+    # Folder of a trained model whose weights the run begins with: artifact, run, checkpoint or export; "" = random
+    # ones. It also gives the networks, unless single keys say otherwise. A run that has a checkpoint ignores it.
+    init: str = ""
+    init_weights: str | None = None  # of init, where it has several: raw, ema or ema=STD; null = its first average
     autoencoder: AutoencoderConfig = field(default_factory=AutoencoderConfig)
     autoencoder_loss: AutoencoderLossConfig = field(default_factory=AutoencoderLossConfig)
     latents: LatentsConfig = field(default_factory=LatentsConfig)

@@ -204,7 +204,14 @@ def _check_run(config: Config) -> None:
             "data.manifest='': training needs a data set; set data.manifest=PATH to a manifest.json that "
             "`ldm-scale prepare` wrote"
         )
+    _check_init(config)
     if config.stage != "autoencoder" and not config.artifact:
+        if config.init:
+            raise ConfigError(
+                f"artifact='': init={config.init} holds no autoencoder in our own format; make an artifact of it with "
+                f"`ldm-scale import {config.init} --out DIR` and give init=DIR, or set artifact=FOLDER of the "
+                "autoencoder that it was trained on"
+            )
         raise ConfigError(
             f"artifact='': stage={config.stage} works in the latent space of a trained autoencoder; set "
             "artifact=FOLDER, such as runs/kl_f8/artifact"
@@ -223,6 +230,19 @@ def _check_run(config: Config) -> None:
         raise ConfigError(
             f"optimizer.warmup_images={config.optimizer.warmup_images} is not below train.total_images="
             f"{config.train.total_images}: the learning rate would never reach its peak; shorten the warm-up"
+        )
+
+
+def _check_init(config: Config) -> None:
+    if config.init and config.stage == "classifier":
+        raise ConfigError(
+            f"init={config.init}: stage=classifier begins with random weights alone; leave init out, or set "
+            "stage=diffusion to train a diffusion model on"
+        )
+    if config.init_weights is not None and not config.init:
+        raise ConfigError(
+            f"init_weights={config.init_weights} chooses among the weights of init, and init='' names none; set "
+            "init=FOLDER, or leave init_weights out"
         )
 
 

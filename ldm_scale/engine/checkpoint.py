@@ -8,7 +8,7 @@ rank takes from the files the elements that its fragments cover: any ranks and a
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -176,6 +176,24 @@ def load_checkpoint(checkpoint: Path, trained: Mapping[str, Trained], verified: 
             item.model.set_optimizer_steps(manifest["models"][name]["optimizer_steps"])
             item.model.publish_masters()
     return manifest["state"]  # type: ignore[no-any-return]
+
+
+def write_weights(model: ShardedModel, weights: Mapping[str, Tensor], absent: Collection[str] = ()) -> None:
+    """Nothing; the model has these weights, its optimizer is as new. `absent` may be missing: they stay as they are.
+
+    Into the masters: through the weights that compute, bfloat16 would round them. A tensor is read at a time.
+    Collective: all ranks.
+    """
+    missing = model.parameter_shapes.keys() - weights.keys()
+    assert missing <= set(absent), f"no weights for {sorted(missing)}"
+    with torch.no_grad():
+        for fragment in model.fragments:
+            if fragment.name in missing:
+                continue
+            whole = weights[fragment.name]
+            assert tuple(whole.shape) == fragment.shape, f"{fragment.name}: {tuple(whole.shape)}, not {fragment.shape}"
+            fragment.master.copy_(whole.flatten()[fragment.offset : fragment.offset + fragment.length])
+        model.publish_masters()
 
 
 def _rank(trained: Mapping[str, Trained]) -> int:

@@ -324,7 +324,9 @@ def _read_verified(directory: Path, expected_format: str) -> tuple[dict[str, Any
     content = read_json(path)
     found = (content.get("format"), content.get("version"))
     if found != (expected_format, VERSION):
-        raise CheckpointError(f"{path} has format and version {found}, expected {(expected_format, VERSION)}")
+        inside = directory / AUTOENCODER_FOLDER
+        hint = f": its autoencoder is {inside}" if found[0] == DIFFUSION_FORMAT and inside.is_dir() else ""
+        raise CheckpointError(f"{path} has format and version {found}, expected {(expected_format, VERSION)}{hint}")
     written_hash = content.pop(CONTENT_HASH, None)
     if json_sha256(content) != written_hash:
         raise CheckpointError(

@@ -291,8 +291,10 @@ def load_diffusion(path: str | Path, weights: Weights | None = None) -> LoadedDi
     return LoadedDiffusion(artifact)
 
 
-def read_source(path: Path, weights: Weights | None = None) -> Artifact | DiffusionArtifact:
+def read_source(path: Path, weights: Weights | None = None, option: str = "--weights ") -> Artifact | DiffusionArtifact:
     """The artifact in, or made from, an artifact, an export, a run folder or a checkpoint; `weights` as above.
+
+    `option` is what an error calls the choice of weights.
 
     Raises: CheckpointError if the folder is none of these, or incomplete; ConfigError if it has other weights alone.
     """
@@ -303,7 +305,7 @@ def read_source(path: Path, weights: Weights | None = None) -> Artifact | Diffus
     held = artifact.provenance.get("weights")
     if held != weights:
         raise ConfigError(
-            f"--weights {weights}: {path} holds {held or 'unnamed'} weights alone; leave it out, or give a checkpoint, "
+            f"{option}{weights}: {path} holds {held or 'unnamed'} weights alone; leave it out, or give a checkpoint, "
             "which has several"
         )
     return artifact
@@ -383,6 +385,8 @@ def _read_checkpoint(checkpoint: Path, weights: Weights | None) -> Artifact | Di
         "config": config_to_dict(config),
         "labels": manifest["state"].get("labels", {}),
     }
+    if manifest["state"].get("init"):
+        provenance["init"] = manifest["state"]["init"]
     if config.stage == "autoencoder":
         get_logger().warning(
             f"{checkpoint} has no latent statistics (they are measured when stage 1 ends): its latents are raw latents"

@@ -131,7 +131,7 @@ def _for_one_process(config: Config, arguments: argparse.Namespace) -> Config:
     )
     zero = dataclasses.replace(config.zero, stage=0, discriminator_stage=0)
     data = dataclasses.replace(config.data, num_workers=0)
-    return dataclasses.replace(config, train=train, zero=zero, data=data)
+    return dataclasses.replace(config, train=train, zero=zero, data=data, init="")  # a checkpoint gives the weights
 
 
 def _batches(config: Config, state: TrainingState, begin: int) -> list[Batch]:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from ldm_scale.config.convert import flat_config
 from ldm_scale.config.fit import batch_plan, check_artifact_fits, check_posterior
+from ldm_scale.config.origin import process_differences, require_same_networks
 from ldm_scale.config.schema import BatchPlan, Config
 from ldm_scale.data import Dataset, LatentCache, check_moments, open_manifest, open_unindexed, require_images
 from ldm_scale.data.manifest import needs_manifest
@@ -34,7 +35,7 @@ def train(config: Config, launch: env.Launch) -> bool:
     it stopped with a checkpoint and is to be started again.
     """
     require_versions()
-    inputs = _check_inputs(config, launch.world_size)
+    inputs = _check_inputs(config, launch.world_size) | _check_init(config, launch.rank)
     if launch.rank == 0:
         newest = latest_checkpoint(Path(config.run_dir) / "checkpoints")
         count_start(Path(config.run_dir), 0 if newest is None else images_of(newest))
@@ -166,6 +167,40 @@ def _check_artifact(config: Config) -> str:
     check_artifact_fits(config, artifact.config.downsampling_factor, artifact.config.latent_channels)
     check_posterior(config, artifact.config.kind, artifact.statistics.posterior, artifact.statistics.num_images)
     return artifact.content_hash
+
+
+def _check_init(config: Config, rank: int) -> dict[str, str]:
+    """The digest of the weights that the run begins with, if they fit its networks; nothing where it goes on."""
+    if not config.init:
+        return {}
+    from ldm_scale.interchange import initial
+    from ldm_scale.interchange.artifact import DiffusionArtifact, read_artifact
+
+    log = get_logger(rank)
+    if initial.has_begun(config):
+        if rank == 0:
+            began = initial.own_beginning(config)
+            say = log.info if began == config.init else log.warning
+            say(
+                f"init={config.init} is not read: {config.run_dir} has a checkpoint and goes on from that (it began "
+                f"with {began}); give another run_dir to begin anew"
+            )
+        return {}
+    source = initial.read_initial(config)
+    networks = initial.source_config(config, source)
+    require_same_networks(config, networks)
+    if isinstance(source, DiffusionArtifact):
+        initial.require_same_latents(config, source, read_artifact(Path(config.artifact)))
+        differences = process_differences(config, networks)
+        if differences and rank == 0:
+            log.warning(
+                f"init={config.init} was trained for another process, {', '.join(differences)}: the network has to "
+                "learn it anew"
+            )
+    seen = source.provenance["resolution"]
+    if seen != config.data.resolution and rank == 0:
+        log.warning(f"data.resolution={config.data.resolution}: init={config.init} was trained at {seen} pixels")
+    return {"digest of the initial weights": source.content_hash}
 
 
 def check_cache_fits(config: Config, cache: LatentCache, artifact_hash: str) -> None:

@@ -57,7 +57,7 @@ class Account:
         self._step_flops, self._peak_flops = size.step_flops, peak_flops(device, self._environment.dtype)
         phases.current.times.take()
         self._file.cut()
-        self._file.append(self._beginning(size, device, state.cur_images), durable=True)
+        self._file.append(self._beginning(size, device, state), durable=True)
         reason = ""
         try:
             yield
@@ -93,14 +93,15 @@ class Account:
                 figures["throughput/mfu"] = rate / self._peak_flops
         return figures | peak_memory(self._environment.device)
 
-    def _beginning(self, size: RunSize, device: str, images: int) -> Mapping[str, Any]:
+    def _beginning(self, size: RunSize, device: str, state: TrainingState) -> Mapping[str, Any]:
         environment, meeting = self._environment, self._environment.meeting
         hosts = [place.host for place in meeting.places] if meeting is not None else [platform.node()]
         system = os.uname()  # platform.platform() runs a program
         return {
             "event": "start",
             "time": round(time.time(), 3),
-            "images": images,
+            "images": state.cur_images,
+            "init": state.init,
             "ranks": environment.world_size,
             "hosts": {host: hosts.count(host) for host in dict.fromkeys(hosts)},  # ranks by host
             "device": device,

@@ -151,7 +151,8 @@ def write(task: AutoencoderTask, checkpoint: Path, images: int) -> dict[str, Any
                 "weights": weights,
                 "resolution": task.config.data.resolution,
                 "config": config_to_dict(task.config),
-            },
+            }
+            | ({"init": task.init} if task.init else {}),
             half_precision=half_precision,
         )
         report |= {"artifact": str(directory), "hash": digest}

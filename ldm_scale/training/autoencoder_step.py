@@ -23,11 +23,11 @@ from ldm_scale import faults
 from ldm_scale.config.schema import BatchPlan, Config
 from ldm_scale.data import Batch
 from ldm_scale.engine import seeding
-from ldm_scale.engine.checkpoint import Trained
+from ldm_scale.engine.checkpoint import Trained, write_weights
 from ldm_scale.engine.collectives import mean_over_ranks
 from ldm_scale.engine.env import Environment
 from ldm_scale.engine.zero import ShardedModel
-from ldm_scale.models.autoencoder import Autoencoder, AutoencoderOutput, kl_divergence
+from ldm_scale.models.autoencoder import OUTPUT_LOGVAR, Autoencoder, AutoencoderOutput, kl_divergence
 from ldm_scale.models.build import build_autoencoder, build_seeded
 from ldm_scale.models.discriminator import PatchDiscriminator
 from ldm_scale.models.fused import set_kernels
@@ -35,7 +35,7 @@ from ldm_scale.models.perceptual import build_perceptual
 from ldm_scale.telemetry.log import get_logger
 from ldm_scale.training import autoencoder_product
 from ldm_scale.training.adversary import Adversary
-from ldm_scale.training.codebook import CodebookKeeper
+from ldm_scale.training.codebook import CODEBOOK, CodebookKeeper
 from ldm_scale.training.task import Pictures, Task
 
 conv2d_weight: Callable[..., Tensor] = grad.conv2d_weight  # torch gives it no types
@@ -83,6 +83,10 @@ class AutoencoderTask(Task):
         set_kernels(self.network, config.kernels)
         codebook = None if self.network.quantizer is None else self.network.quantizer.codebook.detach().clone()
         self.autoencoder = self._shard(self.network, config.zero.stage)
+        weights = self.initial_weights()
+        if weights is not None:
+            write_weights(self.autoencoder, weights, absent=(OUTPUT_LOGVAR,))
+            codebook = None if codebook is None else weights[CODEBOOK]
         self.trained["autoencoder"] = Trained(self.autoencoder, self.average(self.autoencoder))
         self.codebook: CodebookKeeper | None = None
         if codebook is not None:
@@ -101,6 +105,11 @@ class AutoencoderTask(Task):
             )
             self.adversary = Adversary(self._shard(network, config.zero.discriminator_stage), self._loss)
             self.trained["discriminator"] = self.adversary.trained
+            if weights is not None:
+                get_logger(environment.rank).info(
+                    "the discriminator begins with random weights, which no artifact holds; it is felt from "
+                    f"autoencoder_loss.discriminator_start_images={self._loss.discriminator_start_images} on"
+                )
             if not self.adversary.felt(config.train.total_images - 1):
                 get_logger().warning(
                     f"autoencoder_loss.discriminator_start_images={self._loss.discriminator_start_images} is not below "

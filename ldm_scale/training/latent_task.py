@@ -17,7 +17,7 @@ from ldm_scale.data import Batch, build_loader
 from ldm_scale.diffusion.process import build_process, offset_noise
 from ldm_scale.diffusion.times import stratified_uniforms
 from ldm_scale.engine import seeding
-from ldm_scale.engine.checkpoint import Trained
+from ldm_scale.engine.checkpoint import Trained, write_weights
 from ldm_scale.engine.env import Environment
 from ldm_scale.engine.spikes import NUM_LEVELS
 from ldm_scale.engine.zero import ShardedModel
@@ -52,7 +52,10 @@ class LatentTask(Task):
         self._level_bounds = self.to_device(self.process.times(between)).sort().values
 
     def shard(self, name: str, build: Callable[[], ModuleT]) -> tuple[ModuleT, ShardedModel]:
-        """The network that `build` makes and what trains it, averaged and saved under `name`. Collective: all ranks."""
+        """The network that `build` makes and what trains it, averaged and saved under `name`; `init` gives its weights.
+
+        Collective: all ranks.
+        """
         network = build_seeded(build, self.config.train.seed)
         set_kernels(network, self.config.kernels)
         model = ShardedModel(
@@ -64,6 +67,9 @@ class LatentTask(Task):
             accumulation_steps=self.plan.accumulation_steps,
             environment=self.environment,
         )
+        weights = self.initial_weights()
+        if weights is not None:
+            write_weights(model, weights)
         self.trained[name] = Trained(model, self.average(model))
         return network, model
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from ldm_scale.config.origin import FILE_KEYS, PROCESS_KEYS, TRAINING_KEYS
 from ldm_scale.config.schema import Config, TrainConfig
 from ldm_scale.engine import collectives
 from ldm_scale.errors import CheckpointError, ConfigError
@@ -20,17 +21,11 @@ FIXED_KEYS = (
     "data.lanes",
     "data.chunk_samples",
     "data.block_chunks",
-    "diffusion.prediction",
-    "diffusion.num_timesteps",
-    "diffusion.schedule",
-    "diffusion.beta_start",
-    "diffusion.beta_end",
-    "diffusion.zero_terminal_snr",
-    "diffusion.sigma_data",
+    *(f"diffusion.{key}" for key in PROCESS_KEYS),
 )
 # Of conditioning all else is fixed: another tokenizer or layer gives the same shapes another meaning. These are files,
 # which may move, and what training draws at random.
-FREE_CONDITIONING_KEYS = frozenset({"weights", "vocabulary", "drop_probability", "degradation", "masks"})
+FREE_CONDITIONING_KEYS = FILE_KEYS | TRAINING_KEYS
 
 
 def require_same_run(path: Path, saved: dict[str, Any], given: dict[str, Any]) -> None:

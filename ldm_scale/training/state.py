@@ -13,6 +13,8 @@ from ldm_scale.data.policy import LossAccount
 from ldm_scale.engine.spikes import SpikeHistory
 from ldm_scale.errors import CheckpointError
 
+_ADDED = {"init"}  # fields that earlier versions did not write, whose runs had the default
+
 
 @dataclass
 class TrainingState:
@@ -31,6 +33,7 @@ class TrainingState:
     data_digest: str = ""  # of the training split's shards: what the position counts in
     autoencoder_hash: str = ""  # stage 2: content hash of the artifact that defines its latents
     labels: dict[str, list[str]] = field(default_factory=dict)  # names of classes, objects' classes and map labels
+    init: dict[str, Any] = field(default_factory=dict)  # where the first weights come from; {} = they were random
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for a checkpoint's manifest."""
@@ -43,7 +46,7 @@ class TrainingState:
         Raises: CheckpointError if it was written by another version, with other fields.
         """
         known = {known_field.name for known_field in fields(cls)}
-        if values.keys() != known:
+        if values.keys() | _ADDED != known:
             raise CheckpointError(
                 f"the checkpoint's training state has {', '.join(sorted(values)) or 'nothing'}; this version reads "
                 f"{', '.join(sorted(known))}: continue with the version that wrote it"

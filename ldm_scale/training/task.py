@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ldm_scale.config.schema import BatchPlan, Config
 from ldm_scale.data import Batch
+from ldm_scale.engine import collectives
 from ldm_scale.engine.checkpoint import Trained
 from ldm_scale.engine.ema import ShardedEma, average_names
 from ldm_scale.engine.env import Environment
@@ -22,6 +23,8 @@ from ldm_scale.engine.spikes import level_sums
 from ldm_scale.engine.zero import ShardedModel
 from ldm_scale.evaluation.generation import draw_captioned_grid
 from ldm_scale.evaluation.shown import grid_side
+from ldm_scale.interchange import initial
+from ldm_scale.telemetry.log import get_logger
 from ldm_scale.telemetry.tensorboard import Curves
 from ldm_scale.training.diagnosis import Finding
 from ldm_scale.training.optimizer import learning_rate
@@ -57,6 +60,7 @@ class Task(ABC):
         self.config, self.plan, self.environment = config, plan, environment
         self.trained: dict[str, Trained] = {}
         self.autoencoder_hash = ""  # of the artifact that defines a diffusion model's latents
+        self.init: dict[str, Any] = {}  # where the first weights come from, if they are not random
         self.labels: dict[str, list[str]] = {}  # the data's names of classes, objects' classes and map labels
         self.sample_losses: list[tuple[Tensor, Tensor]] = []  # of the running step: losses and levels of noise, (b,)
 
@@ -129,6 +133,21 @@ class Task(ABC):
         finally:
             for network in networks:
                 network.train()
+
+    def initial_weights(self) -> Mapping[str, Tensor] | None:
+        """The weights that `init` gives a run that begins; None where they are random or a checkpoint's.
+
+        Collective: all ranks.
+        """
+        if not self.config.init or collectives.broadcast_object(initial.has_begun(self.config)):
+            return None
+        source = initial.read_initial(self.config)
+        self.init = initial.describe_initial(self.config, source)
+        get_logger(self.environment.rank).info(
+            f"beginning with the {self.init['weights'] or 'only'} weights of init={self.config.init} "
+            f"({source.content_hash[:12]}); optimizer, averages, schedules and data start anew"
+        )
+        return source.state
 
     def average(self, model: ShardedModel) -> ShardedEma | None:
         """The moving averages of a model's weights; None where the configuration has none."""

@@ -76,7 +76,7 @@ class Trainer:
         self._validates = unindexed is None  # what is looked at again and again takes images that stay the same
         self._dataset, self._data_digest, self._num_samples = dataset, dataset.digest, dataset.num_samples
         self.state = TrainingState(
-            data_digest=self._data_digest, autoencoder_hash=task.autoencoder_hash, labels=dataset.labels
+            data_digest=self._data_digest, autoencoder_hash=task.autoencoder_hash, labels=dataset.labels, init=task.init
         )
         task.labels = dataset.labels
         self.log = get_logger(environment.rank)
@@ -300,7 +300,8 @@ class Trainer:
         """Continues from the newest whole checkpoint of the run directory, which rank 0 chooses for all."""
         newest = newest_verified(self.checkpoints, self.environment.rank, self._checksum_of)
         if newest is None:
-            self.log.info(f"starting from scratch in {self.run_dir}")
+            origin = self.config.init if self.task.init else "scratch"
+            self.log.info(f"starting from {origin} in {self.run_dir}")
             return
         path, manifest = newest
         resumption.require_same_run(path, manifest["config"], config_to_dict(self.config))
@@ -309,6 +310,7 @@ class Trainer:
         resumption.require_same_artifact(path, saved.autoencoder_hash, self.task.autoencoder_hash, self.config.artifact)
         resumption.require_same_data(saved.data_digest, self._data_digest, self.config)
         self.state = TrainingState.from_dict(load_checkpoint(path, self.task.trained, verified=True))
+        self.task.init = self.state.init
         self.saving.resumed_at(self.state.cur_images)
         self.log.info(f"continuing at {self.state.cur_images} images from {path}")
 

@@ -17,7 +17,7 @@ ROOT = Path(__file__).resolve().parents[2]
 LAYERS = (
     ("ldm_scale.errors", "ldm_scale.redaction", "ldm_scale.config.schema"),
     ("ldm_scale.config.convert", "ldm_scale.config.ranges", "ldm_scale.config.fit", "ldm_scale.command_line"),
-    ("ldm_scale.config.networks",),
+    ("ldm_scale.config.networks", "ldm_scale.config.origin"),
     ("ldm_kernels", "ldm_scale.diffusion"),
     ("ldm_scale.telemetry", "ldm_scale.faults", "ldm_scale.processes"),
     ("ldm_scale.data", "ldm_scale.engine"),
@@ -58,6 +58,7 @@ CLOSED = {
     "ldm_scale.config.ranges": {"ldm_scale"},
     "ldm_scale.config.fit": {"ldm_scale"},
     "ldm_scale.config.networks": {"ldm_scale"},
+    "ldm_scale.config.origin": {"ldm_scale"},
 }
 
 
