@@ -35,7 +35,7 @@ Plain = dict[str, Any]
 def begun_tree(tree: Mapping[str, Any], mine: Config, source: Config) -> Plain:
     """`tree`, the files' part of a configuration, with the networks of `source`; `mine` is what it was without them.
 
-    Of `sampling` the source gives what no file names, and its artifact where none is given.
+    Its artifact comes with them; of `sampling` it gives what no file names.
     """
     theirs, own = config_to_dict(source), config_to_dict(mine)
     begun = dict(tree) | {"autoencoder": theirs["autoencoder"]}
@@ -49,9 +49,7 @@ def begun_tree(tree: Mapping[str, Any], mine: Config, source: Config) -> Plain:
     begun["diffusion"] = dict(tree.get("diffusion") or {}) | {key: theirs["diffusion"][key] for key in PROCESS_KEYS}
     defaults = {key: value for key, value in theirs["sampling"].items() if key != "prompts"}
     begun["sampling"] = defaults | dict(tree.get("sampling") or {})
-    if not mine.artifact:
-        begun["artifact"] = source.artifact
-    return begun
+    return begun | {"artifact": source.artifact}
 
 
 def require_same_networks(config: Config, source: Config) -> None:

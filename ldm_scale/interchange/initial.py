@@ -36,7 +36,7 @@ def own_beginning(config: Config) -> str:
 def networks_of_origin(config: Config) -> Config:
     """A configuration whose networks, process, sampling and artifact are those that the run begins or goes on with.
 
-    Of its own newest checkpoint, where it has one: the source of its beginning may be gone by then.
+    Of its own newest checkpoint, where it has one: the weights of its beginning may be gone by then.
     Raises: as `read_initial`.
     """
     manifest = _own_manifest(config)
