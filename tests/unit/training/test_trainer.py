@@ -246,6 +246,15 @@ def test_saves_by_the_clock_as_well(config: Config, saved: list[int], monkeypatc
 def test_a_state_of_another_version_is_refused() -> None:
     with pytest.raises(CheckpointError, match="continue with the version that wrote it"):
         TrainingState.from_dict({"cur_images": 8})
+    state = TrainingState(cur_images=8).to_dict()
+    with pytest.raises(CheckpointError, match="continue with the version that wrote it"):
+        TrainingState.from_dict(state | {"later": 1})
+
+
+def test_a_state_of_before_runs_had_given_weights_is_of_random_ones() -> None:
+    state = TrainingState(cur_images=8, step=1).to_dict()
+    del state["init"]
+    assert TrainingState.from_dict(state) == TrainingState(cur_images=8, step=1)
 
 
 def test_findings_reach_log_and_result_and_the_log_has_each_once(
