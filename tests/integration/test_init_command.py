@@ -16,6 +16,7 @@ from ldm_scale.interchange.load import read_source
 from tests.helpers import foreign
 from tests.helpers.commands import refusal
 from tests.helpers.origins import autoencoder_origin, diffusion_origin
+from tests.helpers.ranks import run_ranks
 from tests.helpers.runs import AUTOENCODER, TEXT, UNET, tiny_artifact
 from tests.helpers.shards import make_dataset
 
@@ -139,7 +140,7 @@ def test_an_imported_pipeline_is_trained_sampled_and_exported(
     assert main(["import", str(folder / "hub" / "sd1"), "--out", str(imported)]) == 0
     command = ["train", *_overrides(folder, f"init={imported}", f"run_dir={run}", "diffusion.prediction=v")]
     capfd.readouterr()
-    assert main(command) == 0
+    assert run_ranks(main, 1, command) == [0]
     told = capfd.readouterr().err
     assert told.count("diffusion.prediction=v (there: eps): the network has to learn it anew") == 1
     assert told.count("beginning with the") == 1
@@ -157,6 +158,6 @@ def test_an_imported_pipeline_is_trained_sampled_and_exported(
     assert (tmp_path / "pipeline" / "model_index.json").is_file()
 
     capfd.readouterr()
-    assert main([*command, "train.total_images=24", f"init={tmp_path / 'gone'}"]) == 0
+    assert run_ranks(main, 1, [*command, "train.total_images=24", f"init={tmp_path / 'gone'}"]) == [0]
     assert capfd.readouterr().err.count(f"goes on from that (it began with {imported})") == 1
     assert read_source(run).provenance["images"] == 24
