@@ -11,27 +11,50 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+if __package__ in (None, ""):
+    # Run as a script by a launcher: see train.py.
+    sys.path[0] = str(Path(__file__).resolve().parent.parent)
+
+from ldm_scale.__main__ import run_command
 from ldm_scale.command_line import Parser, output_path
 from ldm_scale.errors import ConfigError
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """0, after the figures were printed, as a table or as one JSON object."""
-    arguments = _parser().parse_args(argv)
-    arguments.command = shlex.join(["ldm-scale", "evaluate", *(sys.argv[1:] if argv is None else argv)])
+    given = sys.argv[1:] if argv is None else argv
+    # The deepspeed launcher adds the rank as an argument beside the environment variables that we read.
+    given = [argument for argument in given if not argument.startswith(("--local_rank", "--local-rank"))]
+    arguments = _parser().parse_args(given)
+    arguments.command = shlex.join(["ldm-scale", "evaluate", *given])
     run: Callable[[argparse.Namespace], tuple[dict[str, Any], str]] = arguments.run
     # The libraries behind some formats print notices when they are imported; stdout belongs to the result.
     with contextlib.redirect_stdout(sys.stderr):
-        document, text = run(arguments)
+        outcome = _on_ranks(arguments, run) if arguments.action in _MEASURING else run(arguments)
+    if outcome is None:
+        return 0  # another rank prints
+    document, text = outcome
     print(json.dumps(document, allow_nan=False) if arguments.json else text)
     return 0
+
+
+_MEASURING = ("autoencoder", "diffusion", "images", "sweep")
+
+
+def _on_ranks(
+    arguments: argparse.Namespace, run: Callable[[argparse.Namespace], tuple[dict[str, Any], str]]
+) -> tuple[dict[str, Any], str] | None:
+    from ldm_scale.operations.evaluation_ranks import on_ranks
+
+    return on_ranks(arguments, run)
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = Parser(
         prog="ldm-scale evaluate",
         description="Measures trained models. Beside every figure stands the protocol that it was measured under; "
-        "figures of different protocols are not compared.",
+        "figures of different protocols are not compared. Under torchrun, deepspeed or srun the ranks share the "
+        "images; with --out, what was measured before an interruption is not measured again.",
     )
     actions = parser.add_subparsers(dest="action", required=True)
     output = Parser(add_help=False)
@@ -195,7 +218,7 @@ def _autoencoder(arguments: argparse.Namespace) -> tuple[dict[str, Any], str]:
     from ldm_scale.operations.evaluate import evaluate_autoencoder
 
     document = evaluate_autoencoder(arguments)
-    return document, result_text(document)
+    return document, result_text(document) if document else ""
 
 
 def _diffusion(arguments: argparse.Namespace) -> tuple[dict[str, Any], str]:
@@ -203,7 +226,7 @@ def _diffusion(arguments: argparse.Namespace) -> tuple[dict[str, Any], str]:
     from ldm_scale.operations.evaluate_diffusion import evaluate_diffusion
 
     document = evaluate_diffusion(arguments)
-    return document, result_text(document)
+    return document, result_text(document) if document else ""
 
 
 def _images(arguments: argparse.Namespace) -> tuple[dict[str, Any], str]:
@@ -211,7 +234,7 @@ def _images(arguments: argparse.Namespace) -> tuple[dict[str, Any], str]:
     from ldm_scale.operations.evaluate_images import evaluate_images
 
     document = evaluate_images(arguments)
-    return document, result_text(document)
+    return document, result_text(document) if document else ""
 
 
 def _sweep(arguments: argparse.Namespace) -> tuple[dict[str, Any], str]:
@@ -243,3 +266,7 @@ def _rate_distortion(arguments: argparse.Namespace) -> tuple[dict[str, Any], str
     rows = plot_rate_distortion(results, arguments.out)
     document = {"plot": str(arguments.out), "protocol": results[0].protocol, "models": rows}
     return document, f"{rate_distortion_table(rows)}\nwrote {arguments.out}"
+
+
+if __name__ == "__main__":
+    sys.exit(run_command(main, None))

@@ -18,6 +18,11 @@ def world_size() -> int:
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
+def rank() -> int:
+    """Number of this rank; 0 without a process group."""
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
 def mean_over_ranks(x: Tensor) -> Tensor:
     """x averaged over all ranks, on every rank; x itself is unchanged. Collective: all ranks."""
     return sum_over_ranks(x) / world_size()
@@ -51,6 +56,16 @@ def gather_objects(value: Any) -> list[Any]:
     values: list[Any] = [None] * world_size()
     dist.all_gather_object(values, value)
     return values
+
+
+def gather_on_main(value: Any) -> list[Any]:
+    """The values of all ranks, in rank order, on rank 0; nothing on the others. Collective: all ranks."""
+    phases.meet()
+    if world_size() == 1:
+        return [value]
+    values: list[Any] | None = [None] * world_size() if rank() == 0 else None
+    dist.gather_object(value, values, dst=0)
+    return values or []
 
 
 def broadcast_object(value: Any) -> Any:

@@ -123,7 +123,7 @@ def start(
     Collective: all ranks.
     """
     faults.configure(launch.rank, get_logger(launch.rank).warning)
-    device = _choose_device(launch, train)
+    device = choose_device(train.device, launch, "train.device=")
     precision = train.precision if train.precision != "auto" else ("bf16" if device.type == "cuda" else "fp32")
     if device.type == "cuda":
         torch.cuda.set_device(device)
@@ -155,11 +155,15 @@ def stop() -> None:
         dist.destroy_process_group()
 
 
-def _choose_device(launch: Launch, train: TrainConfig) -> torch.device:
-    if train.device == "cpu" or (train.device == "auto" and not torch.cuda.is_available()):
+def choose_device(wanted: str, launch: Launch, option: str) -> torch.device:
+    """This rank's device for "auto", "cpu" or "cuda"; `option` is what stands before the value in messages.
+
+    Raises: ConfigError if it asks for CUDA and there is none, or not one for each rank of the host.
+    """
+    if wanted == "cpu" or (wanted == "auto" and not torch.cuda.is_available()):
         return torch.device("cpu")
     if not torch.cuda.is_available():
-        raise ConfigError("train.device=cuda but torch sees no CUDA device; set train.device=auto or cpu")
+        raise ConfigError(f"{option}cuda but torch sees no CUDA device; give {option}auto or {option}cpu")
     if launch.local_rank >= torch.cuda.device_count():
         raise ConfigError(
             f"local rank {launch.local_rank} has no GPU of its own ({torch.cuda.device_count()} on this host); "

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from ldm_scale.errors import DataError, NumericsError
+from ldm_scale.evaluation.blocks import Part
 from ldm_scale.evaluation.features import ImageFeatures
 from ldm_scale.evaluation.frechet import frechet_figures
 from ldm_scale.evaluation.images import eight_bits
@@ -59,10 +60,13 @@ class ReconstructionMeter:
         self._model, self._instruments = model, instruments
         self.rows = Rows()
         self._previous: tuple[int, Tensor] | None = None  # number and pixels of the last image
-        self._shown: list[tuple[int, Tensor, Tensor]] = []
+        self._shown: list[tuple[Tensor, Tensor]] = []
         config = model.config
-        self._gaussian = GaussianRate(config.latent_channels) if config.kind == "kl" else None
-        self._codes = CodeUsage(config.codebook_size) if config.codebook_size is not None else None
+        self._rates: GaussianRate | CodeUsage | None = None
+        if config.kind == "kl":
+            self._rates = GaussianRate(config.latent_channels)
+        elif config.codebook_size is not None:
+            self._rates = CodeUsage(config.codebook_size)
 
     @property
     def num_images(self) -> int:
@@ -70,23 +74,25 @@ class ReconstructionMeter:
         return len(self.rows)
 
     @torch.inference_mode()
-    def add(self, x: Tensor, first: int | None = None, before: Tensor | None = None) -> None:
+    def add(self, x: Tensor, numbers: Sequence[int] | None = None, before: Tensor | None = None) -> None:
         """Nothing; measures one batch of neighbours in the order of evaluation.
 
-        `first` is the number of its first image; None follows on the batch before. `before` is the image before that,
-        which a rank that does not begin with image 0 has to be given once: each is compared with the one before it.
+        `numbers` are the images' places in the order; None follows on the batch before. `before` is the image before
+        the first, which is known of a batch that follows on: each is compared with the one before it.
         Shapes: pixels (B, 3, H, W) in [-1, 1] of 8-bit values, on the model's device; before (1, 3, H, W).
         Raises: NumericsError if a reconstruction is not finite; ConfigError for images that f does not divide.
         """
         x = eight_bits(x)
         previous = self._previous
-        if first is None:
-            first = 0 if previous is None else previous[0] + 1
+        if numbers is None:
+            follows = 0 if previous is None else previous[0] + 1
+            numbers = range(follows, follows + len(x))
+        first = numbers[0]
         if before is None and previous is not None and previous[0] == first - 1:
             before = previous[1]
         assert before is not None or first == 0, f"image {first} is compared with the one before it, which is not known"
         baseline = eight_bits(bicubic_baseline(x, self._model.config.downsampling_factor))
-        y = self._reconstruct(x, first)
+        y = self._reconstruct(x, numbers)
         perceptual = self._instruments.perceptual
         others = torch.cat([x[:1] if before is None else eight_bits(before), x[:-1]])
         values = {
@@ -101,25 +107,33 @@ class ReconstructionMeter:
         }
         extract = self._instruments.features.extract
         rows = {name: value.double().cpu() for name, value in values.items()}
-        self.rows.add(list(range(first, first + len(x))), rows | {"original": extract(x), "reconstruction": extract(y)})
-        if first < NUM_SHOWN:
-            self._shown.append((first, x[: NUM_SHOWN - first].cpu(), y[: NUM_SHOWN - first].cpu()))
-        self._previous = first + len(x) - 1, x[-1:]
+        self.rows.add(list(numbers), rows | {"original": extract(x), "reconstruction": extract(y)})
+        shown = sum(number < NUM_SHOWN for number in numbers)
+        if shown:
+            self._shown.append((x[:shown].cpu(), y[:shown].cpu()))
+        self._previous = numbers[-1], x[-1:]
 
-    def merge(self, others: Sequence[ReconstructionMeter]) -> None:
-        """Nothing; takes in what others of the same model have measured of other images, such as other ranks."""
-        self.rows.merge([other.rows for other in others])
-        for other in others:
-            self._shown += other._shown
-            if self._gaussian is not None and other._gaussian is not None:
-                self._gaussian.merge(other._gaussian)
-            if self._codes is not None and other._codes is not None:
-                self._codes.merge(other._codes)
+    @property
+    def part(self) -> Part:
+        """All that was measured, to be sent and kept."""
+        parts = [self.rows.part, *([] if self._rates is None else [self._rates.part])]
+        tensors = {name: x for part in parts for name, x in part.tensors.items()}
+        if self._shown:
+            tensors["shown.originals"], tensors["shown.reconstructions"] = self.shown
+        return Part(tensors, {name: value for part in parts for name, value in part.values.items()})
+
+    def take(self, part: Part) -> None:
+        """Nothing; takes in what was measured of the images that follow, by another rank or an earlier start."""
+        self.rows.take(part)
+        if self._rates is not None and "rate" in part.values:
+            self._rates.take(part)
+        if "shown.originals" in part.tensors:
+            self._shown.append((part.tensors["shown.originals"], part.tensors["shown.reconstructions"]))
 
     @property
     def shown(self) -> tuple[Tensor, Tensor]:
         """The first originals and reconstructions. Shapes: (N, 3, H, W) twice, N at most NUM_SHOWN."""
-        _, originals, reconstructions = zip(*sorted(self._shown, key=lambda part: part[0]), strict=True)
+        originals, reconstructions = zip(*self._shown, strict=True)
         return torch.cat(originals), torch.cat(reconstructions)
 
     def figures(self) -> dict[str, Any]:
@@ -155,28 +169,28 @@ class ReconstructionMeter:
                 instruments.score_name,
                 Halves(len(reconstructions), RESAMPLES, "the reconstructions"),
             )
-        if self._codes is not None:
+        if isinstance(self._rates, CodeUsage):
             figures["codes"] = {
-                "share_used": self._codes.share_used,
-                "perplexity": self._codes.perplexity,
-                "num_chosen": self._codes.num_chosen,
+                "share_used": self._rates.share_used,
+                "perplexity": self._rates.perplexity,
+                "num_chosen": self._rates.num_chosen,
             }
         return figures
 
-    def _reconstruct(self, x: Tensor, number: int) -> Tensor:
+    def _reconstruct(self, x: Tensor, numbers: Sequence[int]) -> Tensor:
         network = self._model.network
         mean, logvar = network.encode_moments(x)
         num_pixels = x[:, 0].numel()
-        if self._gaussian is not None:
+        if isinstance(self._rates, GaussianRate):
             assert logvar is not None, "a KL autoencoder's posterior has a variance"
-            self._gaussian.add(mean, logvar, num_pixels)
-        if self._codes is not None:
+            self._rates.add(mean, logvar, num_pixels)
+        if isinstance(self._rates, CodeUsage):
             assert network.quantizer is not None, "a VQ autoencoder has a quantiser"
-            self._codes.add(network.quantizer(mean)[1], num_pixels)
+            self._rates.add(network.quantizer(mean)[1], num_pixels)
         y = network.decode(network.latents(mean, logvar))
         finite = torch.isfinite(y).flatten(start_dim=1).all(dim=1)
         if not finite.all():
-            first = number + int((~finite).nonzero()[0])
+            first = numbers[int((~finite).nonzero()[0])]
             raise NumericsError(
                 f"{int((~finite).sum())} of {len(y)} reconstructions are not finite, the first of image {first} in "
                 "the order of evaluation: these weights are damaged or diverged"
@@ -184,14 +198,14 @@ class ReconstructionMeter:
         return eight_bits(y)
 
     def _rate(self) -> dict[str, float]:
-        if self._gaussian is not None:
+        if isinstance(self._rates, GaussianRate):
             return {
-                "kl_bits_per_pixel": self._gaussian.bits_per_pixel,
-                "kl_bits_per_pixel_fitted": self._gaussian.fitted_bits_per_pixel,
+                "kl_bits_per_pixel": self._rates.bits_per_pixel,
+                "kl_bits_per_pixel_fitted": self._rates.fitted_bits_per_pixel,
             }
-        if self._codes is not None:
+        if isinstance(self._rates, CodeUsage):
             return {
-                "code_bits_per_pixel": self._codes.bits_per_pixel,
-                "code_entropy_bits_per_pixel": self._codes.fitted_bits_per_pixel,
+                "code_bits_per_pixel": self._rates.bits_per_pixel,
+                "code_entropy_bits_per_pixel": self._rates.fitted_bits_per_pixel,
             }
         return {"stored_bits_per_pixel": PIXEL_BITS}

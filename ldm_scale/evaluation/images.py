@@ -14,7 +14,7 @@ import io
 import sys
 import zipfile
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from hashlib import blake2b
@@ -32,10 +32,11 @@ from ldm_scale.data.decode import DecodeSettings, decode_image, image_extension,
 from ldm_scale.data.metadata import member_bytes
 from ldm_scale.data.order import shuffled
 from ldm_scale.data.pictures import Picture
-from ldm_scale.data.policy import BadRecord, BadSample, BadSampleLog
+from ldm_scale.data.policy import BadRecord, BadSample
 from ldm_scale.data.shards import IMAGE_EXTENSIONS, Dataset, open_manifest
 from ldm_scale.data.sources.image_folder import list_images
 from ldm_scale.errors import ConfigError, DataError
+from ldm_scale.evaluation.blocks import Block, MeasuredImages, pixel_digest, stacked_digests
 from ldm_scale.telemetry.log import shows_progress
 
 DEFAULT_SPLIT = "heldout"
@@ -129,37 +130,8 @@ def chosen_numbers(source: str, split: str, available: int, asked: int | None) -
     return list(map(int, shuffled(available, "evaluation", ORDER_SEED)[:asked]))
 
 
-class MeasuredImages:
-    """What a stream of images to measure tells of itself.
-
-    `bad` is what was left out, `num_images` what came, `pixels_digest` the hash of what came (complete when the
-    iteration is).
-    """
-
-    def __init__(self, order: list[int], batch_size: int, settings: DecodeSettings) -> None:
-        self.num_images = 0
-        self.bad = BadSampleLog()
-        self._order, self._batch_size, self._settings = order, batch_size, settings
-        self._hash = blake2b(digest_size=16)
-
-    @property
-    def wanted(self) -> int:
-        """How many were asked for."""
-        return len(self._order)
-
-    @property
-    def order(self) -> list[int]:
-        """Numbers of the images, in the order in which they are measured."""
-        return list(self._order)
-
-    @property
-    def pixels_digest(self) -> str:
-        """Hash of the 8-bit pixels in their order."""
-        return self._hash.hexdigest()
-
-
-class ImageStream(MeasuredImages):
-    """Iterable once over the batches of an image set, (B, 3, R, R) pixels in [-1, 1] of 8-bit values, fp32.
+class ImageStream(MeasuredImages[Tensor]):
+    """The images of a set, in blocks of (B, 3, R, R) pixels in [-1, 1] of 8-bit values, fp32.
 
     With `as_they_are`, an image of another size is an error and not cropped and resized.
     """
@@ -176,24 +148,35 @@ class ImageStream(MeasuredImages):
         order = chosen_numbers(images.source, images.split, images.num_images, num_images)
         super().__init__(order, batch_size, DecodeSettings(resolution=resolution, augment=False))
         self._images, self._as_they_are = images, as_they_are
-        self.numbers: list[int] = []  # positions in the order of the images that came
 
-    def __iter__(self) -> Iterator[Tensor]:
-        order = self._order
-        parts = [order[begin : begin + self._batch_size] for begin in range(0, len(order), self._batch_size)]
+    def read(self, blocks: Iterable[int]) -> Iterator[Block[Tensor]]:
+        """See `MeasuredImages.read`; the next block is decoded while one is looked at."""
         with ThreadPoolExecutor(_DECODERS) as pool:
-            following = self._start(pool, parts[0])
-            for index in range(len(parts)):
-                current, following = following, self._start(pool, parts[index + 1]) if index + 1 < len(parts) else []
-                pixels = self._finish(current, index * self._batch_size)
-                if len(pixels):
-                    yield to_pixels(pixels)
+            waiting: tuple[int, list[_Decoding]] | None = None
+            for number in blocks:
+                following = number, self._start(pool, self.places(number))
+                if waiting is not None:
+                    yield self._finish(*waiting)
+                waiting = following
+            if waiting is not None:
+                yield self._finish(*waiting)
 
-    def _start(self, pool: ThreadPoolExecutor, numbers: list[int]) -> list[_Decoding]:
+    def before(self, block: int) -> Tensor | None:
+        """The last image before a block that can be used, (1, 3, R, R), or None if there is none."""
+        for place in reversed(range(self.places(block).start)):
+            key, data = self._images.read(self._order[place])
+            try:
+                if not isinstance(data, str):
+                    return to_pixels(self._decode(data, key)[None])
+            except BadSample:
+                continue
+        return None
+
+    def _start(self, pool: ThreadPoolExecutor, places: range) -> list[_Decoding]:
         """Keys with decodings that are under way, or with why there is none."""
         started: list[_Decoding] = []
-        for number in numbers:
-            key, data = self._images.read(number)
+        for place in places:
+            key, data = self._images.read(self._order[place])
             decoding = data if isinstance(data, str) else pool.submit(self._decode, data, key)
             started.append((key, decoding))
         return started
@@ -209,20 +192,18 @@ class ImageStream(MeasuredImages):
                 )
         return decode_image(data, self._settings, 0, key)
 
-    def _finish(self, started: list[_Decoding], first: int) -> NDArray[np.uint8]:
-        side = self._settings.resolution
-        pixels = []
-        for position, (key, decoding) in enumerate(started, first):
+    def _finish(self, number: int, started: list[_Decoding]) -> Block[Tensor]:
+        pixels, numbers, bad = [], [], []
+        for place, (key, decoding) in zip(self.places(number), started, strict=True):
             try:
                 if isinstance(decoding, str):
                     raise BadSample(decoding)
                 pixels.append(decoding.result())
-                self.numbers.append(position)
-                self._hash.update(pixels[-1].tobytes())
+                numbers.append(place)
             except BadSample as error:
-                self.bad.add([BadRecord(key, str(error))])
-        self.num_images += len(pixels)
-        return np.stack(pixels) if pixels else np.empty((0, side, side, 3), np.uint8)
+                bad.append(BadRecord(key, str(error)))
+        digests = stacked_digests([pixel_digest(image) for image in pixels])
+        return Block(number, numbers, to_pixels(np.stack(pixels)) if pixels else None, digests, bad)
 
 
 def eight_bits(pixels: Tensor) -> Tensor:

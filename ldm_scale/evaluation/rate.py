@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from ldm_scale.config.schema import AutoencoderConfig
+from ldm_scale.evaluation.blocks import Part
 from ldm_scale.models.autoencoder import kl_divergence
 
 PIXEL_BITS = 24.0  # three channels of 8 bits
@@ -47,12 +48,19 @@ class GaussianRate:
         self._numbers_per_channel += mean[:, 0].numel()
         self.num_pixels += num_pixels
 
-    def merge(self, other: GaussianRate) -> None:
-        """Nothing; takes in the posteriors that another has seen."""
-        self._kl_nats += other._kl_nats
-        self._sums += other._sums
-        self._numbers_per_channel += other._numbers_per_channel
-        self.num_pixels += other.num_pixels
+    @property
+    def part(self) -> Part:
+        """The sums, to be sent and kept."""
+        values = {"kl_nats": self._kl_nats, "count": self._numbers_per_channel, "num_pixels": self.num_pixels}
+        return Part({"rate.sums": self._sums}, {"rate": values})
+
+    def take(self, part: Part) -> None:
+        """Nothing; takes in the posteriors of a part."""
+        values = part.values["rate"]
+        self._kl_nats += values["kl_nats"]
+        self._sums += part.tensors["rate.sums"]
+        self._numbers_per_channel += values["count"]
+        self.num_pixels += values["num_pixels"]
 
     @property
     def bits_per_pixel(self) -> float:
@@ -84,10 +92,15 @@ class CodeUsage:
         self.counts += torch.bincount(indices.flatten().cpu(), minlength=len(self.counts))
         self.num_pixels += num_pixels
 
-    def merge(self, other: CodeUsage) -> None:
-        """Nothing; takes in the codes that another has counted."""
-        self.counts += other.counts
-        self.num_pixels += other.num_pixels
+    @property
+    def part(self) -> Part:
+        """The counts, to be sent and kept."""
+        return Part({"rate.counts": self.counts}, {"rate": {"num_pixels": self.num_pixels}})
+
+    def take(self, part: Part) -> None:
+        """Nothing; takes in the codes of a part."""
+        self.counts += part.tensors["rate.counts"]
+        self.num_pixels += int(part.values["rate"]["num_pixels"])
 
     @property
     def num_chosen(self) -> int:

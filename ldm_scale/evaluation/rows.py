@@ -1,7 +1,7 @@
 """What was measured of each image, from any number of batches and ranks, in the order of the images' numbers.
 
 Meters keep rows and make figures of all of them at once, so figures depend neither on where batches end nor on which
-rank measured what: rows of other ranks are added before the figures are made.
+rank measured what: rows of other ranks are taken in before the figures are made.
 """
 
 from __future__ import annotations
@@ -11,6 +11,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
+
+from ldm_scale.evaluation.blocks import Part
 
 
 class Rows:
@@ -42,13 +44,19 @@ class Rows:
             self._lists.setdefault(name, []).extend(values)
         self._numbers += numbers
 
-    def merge(self, others: Sequence[Rows]) -> None:
-        """Nothing; takes in what others hold, such as those that other ranks have sent."""
-        for other in others:
-            if len(other):
-                self.add(
-                    other._numbers, {name: torch.cat(parts) for name, parts in other._tensors.items()}, other._lists
-                )
+    @property
+    def part(self) -> Part:
+        """All rows, to be sent and kept; lists hold what JSON has. Of no rows: nothing."""
+        tensors = {f"rows.{name}": torch.cat(parts) for name, parts in self._tensors.items()}
+        return Part(
+            tensors | {"numbers": torch.tensor(self._numbers, dtype=torch.int64)},
+            {"lists": {name: list(values) for name, values in self._lists.items()}},
+        )
+
+    def take(self, part: Part) -> None:
+        """Nothing; takes in the rows of a part, if it has any."""
+        if "numbers" in part.tensors:
+            self.add(part.tensors["numbers"].tolist(), part.named("rows."), part.values["lists"])
 
     def tensor(self, name: str) -> Tensor:
         """All rows, in the order of the images' numbers."""

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ldm_scale.conditioning.base import Conditions
 from ldm_scale.conditioning.classes import NO_CLASS
-from ldm_scale.data.annotations import Layout, shown_objects
+from ldm_scale.data.annotations import Layout, SceneObject, shown_objects
 from ldm_scale.errors import DataError, NumericsError
 from ldm_scale.evaluation.clip_score import ClipScorer, clip_figure
 from ldm_scale.evaluation.conditioned import (
@@ -132,7 +132,7 @@ class SampleMeter:
         if maps is not None and ("layout" in kinds or "semantic_map" in kinds):
             rows |= {"pixels.real": _bytes(real), "pixels.made": _bytes(made), "maps": maps}
             if y.layouts is not None:
-                lists["layouts"] = y.layouts
+                lists["layouts"] = [_plain(layout) for layout in y.layouts]
         self.rows.add(numbers, rows, lists)
 
     @torch.inference_mode()
@@ -185,6 +185,12 @@ class SampleMeter:
         }
         return figures | {name: samples[name] for name in ("explained_variance", "not_measured") if name in samples}
 
+    def _layouts(self) -> list[Layout]:
+        return [
+            Layout(tuple(SceneObject(label, (x0, y0, x1, y1)) for label, x0, y0, x1, y1 in objects), tuple(crop))
+            for objects, crop in self.rows.values("layouts")
+        ]
+
     def _colours(self, kind: str) -> dict[str, Any]:
         """Boxes or maps by colour, of samples and of the real images; or why not."""
         judge = self._judge
@@ -195,7 +201,7 @@ class SampleMeter:
         elif kind == "layout" and (missing or "maps" not in self.rows):
             what = f"no map label is named {missing[0]!r}" if judge.map_labels else "the data have no maps"
             reason = f"{what}, which would tell the colours of the boxes' classes"
-        elif kind == "layout" and not any(map(shown_objects, self.rows.values("layouts"))):
+        elif kind == "layout" and not any(map(shown_objects, self._layouts())):
             reason = "no layout has an object"
         if reason is not None:
             return {"not_measured": reason}
@@ -204,12 +210,17 @@ class SampleMeter:
         table = class_colours(real, maps, len(judge.map_labels))
         if kind == "layout":
             rows = table[[judge.map_labels.index(name) for name in judge.object_classes]]
-            layouts: list[Layout] = self.rows.values("layouts")
+            layouts = self._layouts()
             reports = [asdict(evaluate_layouts(images, layouts, rows)) for images in (made, real)]
             return reports[0] | {f"real_{name}": reports[1][name] for name in ("iou", "hits", "colour_match")}
         background = judge.map_labels.index(BACKGROUND) if BACKGROUND in judge.map_labels else None
         reports = [asdict(evaluate_maps(images, maps, table, background)) for images in (made, real)]
         return reports[0] | {"real_miou": reports[1]["miou"]}
+
+
+def _plain(layout: Layout) -> list[Any]:
+    """A layout as JSON has it."""
+    return [[[item.label, *item.box] for item in layout.objects], list(layout.crop)]
 
 
 def nearest_agreement(real: Tensor, made: Tensor, reconstructed: Tensor, labels: Sequence[Hashable]) -> dict[str, Any]:

@@ -6,7 +6,7 @@ picture, boxes or a map, is left out, counted and named.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 from ldm_scale.data import Batch
 from ldm_scale.data.annotations import MAP, MAP_EXTENSION
@@ -14,11 +14,12 @@ from ldm_scale.data.batch import collate
 from ldm_scale.data.decode import DecodedSample, DecodeSettings, decode_sample
 from ldm_scale.data.policy import BadRecord, BadSample
 from ldm_scale.data.shards import Dataset
-from ldm_scale.evaluation.images import MeasuredImages, chosen_numbers
+from ldm_scale.evaluation.blocks import Block, MeasuredImages, pixel_digest, stacked_digests
+from ldm_scale.evaluation.images import chosen_numbers
 
 
-class SplitStream(MeasuredImages):
-    """Iterable once over the batches of a split's first images. `Batch.image_numbers` are positions in their order."""
+class SplitStream(MeasuredImages[Batch]):
+    """A split's first images, in blocks that are batches. `Batch.image_numbers` are places in their order."""
 
     def __init__(
         self, dataset: Dataset, resolution: int, annotations: frozenset[str], batch_size: int, num_images: int | None
@@ -30,27 +31,23 @@ class SplitStream(MeasuredImages):
         self._dataset = dataset
         self._unwanted = frozenset() if MAP in annotations else frozenset({MAP_EXTENSION})
 
-    def __iter__(self) -> Iterator[Batch]:
-        for begin in range(0, len(self._order), self._batch_size):
+    def read(self, blocks: Iterable[int]) -> Iterator[Block[Batch]]:
+        """See `MeasuredImages.read`."""
+        for number in blocks:
             bad: list[BadRecord] = []
-            samples = [
-                sample
-                for position in range(begin, min(begin + self._batch_size, len(self._order)))
-                if (sample := self._usable(position, bad)) is not None
-            ]
-            self.bad.add(bad)
-            self.num_images += len(samples)
-            if samples:
-                yield collate(samples, [], self._settings)
+            samples = [sample for place in self.places(number) if (sample := self._usable(place, bad)) is not None]
+            digests = stacked_digests([pixel_digest(sample.image) for sample in samples if sample.image is not None])
+            batch = collate(samples, [], self._settings) if samples else None
+            numbers = [] if batch is None else batch.image_numbers.tolist()
+            yield Block(number, numbers, batch, digests, bad)
 
-    def _usable(self, position: int, bad: list[BadRecord]) -> DecodedSample | None:
-        """The sample of a position, or None after it went to `bad`."""
-        raw = self._dataset.read(self._order[position], leave_out=self._unwanted)
+    def _usable(self, place: int, bad: list[BadRecord]) -> DecodedSample | None:
+        """The sample of a place in the order, or None after it went to `bad`."""
+        raw = self._dataset.read(self._order[place], leave_out=self._unwanted)
         try:
-            sample = decode_sample(raw, self._settings, self._dataset.vocabulary, position, epoch=0)
+            sample = decode_sample(raw, self._settings, self._dataset.vocabulary, place, epoch=0)
         except BadSample as error:
             bad.append(BadRecord(str(raw["__key__"]), str(error)))
             return None
         assert sample.image is not None, "a split of pictures"
-        self._hash.update(sample.image.tobytes())
         return sample

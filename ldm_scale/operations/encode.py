@@ -26,7 +26,7 @@ from ldm_scale.data.latent_rendering import Rendered, pack_sample, read_pieces
 from ldm_scale.data.latent_shards import CacheFolder, Source, sha256_of
 from ldm_scale.data.latents import LATENTS, LatentCache, LatentTransform
 from ldm_scale.engine.checkpoint import latest_checkpoint
-from ldm_scale.engine.env import Launch, cpu_threads
+from ldm_scale.engine.env import Launch, choose_device, cpu_threads
 from ldm_scale.engine.preemption import Stop, StopRequest
 from ldm_scale.engine.rank_files import MANIFEST, read_manifest
 from ldm_scale.engine.restarts import count_start
@@ -269,17 +269,10 @@ def _check_sum(source: Source) -> None:
 
 def _device(wanted: str, launch: Launch) -> torch.device:
     """This rank's device; on the CPU also its share of threads."""
-    if wanted == "cuda" and not torch.cuda.is_available():
-        raise ConfigError("--device cuda but torch sees no CUDA device; use --device auto or cpu")
-    if wanted != "cpu" and torch.cuda.is_available():
-        if launch.local_rank >= torch.cuda.device_count():
-            raise ConfigError(
-                f"local rank {launch.local_rank} has no GPU of its own ({torch.cuda.device_count()} on this host); "
-                "start at most one rank per GPU"
-            )
-        return torch.device("cuda", launch.local_rank)
-    torch.set_num_threads(cpu_threads(launch.local_world_size))
-    return torch.device("cpu")
+    device = choose_device(wanted, launch, "--device ")
+    if device.type == "cpu":
+        torch.set_num_threads(cpu_threads(launch.local_world_size))
+    return device
 
 
 def _report(

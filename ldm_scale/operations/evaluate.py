@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import argparse
-import sys
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from PIL import Image
-from tqdm import tqdm
+from torch import Tensor
 
 from ldm_scale import __version__
 from ldm_scale.config.schema import AutoencoderLossConfig
+from ldm_scale.engine.agreement import agreed
 from ldm_scale.engine.ema import canonical_name
 from ldm_scale.engine.lazy_tensors import num_elements
 from ldm_scale.errors import ConfigError, DataError
@@ -25,7 +25,9 @@ from ldm_scale.evaluation.autoencoder import (
     Instruments,
     ReconstructionMeter,
 )
+from ldm_scale.evaluation.blocks import Block, Part
 from ldm_scale.evaluation.images import CROP, RESIZE, ImageSet, ImageStream, open_images
+from ldm_scale.evaluation.parts import PartFolder, measure_blocks
 from ldm_scale.evaluation.reconstruction import reconstruction_grid
 from ldm_scale.evaluation.results import FORMAT, VERSION, write_result
 from ldm_scale.evaluation.similarity import PROTOCOL as SSIM
@@ -34,6 +36,7 @@ from ldm_scale.interchange.artifact import Artifact
 from ldm_scale.interchange.load import LoadedAutoencoder, Weights, read_source
 from ldm_scale.interchange.safetensors_io import tensors_sha256
 from ldm_scale.models.perceptual import PerceptualLoss, build_perceptual
+from ldm_scale.operations.evaluation_ranks import on_main
 from ldm_scale.operations.evaluation_setup import (
     FrechetSpace,
     check_request,
@@ -41,19 +44,83 @@ from ldm_scale.operations.evaluation_setup import (
     complete,
     describe_bad,
     describe_machine,
+    kept_parts,
     open_features,
+    progress_bar,
 )
-from ldm_scale.telemetry.log import get_logger, shows_progress
+from ldm_scale.telemetry.log import get_logger
 
 PICTURE_FILE = "reconstructions.png"
 
 
+class _Request(NamedTuple):
+    """What is measured with what, opened on this rank."""
+
+    device: torch.device
+    artifact: Artifact
+    resolution: int
+    images: ImageSet
+    stream: ImageStream
+    instruments: Instruments
+    space: FrechetSpace
+    model: LoadedAutoencoder
+
+
 def evaluate_autoencoder(arguments: argparse.Namespace) -> dict[str, Any]:
-    """The result document; with --out, also written there with a picture of reconstructions.
+    """The result document; with --out, also written there with a picture of reconstructions. Nothing on other ranks.
 
     Raises: ConfigError, DataError or CheckpointError for what the command line names; NumericsError for weights whose
-    reconstructions are not finite.
+    reconstructions are not finite. Collective: all ranks.
     """
+    request = agreed(lambda: _open(arguments))
+    stream, device, space = request.stream, request.device, request.space
+    meter = ReconstructionMeter(request.model, request.instruments)
+    kept = kept_parts(
+        arguments,
+        {
+            "model": request.artifact.content_hash,
+            "data": [request.images.digest, request.images.split, stream.wanted],
+            "resolution": request.resolution,
+            "perceptual": _describe_perceptual(request.instruments.perceptual),
+        },
+        space,
+        device,
+    )
+    started = time.monotonic()
+    parts = _measure(request, kept)
+    seconds = time.monotonic() - started
+
+    def finish() -> dict[str, Any]:
+        if not stream.num_images:
+            raise DataError(
+                f"{request.images.source}: none of {stream.wanted} images can be used: {stream.bad.describe()}"
+            )
+        if stream.bad.counts:
+            get_logger().warning(f"{request.images.source}: {stream.bad.describe()}; the figures are over the rest")
+        for part in parts:
+            meter.take(part)
+        document: dict[str, Any] = {
+            "format": FORMAT,
+            "version": VERSION,
+            "model": _describe_model(arguments.source, request.artifact),
+            "protocol": _protocol(request),
+            "figures": meter.figures(),
+            "bad_images": describe_bad(stream.bad),
+            "machine": describe_machine(device, meter.num_images / seconds),
+        }
+        document = complete(document, arguments)
+        if arguments.out is not None:
+            path = write_result(arguments.out, document)
+            grid = reconstruction_grid(*meter.shown, columns=8)
+            Image.fromarray(grid.permute(1, 2, 0).numpy()).save(arguments.out / PICTURE_FILE, format="PNG")
+            kept.remove()
+            get_logger().info(f"wrote {path} and {PICTURE_FILE} (reconstructions below their originals)")
+        return document
+
+    return on_main(finish)
+
+
+def _open(arguments: argparse.Namespace) -> _Request:
     check_request(arguments, PICTURE_FILE)
     device = choose_device(arguments.device)
     artifact = _artifact(arguments.source, arguments.weights)
@@ -62,44 +129,24 @@ def evaluate_autoencoder(arguments: argparse.Namespace) -> dict[str, Any]:
     stream = ImageStream(images, resolution, arguments.batch, arguments.num_images)
     instruments, space = _instruments(arguments, resolution, device)
     model = LoadedAutoencoder(artifact).to(device, torch.float32)
-    meter = ReconstructionMeter(model, instruments)
-    started = time.monotonic()
-    _measure(stream, meter, device)
-    seconds = time.monotonic() - started
-    if not meter.num_images:
-        raise DataError(f"{images.source}: none of {stream.wanted} images can be used: {stream.bad.describe()}")
-    if stream.bad.counts:
-        get_logger().warning(f"{images.source}: {stream.bad.describe()}; the figures are over the rest")
-    document: dict[str, Any] = {
-        "format": FORMAT,
-        "version": VERSION,
-        "model": _describe_model(arguments.source, artifact),
-        "protocol": _protocol(images, stream, instruments.perceptual, space, resolution),
-        "figures": meter.figures(),
-        "bad_images": describe_bad(stream.bad),
-        "machine": describe_machine(device, meter.num_images / seconds),
-    }
-    document = complete(document, arguments)
-    if arguments.out is not None:
-        path = write_result(arguments.out, document)
-        grid = reconstruction_grid(*meter.shown, columns=8)
-        Image.fromarray(grid.permute(1, 2, 0).numpy()).save(arguments.out / PICTURE_FILE, format="PNG")
-        get_logger().info(f"wrote {path} and {PICTURE_FILE} (reconstructions below their originals)")
-    return document
+    return _Request(device, artifact, resolution, images, stream, instruments, space, model)
 
 
-def _measure(stream: ImageStream, meter: ReconstructionMeter, device: torch.device) -> None:
-    with tqdm(
-        total=stream.wanted,
-        desc="evaluate",
-        unit="images",
-        mininterval=1.0,
-        file=sys.stderr,
-        disable=not shows_progress(),
-    ) as bar:
-        for pixels in stream:
-            meter.add(pixels.to(device, non_blocking=True))
-            bar.update(len(pixels))
+def _measure(request: _Request, kept: PartFolder) -> list[Part]:
+    """What was measured of each block, on rank 0."""
+
+    def measure(block: Block[Tensor]) -> Part:
+        assert block.images is not None
+        pixels, before = block.images, request.stream.before(block.number)
+        meter = ReconstructionMeter(request.model, request.instruments)
+        # The first image of all has none before it, and its comparison with itself is left out of the figure.
+        before = pixels[:1] if before is None else before
+        meter.add(pixels.to(request.device, non_blocking=True), block.numbers, before.to(request.device))
+        bar.update(len(request.stream.places(block.number)))
+        return meter.part
+
+    with progress_bar(request.stream, "evaluate") as bar:
+        return measure_blocks(request.stream, measure, kept, others_have=bar.update)
 
 
 def _artifact(source: Path, weights: Weights | None) -> Artifact:
@@ -180,10 +227,13 @@ def _describe_model(source: Path, artifact: Artifact) -> dict[str, Any]:
     }
 
 
-def _protocol(
-    images: ImageSet, stream: ImageStream, perceptual: PerceptualLoss, space: FrechetSpace, resolution: int
-) -> dict[str, Any]:
+def _describe_perceptual(perceptual: PerceptualLoss) -> dict[str, Any]:
     tensors = dict(perceptual.named_parameters()) | dict(perceptual.named_buffers())
+    return {"net": perceptual.name, "weights_sha256": tensors_sha256(tensors)}
+
+
+def _protocol(request: _Request) -> dict[str, Any]:
+    images, stream = request.images, request.stream
     return {
         "program_version": __version__,
         "data": {
@@ -192,7 +242,7 @@ def _protocol(
             "num_images": stream.num_images,
             "pixels_digest": stream.pixels_digest,
         },
-        "resolution": resolution,
+        "resolution": request.resolution,
         "crop": CROP,
         "resize": RESIZE,
         "reconstruction": RECONSTRUCTION,
@@ -200,6 +250,6 @@ def _protocol(
         "psnr": PSNR,
         "ssim": SSIM,
         "bicubic": BASELINE,
-        "perceptual": {"net": perceptual.name, "weights_sha256": tensors_sha256(tensors)},
-        "frechet": space.protocol(stream.num_images),
+        "perceptual": _describe_perceptual(request.instruments.perceptual),
+        "frechet": request.space.protocol(stream.num_images),
     }

@@ -8,35 +8,37 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import sys
 import time
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
-from tqdm import tqdm
 
-from ldm_scale import __version__
 from ldm_scale.conditioning.batches import conditions_of
-from ldm_scale.config.schema import ConditioningConfig, SamplingConfig
+from ldm_scale.config.schema import SamplingConfig
+from ldm_scale.data import Batch
 from ldm_scale.data.annotations import MAP, TEXT
 from ldm_scale.data.shards import Dataset
-from ldm_scale.engine.lazy_tensors import num_elements
+from ldm_scale.engine import collectives
+from ldm_scale.engine.agreement import agreed
 from ldm_scale.errors import CheckpointError, ConfigError, DataError
+from ldm_scale.evaluation.blocks import Block, Part
 from ldm_scale.evaluation.clip_score import ClipScorer
 from ldm_scale.evaluation.feature_sets import FeatureSet
 from ldm_scale.evaluation.generation import captioned_grid
-from ldm_scale.evaluation.images import CROP, RESIZE, open_split
+from ldm_scale.evaluation.images import open_split
+from ldm_scale.evaluation.parts import PartFolder, measure_blocks
 from ldm_scale.evaluation.results import SAMPLES_FORMAT, VERSION, write_result
-from ldm_scale.evaluation.samples import PROTOCOLS, Judge, SampleMeter
+from ldm_scale.evaluation.samples import Judge, SampleMeter
 from ldm_scale.evaluation.shown import captions, first_rows, grid_side, panels
-from ldm_scale.evaluation.similarity import PROTOCOL as SSIM
 from ldm_scale.evaluation.split import SplitStream
 from ldm_scale.interchange.artifact import Artifact, DiffusionArtifact
 from ldm_scale.interchange.load import LoadedDiffusion, Weights, read_source
 from ldm_scale.interchange.sampling import SampleOptions, chosen_sampling
+from ldm_scale.operations.diffusion_protocol import check_names, describe_model, diffusion_protocol
+from ldm_scale.operations.evaluation_ranks import on_main
 from ldm_scale.operations.evaluation_reference import (
     check_set_request,
     describe_reference,
@@ -52,24 +54,65 @@ from ldm_scale.operations.evaluation_setup import (
     complete,
     describe_bad,
     describe_machine,
+    kept_parts,
     open_features,
+    progress_bar,
 )
 from ldm_scale.operations.sample import check_sampling, sample_images, sampler_options
-from ldm_scale.telemetry.log import get_logger, shows_progress
+from ldm_scale.telemetry.log import get_logger
 
 PICTURE_FILE = "samples.png"
 NUM_SHOWN = 24
 _MAX_WIDTH_PX = 1600
-# Section of the configuration -> the manifest's list of names that its numbers stand for.
-_NAMES = {"classes": "classes", "layout": "object_classes", "semantic_map": "map_labels"}
+
+
+class _Request(NamedTuple):
+    """What is measured with what, opened on this rank."""
+
+    device: torch.device
+    artifact: DiffusionArtifact
+    model: LoadedDiffusion
+    kinds: tuple[str, ...]
+    dataset: Dataset
+    options: SampleOptions
+    sampling: SamplingConfig
+    stream: SplitStream
+    space: FrechetSpace
+    scorer: ClipScorer | None
 
 
 def evaluate_diffusion(arguments: argparse.Namespace) -> dict[str, Any]:
-    """The result document; with --out, also written there with a picture of samples.
+    """The result document; with --out, also written there with a picture of samples. Nothing on other ranks.
 
     Raises: ConfigError, DataError or CheckpointError for what the command line names; NumericsError for samples that
-    are not finite.
+    are not finite. Collective: all ranks.
     """
+    request = agreed(lambda: _open(arguments))
+    device, model, stream, space = request.device, request.model, request.stream, request.space
+    reference = _reference(arguments, model.resolution, space, device)
+    model.to(device)
+    judge = replace(_judge(request), reference=reference, resamples=arguments.resamples)
+    protocol = diffusion_protocol(request.dataset, stream, space, model, arguments.seed)
+    kept = kept_parts(
+        arguments,
+        {
+            "model": [request.artifact.content_hash, request.artifact.autoencoder.content_hash],
+            "sampling": dataclasses.asdict(request.sampling),
+            "data": [request.dataset.digest, request.dataset.split, stream.wanted],
+            "given": protocol,
+            "clip": None if request.scorer is None else request.scorer.protocol,
+        },
+        space,
+        device,
+    )
+    started = time.monotonic()
+    parts = _measure(request, judge, arguments.seed, kept)
+    seconds = time.monotonic() - started
+    ranks = collectives.world_size()
+    return on_main(lambda: _finish(arguments, request, judge, parts, seconds, ranks, kept))
+
+
+def _open(arguments: argparse.Namespace) -> _Request:
     check_request(arguments, PICTURE_FILE)
     check_set_request(arguments)
     check_sampling(arguments)
@@ -78,7 +121,7 @@ def evaluate_diffusion(arguments: argparse.Namespace) -> dict[str, Any]:
     model = LoadedDiffusion(artifact)
     kinds = tuple(model.network.conditioner.conditions)
     dataset = open_split(arguments.data, arguments.split)
-    _check_names(model, dataset, kinds)
+    check_names(model, dataset, kinds)
     options = sampler_options(arguments)
     sampling = chosen_sampling(model, options)
     annotations = model.conditioning.annotations - {TEXT}
@@ -88,38 +131,54 @@ def evaluate_diffusion(arguments: argparse.Namespace) -> dict[str, Any]:
     space = open_features(arguments, model.resolution, device)
     space = space._replace(name=space.name.removeprefix("r"))  # rFID is of reconstructions
     scorer = _scorer(arguments, kinds, device)
-    reference = _reference(arguments, model.resolution, space, device)
-    model.to(device)
-    judge = _judge(model, dataset, kinds, space)
-    meter = SampleMeter(replace(judge, scorer=scorer, reference=reference, resamples=arguments.resamples))
-    started = time.monotonic()
-    pictures, texts, speed = _measure(stream, meter, model, options, sampling, arguments.seed)
-    seconds = time.monotonic() - started
-    if not meter.num_images:
-        raise DataError(f"{dataset.manifest_path}: none of {stream.wanted} images can be used: {stream.bad.describe()}")
-    log = get_logger()
+    _check_reference(arguments)
+    return _Request(device, artifact, model, kinds, dataset, options, sampling, stream, space, scorer)
+
+
+def _finish(
+    arguments: argparse.Namespace,
+    request: _Request,
+    judge: Judge,
+    parts: list[Part],
+    seconds: float,
+    ranks: int,
+    kept: PartFolder,
+) -> dict[str, Any]:
+    """The document, which is also written."""
+    stream, model, log = request.stream, request.model, get_logger()
+    name = request.dataset.manifest_path
+    if not stream.num_images:
+        raise DataError(f"{name}: none of {stream.wanted} images can be used: {stream.bad.describe()}")
     if stream.bad.counts:
-        log.warning(f"{dataset.manifest_path}: {stream.bad.describe()}; the figures are over the rest")
-    if model.num_truncated:
-        log.warning(f"{model.num_truncated} captions or layouts are longer than the model reads")
+        log.warning(f"{name}: {stream.bad.describe()}; the figures are over the rest")
+    truncated = sum(part.values.get("truncated", 0) for part in parts)
+    if truncated:
+        log.warning(f"{truncated} captions or layouts are longer than the model reads")
+    meter = SampleMeter(judge)
+    for part in parts:
+        meter.rows.take(part)
     figures = meter.figures()
     warn_of_small_sets(figures["samples"])
-    protocol = _protocol(dataset, stream, space, model.conditioning, model.resolution, arguments.seed)
+    reference = judge.reference
     described = None if reference is None else describe_reference(reference)
+    protocol = diffusion_protocol(request.dataset, stream, request.space, model, arguments.seed)
     document = {
         "format": SAMPLES_FORMAT,
         "version": VERSION,
-        "model": _describe_model(arguments, artifact, kinds, sampling),
-        "protocol": protocol | {"samples": set_protocol(space, meter.num_images, described, scorer)},
+        "model": describe_model(arguments.source, request.artifact, request.kinds, request.sampling),
+        "protocol": protocol | {"samples": set_protocol(request.space, meter.num_images, described, request.scorer)},
         "figures": figures,
-        "truncated": model.num_truncated,
+        "truncated": truncated,
         "bad_images": describe_bad(stream.bad),
-        "machine": describe_machine(device, meter.num_images / seconds, sampling_images_per_s=speed),
+        "machine": describe_machine(
+            request.device, meter.num_images / seconds, sampling_images_per_s=_rate(parts) * ranks
+        ),
     }
     document = complete(document, arguments)
     if arguments.out is not None:
         path = write_result(arguments.out, document)
-        _write_picture(arguments, pictures, texts, model.resolution)
+        _write_picture(arguments, parts, model.resolution)
+        kept.remove()
         log.info(f"wrote {path} and {PICTURE_FILE}")
     return document
 
@@ -147,85 +206,74 @@ def _scorer(arguments: argparse.Namespace, kinds: tuple[str, ...], device: torch
     return open_scorer(arguments, device)
 
 
-def _measure(
-    stream: SplitStream,
-    meter: SampleMeter,
-    model: LoadedDiffusion,
-    options: SampleOptions,
-    sampling: SamplingConfig,
-    seed: int,
-) -> tuple[dict[str, Tensor], list[str], float]:
-    """The first images' panels and captions, and images sampled per second; all images go through the meter.
+def _measure(request: _Request, judge: Judge, seed: int, kept: PartFolder) -> list[Part]:
+    """What was measured of each block's samples, on rank 0; also the first images' panels and captions."""
+    model, stream, kinds = request.model, request.stream, request.kinds
+    steps, names = request.sampling.num_steps, model.labels
+    is_first = True
 
-    The first batch, in which libraries choose their algorithms, is not timed if there are others.
+    def measure(block: Block[Batch]) -> Part:
+        nonlocal is_first
+        batch, truncated = block.images, model.num_truncated
+        assert batch is not None
+        y = conditions_of(model.network.conditioner, batch, seed)
+        seeds = [seed + number for number in block.numbers]
+        begin = time.perf_counter()
+        samples = sample_images(model, y, seeds, batch=len(seeds), bar=bar, **request.options)
+        timed = [len(seeds), time.perf_counter() - begin, is_first]  # the samples are on the CPU, so all is done
+        is_first = False
+        meter = SampleMeter(judge)
+        meter.add(samples, batch.images, y, block.numbers, batch.maps)
+        part = meter.rows.part
+        values = part.values | {"timed": timed, "truncated": model.num_truncated - truncated}
+        tensors = dict(part.tensors)
+        if stream.places(block.number).start < NUM_SHOWN:
+            drawn = panels(y, kinds, names.get("object_classes", ()), grid_side(model.resolution))
+            drawn |= {"sample": samples, "real image": batch.images}
+            tensors |= {f"shown.{name}": images[:NUM_SHOWN].cpu() for name, images in drawn.items()}
+            values["shown"] = captions(y, kinds, names.get("classes", ()), len(seeds))[:NUM_SHOWN]
+            values["panels"] = list(drawn)  # in their order, which files do not keep
+        return Part(tensors, values)
+
+    with progress_bar(stream, "sample", "step", steps) as bar:
+
+        def others_have(images: int) -> None:
+            bar.update(images * steps)
+
+        return measure_blocks(stream, measure, kept, others_have=others_have)
+
+
+def _rate(parts: Sequence[Part]) -> float:
+    """Images that one rank samples per second.
+
+    The first batch of a process, in which libraries choose their algorithms, does not count if there are others.
     """
-    kinds, names = tuple(model.network.conditioner.conditions), model.labels
-    parts: list[dict[str, Tensor]] = []
-    texts: list[str] = []
-    timed: list[tuple[int, float]] = []
-    with tqdm(
-        total=stream.wanted * sampling.num_steps,
-        desc="sample",
-        unit="step",
-        mininterval=1.0,
-        file=sys.stderr,
-        disable=not shows_progress(),
-    ) as bar:
-        for batch in stream:
-            y = conditions_of(model.network.conditioner, batch, seed)
-            seeds = [seed + number for number in batch.image_numbers.tolist()]
-            begin = time.perf_counter()
-            samples = sample_images(model, y, seeds, batch=len(seeds), bar=bar, **options)
-            timed.append((len(seeds), time.perf_counter() - begin))  # the samples are on the CPU, so all is done
-            meter.add(samples, batch.images, y, batch.image_numbers.tolist(), batch.maps)
-            if len(texts) < NUM_SHOWN:
-                drawn = panels(y, kinds, names.get("object_classes", ()), grid_side(model.resolution))
-                parts.append(drawn | {"sample": samples, "real image": batch.images})
-                texts += captions(y, kinds, names.get("classes", ()), len(seeds))
-    images, seconds = (sum(column) for column in zip(*(timed[1:] or timed or [(0, 1.0)]), strict=True))
-    return (first_rows(parts, NUM_SHOWN) if parts else {}), texts[:NUM_SHOWN], images / seconds
+    timed = [part.values["timed"] for part in parts if "timed" in part.values]
+    chosen = [row for row in timed if not row[2]] or timed
+    return float(sum(row[0] for row in chosen) / sum(row[1] for row in chosen))
 
 
-def _check_names(model: LoadedDiffusion, dataset: Dataset, kinds: tuple[str, ...]) -> None:
-    """Nothing, if the numbers of the data's classes and labels mean what they meant in training.
-
-    Raises: ConfigError with the first name that differs.
-    """
-    for kind, key in _NAMES.items():
-        if kind not in kinds:
-            continue
-        found, known = dataset.labels.get(key, []), model.labels.get(key, [])
-        if not found:
-            raise ConfigError(
-                f"--data {dataset.manifest_path} lists no {key}, and the model is conditioned on {kind}; give data "
-                "that have them"
-            )
-        if found != known:
-            number = next(
-                (n for n, pair in enumerate(zip(known, found, strict=False)) if pair[0] != pair[1]),
-                min(len(known), len(found)),
-            )
-            theirs, ours = (repr(names[number]) if number < len(names) else "nothing" for names in (found, known))
-            raise ConfigError(
-                f"--data {dataset.manifest_path}: its {key} are not those that the model was trained with: number "
-                f"{number} is {theirs} where the model knows {ours}; give data of the same names in the same order"
-            )
-
-
-def _judge(model: LoadedDiffusion, dataset: Dataset, kinds: tuple[str, ...], space: FrechetSpace) -> Judge:
-    autoencoder = model.autoencoder
+def _judge(request: _Request) -> Judge:
+    model, dataset, space, autoencoder = request.model, request.dataset, request.space, request.model.autoencoder
     return Judge(
-        kinds,
+        request.kinds,
         space.features,
         space.name,
         space.num_components,
         space.network,
         space.description,
         classifier=space.classifier,
+        scorer=request.scorer,
         reconstruct=lambda x: autoencoder.decode(model.encode_pixels(x)).cpu(),
         object_classes=dataset.object_classes,
         map_labels=dataset.map_labels,
     )
+
+
+def _check_reference(arguments: argparse.Namespace) -> None:
+    for name in ("reference_split", "num_reference"):
+        if arguments.reference is None and getattr(arguments, name) is not None:
+            raise ConfigError(f"--{name.replace('_', '-')} without --reference, whose it is; give both or none")
 
 
 def _reference(
@@ -233,79 +281,17 @@ def _reference(
 ) -> FeatureSet | None:
     """Features of --reference, or None if the samples are set beside the images whose y they are given."""
     if arguments.reference is None:
-        for name in ("reference_split", "num_reference"):
-            if getattr(arguments, name) is not None:
-                raise ConfigError(f"--{name.replace('_', '-')} without --reference, whose it is; give both or none")
         return None
     return reference_features(
         arguments.reference, arguments.reference_split, arguments.num_reference, resolution, arguments, space, device
     )
 
 
-def _describe_model(
-    arguments: argparse.Namespace, artifact: DiffusionArtifact, kinds: tuple[str, ...], sampling: SamplingConfig
-) -> dict[str, Any]:
-    """What was measured. How it samples belongs to it: results of one model with several samplers are compared."""
-    provenance = artifact.provenance
-    guided = f" w={sampling.guidance_scale:g}" if sampling.guidance_scale != 1.0 else ""
-    return {
-        "label": f"{'+'.join(kinds) or 'unconditional'} {sampling.sampler}-{sampling.num_steps}{guided}",
-        "path": str(arguments.source),
-        "content_sha256": artifact.content_hash,
-        "autoencoder_sha256": artifact.autoencoder.content_hash,
-        "weights": provenance.get("weights"),
-        "images": provenance.get("images"),
-        "resolution": provenance["resolution"],
-        "conditioning": list(kinds),
-        "sampling": {
-            "sampler": sampling.sampler,
-            "num_steps": sampling.num_steps,
-            "eta": sampling.eta,
-            "guidance_scale": sampling.guidance_scale,
-            "guidance_rescale": sampling.guidance_rescale,
-            "guidance_interval": None if sampling.guidance_interval is None else list(sampling.guidance_interval),
-        },
-        "parameters": num_elements(artifact.state),
-    }
-
-
-def _protocol(
-    dataset: Dataset,
-    stream: SplitStream,
-    space: FrechetSpace,
-    conditioning: ConditioningConfig,
-    resolution: int,
-    seed: int,
-) -> dict[str, Any]:
-    given: dict[str, Any] = {}
-    for kind in (field.name for field in dataclasses.fields(conditioning)):
-        if getattr(conditioning, kind) is not None:
-            given[kind] = {"judged": PROTOCOLS[kind]}
-    if conditioning.low_resolution is not None:
-        section = conditioning.low_resolution
-        given["low_resolution"] |= {"factor": section.factor, "degradation": section.degradation, "ssim": SSIM}
-    if conditioning.inpainting is not None:
-        given["inpainting"] |= {"masks": conditioning.inpainting.masks}
-    return {
-        "program_version": __version__,
-        "data": {
-            "digest": dataset.digest,
-            "split": dataset.split,
-            "num_images": stream.num_images,
-            "pixels_digest": stream.pixels_digest,
-        },
-        "resolution": resolution,
-        "crop": CROP,
-        "resize": RESIZE,
-        "seed": seed,
-        "given": given,
-        "frechet": space.protocol(stream.num_images),
-    }
-
-
-def _write_picture(
-    arguments: argparse.Namespace, pictures: dict[str, Tensor], texts: list[str], resolution: int
-) -> None:
+def _write_picture(arguments: argparse.Namespace, parts: Sequence[Part], resolution: int) -> None:
+    shown = [part for part in parts if "shown" in part.values]
+    rows = [{name: part.tensors[f"shown.{name}"] for name in part.values["panels"]} for part in shown]
+    pictures = first_rows(rows, NUM_SHOWN)
+    texts = [text for part in shown for text in part.values["shown"]][:NUM_SHOWN]
     side = grid_side(resolution)
     columns = max(1, _MAX_WIDTH_PX // (len(pictures) * (side + 4) + 12))
     captioned_grid(pictures, texts, columns, arguments.out / PICTURE_FILE, side_px=side)

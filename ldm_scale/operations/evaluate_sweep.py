@@ -11,10 +11,13 @@ import json
 import os
 import re
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from ldm_scale import __version__
+from ldm_scale.engine import collectives
+from ldm_scale.engine.agreement import agreed
 from ldm_scale.errors import ConfigError, DataError
 from ldm_scale.evaluation.features import NUM_COMPONENTS
 from ldm_scale.evaluation.images import open_split
@@ -56,6 +59,19 @@ def evaluate_sweep(arguments: argparse.Namespace) -> tuple[dict[str, Any], str]:
 
     Raises: ConfigError, DataError or CheckpointError for what the command line names.
     """
+    cells = agreed(lambda: _open(arguments))
+    documents = []
+    for number, cell in enumerate(cells, 1):
+        where = f"cell {number} of {len(cells)} ({cell.path.parent.name})"
+        # What rank 0 sees: another rank might look when the result is there already.
+        found = collectives.broadcast_object(agreed(partial(_finished, cell, arguments.overwrite)))
+        get_logger().info(f"{where}: " + ("sampling" if found is None else "is finished"))
+        documents.append(evaluate_diffusion(cell.arguments) if found is None else found)
+    return agreed(lambda: _written(arguments, cells, documents) if collectives.rank() == 0 else ({}, ""))
+
+
+def _open(arguments: argparse.Namespace) -> list[Cell]:
+    """All cells, in a folder that is this sweep's."""
     check_batch(arguments)
     check_set_request(arguments)
     out: Path = arguments.out
@@ -65,13 +81,15 @@ def evaluate_sweep(arguments: argparse.Namespace) -> tuple[dict[str, Any], str]:
     _check_number(arguments, dataset.num_samples)
     cells = _cells(arguments)
     request = {name: _plain(getattr(arguments, name)) for name in _SHARED}
-    _claim(out, request | {"data": dataset.digest, "program_version": __version__}, arguments.overwrite)
-    documents = []
-    for number, cell in enumerate(cells, 1):
-        where = f"cell {number} of {len(cells)} ({cell.path.parent.name})"
-        found = None if arguments.overwrite else _finished(cell)
-        get_logger().info(f"{where}: " + ("sampling" if found is None else "is finished"))
-        documents.append(evaluate_diffusion(cell.arguments) if found is None else found)
+    if collectives.rank() == 0:
+        _claim(out, request | {"data": dataset.digest, "program_version": __version__}, arguments.overwrite)
+    return cells
+
+
+def _written(
+    arguments: argparse.Namespace, cells: list[Cell], documents: list[dict[str, Any]]
+) -> tuple[dict[str, Any], str]:
+    out: Path = arguments.out
     rows = sweep_rows(documents, [str(cell.path) for cell in cells])
     names = names_of(documents)
     write_csv(rows, out / CSV_FILE)
@@ -113,12 +131,12 @@ def _cells(arguments: argparse.Namespace) -> list[Cell]:
     return cells
 
 
-def _finished(cell: Cell) -> dict[str, Any] | None:
-    """The result of a cell, if it has one.
+def _finished(cell: Cell, overwrite: bool) -> dict[str, Any] | None:
+    """The result of a cell, if it has one, which counts, on rank 0.
 
     Raises: ConfigError if it is another model's.
     """
-    if not cell.path.exists():
+    if overwrite or collectives.rank() != 0 or not cell.path.exists():
         return None
     try:
         read_result(cell.path, (SAMPLES_FORMAT,))

@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import argparse
-import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import PIL
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from ldm_scale import __version__
+from ldm_scale.engine import collectives
+from ldm_scale.engine.agreement import agreed
 from ldm_scale.errors import ConfigError, DataError
 from ldm_scale.evaluation import fidelity
+from ldm_scale.evaluation.blocks import Block, Part
 from ldm_scale.evaluation.clip_score import ClipScorer
 from ldm_scale.evaluation.feature_sets import (
     EXTENSION,
@@ -25,10 +26,11 @@ from ldm_scale.evaluation.feature_sets import (
     read_features,
     require_finite,
 )
-from ldm_scale.evaluation.images import CROP, RESIZE, ImageStream, content_sha256, open_images
+from ldm_scale.evaluation.images import CROP, RESIZE, ImageSet, ImageStream, content_sha256, open_images
+from ldm_scale.evaluation.parts import PartFolder, measure_blocks
 from ldm_scale.evaluation.set_figures import DEFINITIONS
-from ldm_scale.operations.evaluation_setup import FrechetSpace
-from ldm_scale.telemetry.log import get_logger, shows_progress
+from ldm_scale.operations.evaluation_setup import FrechetSpace, progress_bar
+from ldm_scale.telemetry.log import get_logger
 
 
 def check_set_request(arguments: argparse.Namespace) -> None:
@@ -72,51 +74,77 @@ def reference_features(
     arguments: argparse.Namespace,
     space: FrechetSpace,
     device: torch.device,
-) -> FeatureSet:
+) -> FeatureSet | None:
     """Features of a reference set, of a feature file as they are, or from the cache, or taken now and kept.
 
+    None on ranks other than 0, which makes the figures.
     Raises: ConfigError, DataError for what the command line names; NumericsError for features that are not finite.
+    Collective: all ranks.
     """
     if path.suffix == EXTENSION:
-        if num_images is not None or split is not None:
-            raise ConfigError(f"{path} is a feature file, of which all is used: leave split and number of images out")
-        found = read_features(path)
-        if not {"pixels_digest", "num_images"} <= set(found.images):
-            raise DataError(f"{path}: does not say what its features are of; take a file from the cache of features")
-        return found
-    images = open_images(path, split)
-    stream = ImageStream(images, resolution, arguments.batch, num_images)
-    wanted = {
-        "images_sha256": content_sha256(images, stream.order),
-        "num_listed": stream.wanted,
-        "resolution": resolution,
-        "crop": CROP,
-        "resize": RESIZE,
-        "decoder": f"Pillow {PIL.__version__}, torch {torch.__version__}, ldm-scale {__version__}",
-        "extractor": space.description,
-    }
+        return agreed(lambda: _from_file(path, split, num_images) if collectives.rank() == 0 else None)
+    stream, images = agreed(lambda: _open_reference(path, split, num_images, resolution, arguments.batch))
     cache = open_cache(arguments)
-    cached = cache.get(wanted)
-    if cached is not None:
-        warn_of_bad(images.source, cached.images["left_out"], "cached")
+
+    def look() -> tuple[dict[str, Any], FeatureSet | None]:
+        if collectives.rank() != 0:
+            return {}, None
+        wanted = {
+            "images_sha256": content_sha256(images, stream.order),
+            "num_listed": stream.wanted,
+            "resolution": resolution,
+            "crop": CROP,
+            "resize": RESIZE,
+            "decoder": f"Pillow {PIL.__version__}, torch {torch.__version__}, ldm-scale {__version__}",
+            "extractor": space.description,
+        }
+        return wanted, cache.get(wanted)
+
+    wanted, cached = agreed(look)
+    if collectives.broadcast_object(cached is not None):
+        if cached is not None:
+            warn_of_bad(images.source, cached.images["left_out"], "cached")
         return cached
-    features = extract_all(stream, space, device, "reference")
-    if not len(features):
-        raise DataError(f"{images.source}: none of {stream.wanted} images can be used: {stream.bad.describe()}")
-    require_finite(features, images.source)
-    if stream.bad.counts:
-        get_logger().warning(f"{images.source}: {stream.bad.describe()}; the reference is the rest")
-    described = {
-        "wanted": wanted,
-        "source": images.source,
-        "split": images.split,
-        "num_images": stream.num_images,
-        "pixels_digest": stream.pixels_digest,
-        "left_out": stream.bad.counts.total(),
-    }
-    found = FeatureSet(features, space.description, described)
-    cache.put(wanted, found)
+    parts = extract_all(stream, space, device, "reference")
+
+    def keep() -> FeatureSet | None:
+        if collectives.rank() != 0:
+            return None
+        if not stream.num_images:
+            raise DataError(f"{images.source}: none of {stream.wanted} images can be used: {stream.bad.describe()}")
+        features = features_of(parts)
+        require_finite(features, images.source)
+        if stream.bad.counts:
+            get_logger().warning(f"{images.source}: {stream.bad.describe()}; the reference is the rest")
+        described = {
+            "wanted": wanted,
+            "source": images.source,
+            "split": images.split,
+            "num_images": stream.num_images,
+            "pixels_digest": stream.pixels_digest,
+            "left_out": stream.bad.counts.total(),
+        }
+        found = FeatureSet(features, space.description, described)
+        cache.put(wanted, found)
+        return found
+
+    return agreed(keep)
+
+
+def _from_file(path: Path, split: str | None, num_images: int | None) -> FeatureSet:
+    if num_images is not None or split is not None:
+        raise ConfigError(f"{path} is a feature file, of which all is used: leave split and number of images out")
+    found = read_features(path)
+    if not {"pixels_digest", "num_images"} <= set(found.images):
+        raise DataError(f"{path}: does not say what its features are of; take a file from the cache of features")
     return found
+
+
+def _open_reference(
+    path: Path, split: str | None, num_images: int | None, resolution: int, batch: int
+) -> tuple[ImageStream, ImageSet]:
+    images = open_images(path, split)
+    return ImageStream(images, resolution, batch, num_images), images
 
 
 def warn_of_bad(source: str, count: int, where: str) -> None:
@@ -130,24 +158,29 @@ def extract_all(
     space: FrechetSpace,
     device: torch.device,
     what: str,
-    beside: Callable[[Tensor], None] | None = None,
-) -> Tensor:
-    """Features of all images of a stream; `beside` is shown every batch too. Shapes: returns (N, D) fp32."""
-    parts = [torch.empty(0, space.num_features)]
-    with tqdm(
-        total=stream.wanted,
-        desc=what,
-        unit="images",
-        mininterval=1.0,
-        file=sys.stderr,
-        disable=not shows_progress(),
-    ) as bar:
-        for pixels in stream:
-            parts.append(space.features.extract(pixels.to(device, non_blocking=True)))
-            if beside is not None:
-                beside(pixels)
-            bar.update(len(pixels))
-    return torch.cat(parts)
+    beside: Callable[[Tensor], Tensor] | None = None,
+    kept: PartFolder | None = None,
+) -> list[Part]:
+    """Features of all images of a stream, on rank 0; `beside` gives further rows of each image.
+
+    Collective: all ranks.
+    """
+
+    def measure(block: Block[Tensor]) -> Part:
+        assert block.images is not None
+        tensors = {"features": space.features.extract(block.images.to(device, non_blocking=True))}
+        if beside is not None:
+            tensors["beside"] = beside(block.images)
+        bar.update(len(stream.places(block.number)))
+        return Part(tensors, {})
+
+    with progress_bar(stream, what) as bar:
+        return measure_blocks(stream, measure, kept, others_have=bar.update)
+
+
+def features_of(parts: Sequence[Part], name: str = "features") -> Tensor:
+    """The features in parts, of which one at least has images. Shapes: returns (N, D) fp32."""
+    return torch.cat([part.tensors[name] for part in parts if name in part.tensors])
 
 
 def describe_reference(reference: FeatureSet) -> dict[str, Any]:

@@ -3,21 +3,28 @@
 from __future__ import annotations
 
 import argparse
+import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
 from ldm_scale.data.policy import BadSampleLog
+from ldm_scale.engine import env
 from ldm_scale.errors import ConfigError
+from ldm_scale.evaluation.blocks import MeasuredImages
 from ldm_scale.evaluation.features import FEATURE_RESOLUTION, NUM_COMPONENTS, EfficientNetFeatures, ImageFeatures
 from ldm_scale.evaluation.frechet import frechet_protocol
 from ldm_scale.evaluation.inception import NUM_FEATURES, InceptionFeatures
+from ldm_scale.evaluation.parts import PartFolder
 from ldm_scale.evaluation.records import figure_records, versions
 from ldm_scale.evaluation.results import RESULT_FILE
 from ldm_scale.evaluation.set_figures import Network
 from ldm_scale.redaction import public_urls
+from ldm_scale.telemetry.log import shows_progress
 
 EFFICIENTNET_FEATURES = 1280
 
@@ -79,14 +86,14 @@ def complete(document: dict[str, Any], arguments: argparse.Namespace) -> dict[st
 
 
 def choose_device(name: str) -> torch.device:
-    """The device of --device.
+    """This rank's device for --device.
 
     Raises: ConfigError if there is none such.
     """
-    if name == "cuda" and not torch.cuda.is_available():
-        raise ConfigError("--device cuda but torch sees no CUDA device; use --device auto or cpu")
-    device = torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")
+    launch = env.read_launch()
+    device = env.choose_device(name, launch, "--device ")
     if device.type == "cuda":
+        torch.cuda.set_device(device)
         # By default cuDNN's convolutions of fp32 numbers round to 10 bits: other figures than a CPU's.
         torch.backends.cudnn.allow_tf32 = False
     return device
@@ -109,6 +116,35 @@ def open_features(arguments: argparse.Namespace, resolution: int, device: torch.
     features = EfficientNetFeatures(device, resolution=max(resolution, FEATURE_RESOLUTION))
     network = Network("EffNetLite0", num_components=NUM_COMPONENTS)
     return FrechetSpace(network.call("frechet"), features, EFFICIENTNET_FEATURES, NUM_COMPONENTS, network)
+
+
+def kept_parts(
+    arguments: argparse.Namespace, what: Mapping[str, Any], space: FrechetSpace, device: torch.device
+) -> PartFolder:
+    """Where parts of this measurement are kept until its result is written; `what` is all else that they depend on."""
+    return PartFolder(
+        arguments.out,
+        {
+            "action": arguments.action,
+            "batch": arguments.batch,
+            "extractor": space.description,
+            "device": device.type,
+            "versions": versions(),
+            **what,
+        },
+    )
+
+
+def progress_bar(stream: MeasuredImages[Any], what: str, unit: str = "images", each: int = 1) -> tqdm[Any]:
+    """A bar of all images of a stream, each of which counts for `each`."""
+    return tqdm(
+        total=stream.wanted * each,
+        desc=what,
+        unit=unit,
+        mininterval=1.0,
+        file=sys.stderr,
+        disable=not shows_progress(),
+    )
 
 
 def describe_bad(bad: BadSampleLog) -> dict[str, Any]:

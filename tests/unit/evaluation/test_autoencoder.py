@@ -173,15 +173,17 @@ def test_meters_of_ranks_merge_to_that_of_all_images(config: AutoencoderConfig) 
     for rank, (begin, end) in zip(ranks, ((10, 20), (0, 5), (5, 10)), strict=True):
         for first in range(begin, end, 5):
             before = x[begin - 1 : begin] if first == begin > 0 else None
-            rank.add(x[first : first + 5], first, before)
-    ranks[0].merge(ranks[1:])
-    expected, found = alone.figures(), ranks[0].figures()
+            rank.add(x[first : first + 5], range(first, first + 5), before)
+    merged = ReconstructionMeter(model, INSTRUMENTS)
+    for rank in (ranks[1], ranks[2], ranks[0]):
+        merged.take(rank.part)
+    expected, found = alone.figures(), merged.figures()
     assert found["psnr_db"] == pytest.approx(expected["psnr_db"], rel=1e-9)
     assert found["perceptual"]["unrelated"] == pytest.approx(expected["perceptual"]["unrelated"], rel=1e-9)
     assert found["rate"] == pytest.approx(expected["rate"], rel=1e-9)
     assert found["frechet"]["distance"] == pytest.approx(expected["frechet"]["distance"], rel=1e-6)
     assert found.get("codes") == expected.get("codes")
-    for mine, theirs in zip(ranks[0].shown, alone.shown, strict=True):
+    for mine, theirs in zip(merged.shown, alone.shown, strict=True):
         torch.testing.assert_close(mine, theirs)
     with pytest.raises(AssertionError, match="image 3 is compared with the one before it"):
-        ReconstructionMeter(model, INSTRUMENTS).add(x[:2], 3)
+        ReconstructionMeter(model, INSTRUMENTS).add(x[:2], range(3, 5))

@@ -64,7 +64,8 @@ def test_ranks_and_batches_change_no_figure() -> None:
     add(alone, list(range(12)))
     for batch in ([10, 3], [0, 7], [11, 1], [2, 4], [6, 5], [9, 8]):
         add(ranks[batch[0] % 3], batch)
-    ranks[0].rows.merge([rank.rows for rank in ranks[1:]])
+    for rank in ranks[1:]:
+        ranks[0].rows.take(rank.rows.part)
     assert ranks[0].figures() == alone.figures()
     assert alone.figures()["samples"]["frechet"]["num_images"] == 12
 
