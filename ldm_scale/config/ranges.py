@@ -143,6 +143,7 @@ _RANGES: tuple[_Range, ...] = (
             "train.validate_every_images",
             "train.sample_every_images",
             "train.checkpoint_every_images",
+            "train.patience_images",
             "train.checkpoint_every_s",
             "train.check_ranks_every_images",
             "watchdog.step_s",

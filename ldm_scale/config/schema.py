@@ -351,6 +351,11 @@ class TrainConfig:
     checkpoint_every_images: int = 50_000  # between two checkpoints; 0 = only by the clock and at the end
     checkpoint_every_s: float = 1_800.0  # longest training between two checkpoints; 0 = off
     keep_checkpoints: int = 2  # newest checkpoints that stay; older ones go once a new one was read back
+    # Figure of validation that tells the best checkpoint, such as validation/ema/mean. One is written of each step that
+    # is the best so far, and stays beside the newest until a better one is written; null = none is told.
+    best_metric: str | None = None
+    best_is: Literal["lowest", "highest"] = "lowest"  # which values of best_metric are better
+    patience_images: int = 0  # images after the best validation at which the run ends early; 0 = it does not
     async_checkpoints: bool = True  # checkpoints are written beside training, from a copy in host memory
     # Images between comparisons of the ranks' weights, averages, buffers and batches; 0 = only before the first step.
     check_ranks_every_images: int = 50_000

@@ -222,6 +222,7 @@ def _check_run(config: Config) -> None:
             "fall due by images, since those of stops and of the clock lie elsewhere each time; set it, or "
             "spikes.action=skip"
         )
+    _check_best(config)
     _check_ema(config)
     text = config.conditioning.text
     if text is not None and text.tokenizer == "wordpiece":
@@ -243,6 +244,20 @@ def _check_init(config: Config) -> None:
         raise ConfigError(
             f"init_weights={config.init_weights} chooses among the weights of init, and init='' names none; set "
             "init=FOLDER, or leave init_weights out"
+        )
+
+
+def _check_best(config: Config) -> None:
+    train = config.train
+    if train.patience_images and train.best_metric is None:
+        raise ConfigError(
+            f"train.patience_images={train.patience_images} without train.best_metric: nothing says what is better; "
+            "set train.best_metric, such as validation/ema/mean, or train.patience_images=0"
+        )
+    if train.best_metric is not None and not train.validate_every_images:
+        raise ConfigError(
+            f"train.best_metric={train.best_metric} with train.validate_every_images=0: a single validation at the end "
+            "has nothing to be better than; set train.validate_every_images, or leave train.best_metric out"
         )
 
 

@@ -8,7 +8,7 @@ rank takes from the files the elements that its fragments cover: any ranks and a
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -31,9 +31,7 @@ WEIGHT, BUFFER = "weight", "buffer"
 PROGRESS = "progress.json"  # of a run: that it had checkpoints, so that losing them all does not pass for a beginning
 
 
-def _none(images: int) -> bool:
-    """What `is_spared` is where only the newest stay."""
-    return False
+Spares = Sequence[Callable[[int], bool]]  # of checkpoints by their images; the newest of each stays
 
 
 @dataclass
@@ -98,12 +96,12 @@ def save_checkpoint(
     state: dict[str, Any],
     config: dict[str, Any],
     keep: int | None,
-    is_spared: Callable[[int], bool] = _none,
+    spares: Spares = (),
 ) -> Path:
     """Folder of the written checkpoint; older ones beyond the newest `keep` are removed afterwards.
 
     With None it is not read back, and so none is removed: where there is no time, and the next start looks at it.
-    Of those whose images `is_spared`, the newest stays besides.
+    Of each of `spares` the newest stays besides.
 
     Raises: CheckpointError on all ranks if any rank could not write; nothing half-written stays.
     Collective: all ranks.
@@ -115,7 +113,7 @@ def save_checkpoint(
         images,
         rank,
         *values,
-        after=lambda: retire_older(root, images, rank, keep, is_spared),
+        after=lambda: retire_older(root, images, rank, keep, spares),
         read_back=keep is not None,
     )
 
@@ -128,7 +126,7 @@ def start_save(
     config: dict[str, Any],
     keep: int,
     memory: HostMemory,
-    is_spared: Callable[[int], bool] = _none,
+    spares: Spares = (),
 ) -> BackgroundSave:
     """A save of what the tensors hold now, by threads, from copies in `memory`; it ends as `save_checkpoint` does.
 
@@ -138,7 +136,7 @@ def start_save(
     rank = _rank(trained)
     values = _pieces(trained, rank), _content(trained, state, config)
     return BackgroundSave(
-        root, images, rank, *values, after=lambda: retire_older(root, images, rank, keep, is_spared), memory=memory
+        root, images, rank, *values, after=lambda: retire_older(root, images, rank, keep, spares), memory=memory
     )
 
 
@@ -208,9 +206,7 @@ def _content(trained: Mapping[str, Trained], state: dict[str, Any], config: dict
     return {"models": models, "state": state, "config": config}
 
 
-def retire_older(
-    root: Path, images: int, rank: int, keep: int | None, is_spared: Callable[[int], bool] = _none
-) -> None:
+def retire_older(root: Path, images: int, rank: int, keep: int | None, spares: Spares = ()) -> None:
     """Nothing; the run's record knows of the checkpoint, and those before it beyond `keep` are gone (None: all stay).
 
     Only now: each rank has read the new one back from the disk. What is newer than it is not of this run's making.
@@ -221,13 +217,13 @@ def retire_older(
     with side_write(root.parent / PROGRESS):
         replace_file(root.parent / PROGRESS, json.dumps({"images": images}) + "\n")
     if keep is not None:
-        remove_older(root, images, keep, is_spared)
+        remove_older(root, images, keep, spares)
 
 
-def remove_older(root: Path, images: int, keep: int, is_spared: Callable[[int], bool]) -> None:
-    """Nothing; of the checkpoints up to `images`, which was read whole, the newest `keep` and one spared stay."""
+def remove_older(root: Path, images: int, keep: int, spares: Spares) -> None:
+    """Nothing; of the checkpoints up to `images`, which was read whole, the newest `keep` and of `spares` stay."""
     folders = [folder for folder in complete_folders(root) if images_of(folder) <= images]
-    spared = [folder for folder in folders if is_spared(images_of(folder))][-1:]
+    spared = [folder for spare in spares for folder in [f for f in folders if spare(images_of(f))][-1:]]
     for folder in folders[: max(0, len(folders) - max(keep, 1))]:
         if folder not in spared:
             remove_folder(folder)

@@ -20,6 +20,7 @@ from ldm_scale.engine.rank_files import Reader, complete_folders, images_of, rea
 from ldm_scale.errors import CheckpointError
 from ldm_scale.telemetry.log import get_logger
 
+BEST = "best.json"  # of a run: names the best of its checkpoints
 SNAPSHOTS = "snapshots"  # folder of a run, beside its checkpoints
 MAX_FIT_ERROR = 0.1  # of the wanted profile's norm
 

@@ -29,7 +29,7 @@ from ldm_scale.diffusion.process import build_process
 from ldm_scale.engine.checkpoint import latest_checkpoint
 from ldm_scale.engine.ema import canonical_name
 from ldm_scale.engine.rank_files import MANIFEST, read_manifest
-from ldm_scale.engine.weights import default_weights, read_full_tensors
+from ldm_scale.engine.weights import BEST, default_weights, read_full_tensors
 from ldm_scale.errors import CheckpointError, ConfigError
 from ldm_scale.interchange.artifact import (
     AUTOENCODER_FORMAT,
@@ -294,7 +294,7 @@ def load_diffusion(path: str | Path, weights: Weights | None = None) -> LoadedDi
 def read_source(path: Path, weights: Weights | None = None, option: str = "--weights ") -> Artifact | DiffusionArtifact:
     """The artifact in, or made from, an artifact, an export, a run folder or a checkpoint; `weights` as above.
 
-    `option` is what an error calls the choice of weights.
+    A run's best.json stands for the checkpoint that it names. `option` is what an error calls the choice of weights.
 
     Raises: CheckpointError if the folder is none of these, or incomplete; ConfigError if it has other weights alone.
     """
@@ -312,6 +312,8 @@ def read_source(path: Path, weights: Weights | None = None, option: str = "--wei
 
 
 def _read_folder(path: Path, weights: Weights | None) -> Artifact | DiffusionArtifact:
+    if path.name == BEST and path.is_file():
+        return _read_checkpoint(path.parent / str(read_json(path).get("checkpoint")), weights)
     if not path.is_dir():
         raise CheckpointError(f"{path} is no folder: give an artifact, an export, a run folder or a checkpoint")
     found = artifact_format(path)

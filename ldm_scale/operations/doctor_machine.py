@@ -176,7 +176,9 @@ def check_folders(report: Report, config: Config, size: RunSize) -> None:
     moments_and_weights = 3 + len(average_names(config.ema))
     checkpoint = 4 * moments_and_weights * size.trained.parameters
     snapshots = snapshot_bytes(config.ema, config.train.total_images, size.trained.parameters)
-    count = config.train.keep_checkpoints + 1 + (config.spikes.action == "rollback")  # being written; to go back to
+    # Beside those that are kept: one being written, one to go back to, the best.
+    count = config.train.keep_checkpoints + 1
+    count += (config.spikes.action == "rollback") + (config.train.best_metric is not None)
     wanted = checkpoint * count + snapshots
     folders = {"run_dir": Path(config.run_dir)}
     if config.data.manifest and local_path(config.data.manifest) is not None:

@@ -139,6 +139,8 @@ def _check_buckets(config: Config, dataset: Dataset) -> None:
 def _check_unindexed(config: Config) -> dict[str, str]:
     """The artifact's digest, if shards without a manifest are enough for the stage, and it is whole."""
     conditioning = config.conditioning
+    if config.train.best_metric is not None:
+        raise needs_manifest(config.data.manifest, "train.best_metric, a figure of validation,")
     if config.stage == "classifier" or (config.stage == "diffusion" and conditioning.classes is not None):
         raise needs_manifest(config.data.manifest, "training on classes")
     if config.stage == "diffusion" and (conditioning.layout is not None or conditioning.semantic_map is not None):

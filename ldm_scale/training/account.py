@@ -28,6 +28,7 @@ from ldm_scale.planning.flops import RunSize, measure_run
 from ldm_scale.redaction import redact
 from ldm_scale.telemetry.memory import peak_memory
 from ldm_scale.telemetry.side_files import RowFile
+from ldm_scale.training.best import has_ended
 from ldm_scale.training.state import TrainingState
 
 ATTEMPTS = "attempts.jsonl"
@@ -65,7 +66,7 @@ class Account:
             reason = f"{type(error).__name__}: {' '.join(redact(str(error)).split())}"[:_MAX_REASON]
             raise
         finally:
-            finished = not reason and state.cur_images >= self._config.train.total_images
+            finished = not reason and has_ended(state, self._config.train)
             row = {"event": "end", "time": round(time.time(), 3), "images": state.cur_images}
             row |= {"training_s": round(state.training_s, 3)}
             self._file.append(row | {"reason": reason or ("finished" if finished else "stopped")}, durable=True)

@@ -9,7 +9,9 @@ from ldm_scale.config.origin import FILE_KEYS, PROCESS_KEYS, TRAINING_KEYS
 from ldm_scale.config.schema import Config, TrainConfig
 from ldm_scale.engine import collectives
 from ldm_scale.errors import CheckpointError, ConfigError
+from ldm_scale.telemetry.side_files import read_record
 from ldm_scale.telemetry.tensorboard import read_metrics
+from ldm_scale.training.best import has_ended
 from ldm_scale.training.state import TrainingState
 
 # What decides which images a step sees, and so what `cur_images` means; and what the network's input and output mean.
@@ -83,16 +85,30 @@ def require_same_data(saved: str, given: str, config: Config) -> None:
         )
 
 
-def owes_evaluation(state: TrainingState, run_dir: Path, is_main: bool) -> bool:
+def was_finished(result: Path, state: TrainingState, train: TrainConfig, is_main: bool) -> bool:
+    """Whether the product of these images exists already.
+
+    Making it again could change the last digit of the latent statistics (other ranks sum in another order) and so
+    the artifact's hash, on which the runs of stage 2 insist. Collective: all ranks.
+    """
+    finished = False
+    if is_main and has_ended(state, train):
+        finished = read_record(result, lambda written: written["images"] == state.cur_images) is True
+    return bool(collectives.broadcast_object(finished))
+
+
+def owes_evaluation(state: TrainingState, config: Config, is_main: bool) -> bool:
     """Whether the run was stopped before what may fall due of validation and pictures was made, and has not been since.
 
     A stop is in a hurry, and saves first of all. That it was made up for, by an attempt which then was killed, only the
-    figures tell.
+    figures tell; but not what was the best by then, for which they are made once more.
     Collective: all ranks.
     """
     if state.evaluated_images == state.cur_images:
         return False
-    rows = read_metrics(run_dir) if is_main else []
+    if config.train.best_metric is not None:
+        return True
+    rows = read_metrics(Path(config.run_dir)) if is_main else []
     names = (name for row in rows if row.get("images") == state.cur_images for name in row)
     return not collectives.broadcast_object(any(name.startswith("validation/") for name in names))
 

@@ -18,7 +18,7 @@ from ldm_scale.config.convert import config_to_dict
 from ldm_scale.config.schema import Config
 from ldm_scale.engine import collectives, phases
 from ldm_scale.engine.background_save import BackgroundSave, HostMemory
-from ldm_scale.engine.checkpoint import Trained, remove_older, save_checkpoint, start_save
+from ldm_scale.engine.checkpoint import Spares, Trained, remove_older, save_checkpoint, start_save
 from ldm_scale.errors import CheckpointError, LdmScaleError
 from ldm_scale.planning.checkpoint_interval import best_interval_s, mean_time_between_failures_s
 from ldm_scale.telemetry.log import get_logger
@@ -37,7 +37,6 @@ class Saving:
         self._log = get_logger(rank)
         self._pending: BackgroundSave | None = None
         self._memory = HostMemory()
-        self._is_spared = partial(is_target, config)
         self._saved_images = -1
         self._last_s = time.monotonic()
         self._retry_s: float | None = None
@@ -46,14 +45,15 @@ class Saving:
         self._still_s = 0.0  # that training stood still for the save begun last
         self._has_advised = False
 
-    def resumed_at(self, images: int) -> None:
-        """Nothing; the run stands where its checkpoint of so many images was written, which has been read whole.
+    def resumed_at(self, state: TrainingState) -> None:
+        """Nothing; the run stands where its checkpoint of this state was written, which has been read whole.
 
         Only now may older ones go that earlier attempts left: a hurried save removes none.
         """
-        self._saved_images = images
+        self._saved_images = state.cur_images
         if self._rank == 0:
-            remove_older(self._root, images, self._config.train.keep_checkpoints, self._is_spared)
+            keep = self._config.train.keep_checkpoints
+            remove_older(self._root, state.cur_images, keep, self._spares(state))
 
     def flags(self) -> tuple[float, float]:
         """What this rank has to say: whether the clock asks for a save, whether its thread is at work."""
@@ -92,7 +92,9 @@ class Saving:
             if self._config.train.async_checkpoints:
                 values = state.to_dict(), config_to_dict(self._config)
                 keep = self._config.train.keep_checkpoints
-                self._pending = start_save(self._root, images, trained, *values, keep, self._memory, self._is_spared)
+                self._pending = start_save(
+                    self._root, images, trained, *values, keep, self._memory, self._spares(state)
+                )
             else:
                 self._write(trained, state)
         except CheckpointError as error:
@@ -159,9 +161,14 @@ class Saving:
     def _write(self, trained: Mapping[str, Trained], state: TrainingState, hurried: bool = False) -> None:
         values = state.to_dict(), config_to_dict(self._config)
         keep = None if hurried else self._config.train.keep_checkpoints
-        save_checkpoint(self._root, state.cur_images, trained, *values, keep, self._is_spared)
+        save_checkpoint(self._root, state.cur_images, trained, *values, keep, self._spares(state))
         self._succeeded(state.cur_images)
         self._last_s = time.monotonic()
+
+    def _spares(self, state: TrainingState) -> Spares:
+        """What stays beside the newest: where a rollback leads, and the best one that is there."""
+        best = frozenset(images for images, _ in state.best)
+        return partial(is_target, self._config), best.__contains__
 
     def _advance_pending(self) -> None:
         pending = self._pending

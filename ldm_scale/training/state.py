@@ -29,6 +29,8 @@ class TrainingState:
     skipped_in_a_row: int = 0
     passed_over: list[list[int]] = field(default_factory=list)  # images [from, to) that a rollback left out
     spikes: SpikeHistory = field(default_factory=SpikeHistory)
+    best: list[tuple[int, float]] = field(default_factory=list)  # images and figure of each best validation so far
+    judged_images: int = 0  # at the last validation whose figure was looked at for it
     training_s: float = 0.0  # seconds spent in training steps
     data_digest: str = ""  # of the training split's shards: what the position counts in
     autoencoder_hash: str = ""  # stage 2: content hash of the artifact that defines its latents
@@ -52,4 +54,5 @@ class TrainingState:
                 f"{', '.join(sorted(known))}: continue with the version that wrote it"
             )
         sections = {"losses": LossAccount(**values["losses"]), "spikes": SpikeHistory(**values["spikes"])}
-        return cls(**values | sections)
+        best = [(int(images), float(value)) for images, value in values["best"]]
+        return cls(**values | sections | {"best": best})

@@ -38,10 +38,9 @@ from ldm_scale.engine.weights import SNAPSHOTS
 from ldm_scale.errors import CheckpointError, Restart
 from ldm_scale.models.fused import describe_kernels
 from ldm_scale.telemetry.log import get_logger
-from ldm_scale.telemetry.side_files import read_record
 from ldm_scale.telemetry.tensorboard import ScalarWriter
 from ldm_scale.telemetry.throughput import TrainProgress
-from ldm_scale.training import resumption
+from ldm_scale.training import best, resumption
 from ldm_scale.training.account import Account
 from ldm_scale.training.diagnosis import Finding
 from ldm_scale.training.rollback import roll_back
@@ -80,6 +79,7 @@ class Trainer:
         )
         task.labels = dataset.labels
         self.log = get_logger(environment.rank)
+        self._best = best.BestRecord(self.run_dir, config.train, environment.is_main)
         self.saving = Saving(config, self.checkpoints, environment.rank)
         self.account = Account(config, self.plan, environment)
         self._kernels_described = False
@@ -105,7 +105,7 @@ class Trainer:
         self._resume()
         self._forget_later_snapshots()
         self.guard = StepGuard(self.config, self.state, self.environment.rank)
-        if self._was_finished():
+        if resumption.was_finished(self.run_dir / RESULT, self.state, self.config.train, self.environment.is_main):
             self.log.info(f"finished before, nothing to do; remove {self.run_dir / RESULT} to make the product again")
             return True
         with self.account.attempt(self.state):
@@ -124,7 +124,7 @@ class Trainer:
                 self.losses = SampleLosses(
                     self.state.losses, self.run_dir, self._dataset, self.config.data, self.environment.is_main
                 )
-                if resumption.owes_evaluation(self.state, self.run_dir, self.environment.is_main):
+                if resumption.owes_evaluation(self.state, self.config, self.environment.is_main):
                     with progress.paused(), self.task.evaluating():
                         self._evaluate(writer)
                 for batches in self._steps(loader):
@@ -145,10 +145,10 @@ class Trainer:
 
     def _steps(self, loader: Loader) -> Iterator[list[Batch]]:
         """This rank's micro-batches of each remaining step."""
-        if self.state.cur_images >= self.config.train.total_images:
+        if self._at_end():
             return
         micro_batches = iter(loader)
-        while self.state.cur_images < self.config.train.total_images:
+        while not self._at_end():
             phases.enter("data", self.state.step)
             faults.reach("data.batch")
             yield list(itertools.islice(micro_batches, self.plan.accumulation_steps))
@@ -217,24 +217,27 @@ class Trainer:
 
     def _now_and_then(self, writer: ScalarWriter) -> None:
         """Validation, pictures and a checkpoint, where they fall due."""
-        self._evaluate(writer)
+        is_best = self._evaluate(writer)
         self.saving.settle()
-        if self.saving.is_due(self._due(self.config.train.checkpoint_every_images)):
+        if self.saving.is_due(is_best or self._due(self.config.train.checkpoint_every_images)):
             writer.flush()  # a checkpoint never knows more than the figures
             self.saving.save(self.task.trained, self.state)
+        self._best.update(self.state)
 
-    def _evaluate(self, writer: ScalarWriter) -> None:
-        """Validation and pictures, where they fall due."""
+    def _evaluate(self, writer: ScalarWriter) -> bool:
+        """Whether this step is the best so far, after validation and pictures where they fall due."""
+        is_best = False
         if self._validates and (self._due(self.config.train.validate_every_images) or self._at_end()):
-            self._validate(writer)
+            is_best = self._validate(writer)
         if self._validates and (self._due(self.config.train.sample_every_images) or self._at_end()):
             phases.enter("evaluate")
             for name, shown in self.task.pictures().items():
                 writer.add_picture(name, shown.drawn(), self.state.cur_images, shown.captions)
         self.state.evaluated_images = self.state.cur_images
+        return is_best
 
-    def _validate(self, writer: ScalarWriter) -> None:
-        """Figures, their pictures, and what they say is wrong, in words; the log has each finding once."""
+    def _validate(self, writer: ScalarWriter) -> bool:
+        """Whether the figures are the best so far; their pictures, and findings, of which the log has each once."""
         phases.enter("evaluate")
         images = self.state.cur_images
         figures = self.task.validate(images)
@@ -247,6 +250,7 @@ class Trainer:
         for finding in self._findings:
             if self.environment.is_main and finding.name not in known:  # the figures are the same on all ranks
                 self.log.warning(f"diagnosis: {finding}")
+        return best.judge(figures, self.state, self.config.train)
 
     def _compare_ranks(self, batches: list[Batch]) -> None:
         """Stops all ranks where one is not a replica of the others, or trains on the same images as another."""
@@ -285,7 +289,7 @@ class Trainer:
         return now // every_images > (now - self.plan.global_batch) // every_images
 
     def _at_end(self) -> bool:
-        return self.state.cur_images >= self.config.train.total_images
+        return best.has_ended(self.state, self.config.train)
 
     def _snapshot(self) -> None:
         """Writes the averages of power-function profiles; a run without one of its snapshots goes on."""
@@ -311,7 +315,8 @@ class Trainer:
         resumption.require_same_data(saved.data_digest, self._data_digest, self.config)
         self.state = TrainingState.from_dict(load_checkpoint(path, self.task.trained, verified=True))
         self.task.init = self.state.init
-        self.saving.resumed_at(self.state.cur_images)
+        self.saving.resumed_at(self.state)
+        self._best.update(self.state)
         self.log.info(f"continuing at {self.state.cur_images} images from {path}")
 
     def _forget_later_snapshots(self) -> None:
@@ -322,18 +327,6 @@ class Trainer:
         if removed:
             self.log.info(f"removed {removed} snapshots of more than {self.state.cur_images} images")
 
-    def _was_finished(self) -> bool:
-        """Whether the product of these images exists already.
-
-        Making it again could change the last digit of the latent statistics (other ranks sum in another order) and so
-        the artifact's hash, on which the runs of stage 2 insist. Collective: all ranks.
-        """
-        finished = False
-        if self.environment.is_main and self._at_end():
-            images = self.state.cur_images
-            finished = read_record(self.run_dir / RESULT, lambda result: result["images"] == images) is True
-        return bool(collectives.broadcast_object(finished))
-
     def _finish(self) -> None:
         phases.enter("finish")
         path = folder_of(self.checkpoints, self.state.cur_images)
@@ -342,6 +335,8 @@ class Trainer:
         if self.state.truncated:
             report["truncated"] = self.state.truncated
         report |= {"images": self.state.cur_images, "steps": self.state.step, "training_s": self.state.training_s}
+        self._best.update(self.state)
+        report |= best.summary(self.state, self.config.train, self.checkpoints)
         diagnosis = {} if self._findings is None else {"findings": [dataclasses.asdict(f) for f in self._findings]}
         if self.environment.is_main:
             replace_file(self.run_dir / RESULT, json.dumps(report | diagnosis, indent=2) + "\n")

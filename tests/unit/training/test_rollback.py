@@ -38,7 +38,7 @@ def test_the_newest_target_stays_beside_the_newest_checkpoints(tmp_path: Path) -
     config = _config(32, 8)
 
     def left(keep: int) -> list[int]:
-        retire_older(tmp_path, images, 0, keep, lambda n: is_target(config, n))
+        retire_older(tmp_path, images, 0, keep, [lambda n: is_target(config, n)])
         return [images_of(folder) for folder in complete_folders(tmp_path)]
 
     for images in (32, 64, 72, 80, 88):
