@@ -6,8 +6,10 @@ artifact that it has opened.
 
 from __future__ import annotations
 
-from ldm_scale.config.schema import BatchPlan, Config
+from ldm_scale.config.schema import BatchPlan, Config, TrainConfig
 from ldm_scale.errors import ConfigError
+
+EVALUATION = "evaluation/"  # how names of an evaluation's figures begin
 
 
 def batch_plan(config: Config, world_size: int) -> BatchPlan:
@@ -34,6 +36,11 @@ def batch_plan(config: Config, world_size: int) -> BatchPlan:
     return BatchPlan(
         micro_batch=micro_batch, accumulation_steps=per_rank // micro_batch, global_batch=train.global_batch
     )
+
+
+def judges_evaluation(train: TrainConfig) -> bool:
+    """Whether the best checkpoint is told by a figure of an evaluation, and not of validation."""
+    return train.best_metric is not None and train.best_metric.startswith(EVALUATION)
 
 
 def check_artifact_fits(config: Config, f: int, latent_channels: int) -> None:

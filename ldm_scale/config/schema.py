@@ -351,11 +351,11 @@ class TrainConfig:
     checkpoint_every_images: int = 50_000  # between two checkpoints; 0 = only by the clock and at the end
     checkpoint_every_s: float = 1_800.0  # longest training between two checkpoints; 0 = off
     keep_checkpoints: int = 2  # newest checkpoints that stay; older ones go once a new one was read back
-    # Figure of validation that tells the best checkpoint, such as validation/ema/mean. One is written of each step that
-    # is the best so far, and stays beside the newest until a better one is written; null = none is told.
+    # Figure that tells the best checkpoint: of validation, such as validation/ema/mean, or of an evaluation, such as
+    # evaluation/frechet. The best one stays beside the newest until a better one is written; null = none is told.
     best_metric: str | None = None
     best_is: Literal["lowest", "highest"] = "lowest"  # which values of best_metric are better
-    patience_images: int = 0  # images after the best validation at which the run ends early; 0 = it does not
+    patience_images: int = 0  # images after the best figure at which the run ends early; 0 = it does not
     async_checkpoints: bool = True  # checkpoints are written beside training, from a copy in host memory
     # Images between comparisons of the ranks' weights, averages, buffers and batches; 0 = only before the first step.
     check_ranks_every_images: int = 50_000
@@ -415,6 +415,27 @@ class SamplingConfig:
 
 
 @dataclass(frozen=True)
+class EvaluationConfig:
+    """Evaluation of checkpoints while training goes on: what `ldm-scale evaluate` measures of them, in its files.
+
+    Samples are made as `sampling` says; reconstructions are judged by autoencoder_loss's perceptual network.
+    """
+
+    # Images between two evaluations, for each of which a checkpoint is written; one more is at the end; 0 = none.
+    every_images: int = 0
+    manifest: str = ""  # of the images that are measured; "" = data.manifest
+    split: str = ""  # of it; "" = data.validation_split
+    num_images: int | None = None  # the first so many of its order; null = all
+    batch: int = 16  # images at once on each rank; changes no figure
+    weights: str | None = None  # which are measured: raw, ema or ema=STD; null = the first average, or raw
+    features: Literal["efficientnet_lite0", "inception_v3"] = "efficientnet_lite0"  # of Frechet and other distances
+    features_weights: str | None = None  # file of FID's Inception, for inception_v3; null = in the usual cache
+    clip_model: str | None = None  # OpenCLIP's name of the judge of captions; null = ViT-B-32
+    clip_weights: str | None = None  # for the CLIP score: a file, or OpenCLIP's name of cached weights; null = none
+    seed: int = 0  # of the first sample, and of masks and small images
+
+
+@dataclass(frozen=True)
 class Config:
     """One run: everything that determines it."""
 
@@ -442,3 +463,4 @@ class Config:
     watchdog: WatchdogConfig = field(default_factory=WatchdogConfig)
     spikes: SpikesConfig = field(default_factory=SpikesConfig)
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)

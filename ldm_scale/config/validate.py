@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from ldm_scale.command_line import output_path
 from ldm_scale.conditioning.tokenizers import build_tokenizer
-from ldm_scale.config.fit import batch_plan, check_latent_resolution, neighbours
+from ldm_scale.config.fit import batch_plan, check_latent_resolution, judges_evaluation, neighbours
 from ldm_scale.config.networks import (
     check_attention,
     check_attention_levels,
@@ -223,6 +223,7 @@ def _check_run(config: Config) -> None:
             "spikes.action=skip"
         )
     _check_best(config)
+    _check_evaluation(config)
     _check_ema(config)
     text = config.conditioning.text
     if text is not None and text.tokenizer == "wordpiece":
@@ -254,10 +255,27 @@ def _check_best(config: Config) -> None:
             f"train.patience_images={train.patience_images} without train.best_metric: nothing says what is better; "
             "set train.best_metric, such as validation/ema/mean, or train.patience_images=0"
         )
-    if train.best_metric is not None and not train.validate_every_images:
+    if judges_evaluation(train):
+        if not config.evaluation.every_images:
+            raise ConfigError(
+                f"train.best_metric={train.best_metric} is a figure of evaluations, and evaluation.every_images=0 asks "
+                "for none; set evaluation.every_images, or a figure of validation"
+            )
+    elif train.best_metric is not None and not train.validate_every_images:
         raise ConfigError(
             f"train.best_metric={train.best_metric} with train.validate_every_images=0: a single validation at the end "
             "has nothing to be better than; set train.validate_every_images, or leave train.best_metric out"
+        )
+
+
+def _check_evaluation(config: Config) -> None:
+    evaluation = config.evaluation
+    if not evaluation.every_images:
+        return
+    if config.stage == "classifier":
+        raise ConfigError(
+            f"evaluation.every_images={evaluation.every_images}: stage=classifier has neither samples nor "
+            "reconstructions; set evaluation.every_images=0"
         )
 
 

@@ -12,6 +12,8 @@ import signal
 from enum import IntEnum
 from types import FrameType
 
+from ldm_scale.errors import LdmScaleError
+
 RESTART_SIGNALS = (signal.SIGUSR1, signal.SIGUSR2)
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, *RESTART_SIGNALS)
 
@@ -22,6 +24,10 @@ class Stop(IntEnum):
     NONE = 0
     END = 1
     RESTART = 2
+
+
+class StopAsked(LdmScaleError):
+    """Long work between two steps that was broken off, on all ranks, because one of them was asked to stop."""
 
 
 class StopRequest:
@@ -36,6 +42,14 @@ class StopRequest:
     def requested(self) -> bool:
         """Whether this process was asked to stop, for whatever reason."""
         return self.kind is not Stop.NONE
+
+    def check(self) -> None:
+        """Nothing.
+
+        Raises: StopAsked if this process was asked to stop.
+        """
+        if self.requested:
+            raise StopAsked(f"asked to stop by {self.signal_name}")
 
     def __enter__(self) -> StopRequest:
         for number in STOP_SIGNALS:

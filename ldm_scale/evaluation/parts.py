@@ -16,12 +16,14 @@ from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
 from ldm_scale.engine import collectives
 from ldm_scale.engine.agreement import agreed
 from ldm_scale.engine.tensor_file import replace_file
+from ldm_scale.errors import ConfigError
 from ldm_scale.evaluation.blocks import Block, MeasuredImages, Part
 from ldm_scale.interchange.safetensors_io import json_sha256, tensors_sha256
 from ldm_scale.telemetry.log import get_logger
@@ -97,18 +99,18 @@ def measure_blocks(
     kept: PartFolder | None = None,
     *,
     others_have: Callable[[int], None] | None = None,
-    idle: Callable[[], object] | None = None,
+    between: Callable[[], object] | None = None,
 ) -> list[Part]:
     """The parts of all blocks in their order, on rank 0, where the stream has counted its images; nothing on others.
 
     `measure` is called with blocks that have at least one image. `others_have` is told numbers of images that this
-    rank did not measure: those of other ranks, and those whose parts were kept. `idle` is called where this rank has
-    no block while others measure one, so that all of them run sharded networks equally often.
+    rank did not measure: those of other ranks, and those whose parts were kept. `between` is called before every block,
+    on all ranks equally often; an error of it ends the measurement, as any other does.
     Raises: an error of any rank, on all ranks. Collective: all ranks.
     """
     kept = kept or PartFolder(None, {})
     found: dict[int, Part] = {}
-    for block, part in _delivered(_kept_here(stream.num_blocks, kept), kept.get):
+    for block, part in _delivered(_kept_here(stream.num_blocks, kept), kept.get, between):
         if part is not None:
             found[block] = part
             _tell(others_have, stream, block)
@@ -125,15 +127,19 @@ def measure_blocks(
         assert block.number == number, "blocks come in the order in which they were asked for"
         census = block.census
         if block.images is None:
-            if idle is not None:
-                idle()
             return census
-        measured = measure(block)
+        try:
+            measured = measure(block)
+        except torch.OutOfMemoryError as error:
+            raise ConfigError(
+                f"{len(block.numbers)} images at once do not fit into the device's memory "
+                f"({str(error).splitlines()[0].rstrip('.')}); give a smaller --batch"
+            ) from None
         part = Part(census.tensors | measured.tensors, census.values | measured.values)
         kept.put(number, part)
         return part
 
-    for block, part in _delivered(mine, one, idle):
+    for block, part in _delivered(mine, one, between):
         assert part is not None
         found[block] = part
         if block not in mine:
@@ -160,7 +166,7 @@ def _kept_here(num_blocks: int, kept: PartFolder) -> list[int]:
 
 
 def _delivered(
-    mine: Iterable[int], get: Callable[[int], Part | None], idle: Callable[[], object] | None = None
+    mine: Iterable[int], get: Callable[[int], Part | None], between: Callable[[], object] | None
 ) -> Iterator[tuple[int, Part | None]]:
     """Numbers and parts of all ranks' blocks, on rank 0, round by round; nothing on the others.
 
@@ -170,11 +176,9 @@ def _delivered(
     for _, number in zip_longest(range(rounds), mine):
 
         def one(number: int | None = number) -> Part | None:
-            if number is not None:
-                return get(number)
-            if idle is not None:
-                idle()
-            return None
+            if between is not None:
+                between()
+            return None if number is None else get(number)
 
         part = agreed(one)
         for other in collectives.gather_on_main(None if number is None else (number, part)):

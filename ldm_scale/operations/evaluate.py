@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -66,8 +67,10 @@ class _Request(NamedTuple):
     model: LoadedAutoencoder
 
 
-def evaluate_autoencoder(arguments: argparse.Namespace) -> dict[str, Any]:
+def evaluate_autoencoder(arguments: argparse.Namespace, between: Callable[[], object] | None = None) -> dict[str, Any]:
     """The result document; with --out, also written there with a picture of reconstructions. Nothing on other ranks.
+
+    `between` is that of `measure_blocks`.
 
     Raises: ConfigError, DataError or CheckpointError for what the command line names; NumericsError for weights whose
     reconstructions are not finite. Collective: all ranks.
@@ -87,7 +90,7 @@ def evaluate_autoencoder(arguments: argparse.Namespace) -> dict[str, Any]:
         device,
     )
     started = time.monotonic()
-    parts = _measure(request, kept)
+    parts = _measure(request, kept, between)
     seconds = time.monotonic() - started
 
     def finish() -> dict[str, Any]:
@@ -132,7 +135,7 @@ def _open(arguments: argparse.Namespace) -> _Request:
     return _Request(device, artifact, resolution, images, stream, instruments, space, model)
 
 
-def _measure(request: _Request, kept: PartFolder) -> list[Part]:
+def _measure(request: _Request, kept: PartFolder, between: Callable[[], object] | None) -> list[Part]:
     """What was measured of each block, on rank 0."""
 
     def measure(block: Block[Tensor]) -> Part:
@@ -146,7 +149,7 @@ def _measure(request: _Request, kept: PartFolder) -> list[Part]:
         return meter.part
 
     with progress_bar(request.stream, "evaluate") as bar:
-        return measure_blocks(request.stream, measure, kept, others_have=bar.update)
+        return measure_blocks(request.stream, measure, kept, others_have=bar.update, between=between)
 
 
 def _artifact(source: Path, weights: Weights | None) -> Artifact:

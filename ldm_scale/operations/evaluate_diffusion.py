@@ -9,7 +9,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -81,8 +81,10 @@ class _Request(NamedTuple):
     scorer: ClipScorer | None
 
 
-def evaluate_diffusion(arguments: argparse.Namespace) -> dict[str, Any]:
+def evaluate_diffusion(arguments: argparse.Namespace, between: Callable[[], object] | None = None) -> dict[str, Any]:
     """The result document; with --out, also written there with a picture of samples. Nothing on other ranks.
+
+    `between` is that of `measure_blocks`.
 
     Raises: ConfigError, DataError or CheckpointError for what the command line names; NumericsError for samples that
     are not finite. Collective: all ranks.
@@ -106,7 +108,7 @@ def evaluate_diffusion(arguments: argparse.Namespace) -> dict[str, Any]:
         device,
     )
     started = time.monotonic()
-    parts = _measure(request, judge, arguments.seed, kept)
+    parts = _measure(request, judge, arguments.seed, kept, between)
     seconds = time.monotonic() - started
     ranks = collectives.world_size()
     return on_main(lambda: _finish(arguments, request, judge, parts, seconds, ranks, kept))
@@ -206,7 +208,9 @@ def _scorer(arguments: argparse.Namespace, kinds: tuple[str, ...], device: torch
     return open_scorer(arguments, device)
 
 
-def _measure(request: _Request, judge: Judge, seed: int, kept: PartFolder) -> list[Part]:
+def _measure(
+    request: _Request, judge: Judge, seed: int, kept: PartFolder, between: Callable[[], object] | None
+) -> list[Part]:
     """What was measured of each block's samples, on rank 0; also the first images' panels and captions."""
     model, stream, kinds = request.model, request.stream, request.kinds
     steps, names = request.sampling.num_steps, model.labels
@@ -240,7 +244,7 @@ def _measure(request: _Request, judge: Judge, seed: int, kept: PartFolder) -> li
         def others_have(images: int) -> None:
             bar.update(images * steps)
 
-        return measure_blocks(stream, measure, kept, others_have=others_have)
+        return measure_blocks(stream, measure, kept, others_have=others_have, between=between)
 
 
 def _rate(parts: Sequence[Part]) -> float:

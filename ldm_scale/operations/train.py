@@ -25,6 +25,7 @@ from ldm_scale.models.fused import check_kernels
 from ldm_scale.telemetry.log import get_logger
 
 if TYPE_CHECKING:
+    from ldm_scale.training.measuring import Evaluator
     from ldm_scale.training.task import Task
 
 
@@ -36,6 +37,7 @@ def train(config: Config, launch: env.Launch) -> bool:
     """
     require_versions()
     inputs = _check_inputs(config, launch.world_size) | _check_init(config, launch.rank)
+    evaluator = _evaluator(config)
     if launch.rank == 0:
         newest = latest_checkpoint(Path(config.run_dir) / "checkpoints")
         count_start(Path(config.run_dir), 0 if newest is None else images_of(newest))
@@ -56,7 +58,7 @@ def train(config: Config, launch: env.Launch) -> bool:
         task = build_task(config, plan, environment)
         set_time_limit(env.collective_limit(config.watchdog))  # of the groups that DeepSpeed made, too
         try:
-            finished = Trainer(config, task, environment, early.of).run()
+            finished = Trainer(config, task, environment, early.of, evaluator).run()
         except Restart:
             _leave()
             raise
@@ -74,6 +76,17 @@ def build_task(config: Config, plan: BatchPlan, environment: env.Environment) ->
     kinds: dict[str, Callable[[Config, BatchPlan, env.Environment], Task]]
     kinds = {"autoencoder": AutoencoderTask, "diffusion": DiffusionTask, "classifier": ClassifierTask}
     return kinds[config.stage](config, plan, environment)
+
+
+def _evaluator(config: Config) -> Evaluator | None:
+    """What measures the run's checkpoints, after it has looked at all that it needs; None if they are not measured."""
+    if not config.evaluation.every_images:
+        return None
+    from ldm_scale.operations.evaluate_checkpoints import CheckpointEvaluator
+
+    evaluator = CheckpointEvaluator(config)
+    evaluator.check()
+    return evaluator
 
 
 def _leave() -> None:

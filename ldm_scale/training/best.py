@@ -1,9 +1,10 @@
-"""Which checkpoint has been the best by a figure of validation, and whether a run has stopped getting better.
+"""Which checkpoint has been the best by a figure of validation or evaluation, and whether a run gets no better.
 
-Each validation whose figure is better than all before asks for a checkpoint of that very step, and that checkpoint
-stays, however many newer ones there are; `best.json` of the run names it. If it could not be written, the best one that
-could stays and is named. All of it follows from the figures, which are part of the run's state, so that a run that was
-stopped and resumed keeps, names and ends as the unbroken one does. A figure that is no number is never better.
+Each validation whose figure is better than all before asks for a checkpoint of that very step; an evaluation is of a
+checkpoint that is there. The best one stays, however many newer ones there are; `best.json` of the run names it. If it
+could not be written, the best one that could stays and is named. All of it follows from the figures, which are part of
+the run's state, so that a run that was stopped and resumed keeps, names and ends as the unbroken one does. A figure
+that is no number is never better.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from ldm_scale.config.fit import judges_evaluation
 from ldm_scale.config.schema import TrainConfig
 from ldm_scale.engine.rank_files import complete_folders, folder_of, images_of
 from ldm_scale.engine.tensor_file import replace_file
@@ -23,17 +25,20 @@ from ldm_scale.telemetry.side_files import side_write
 from ldm_scale.training.state import TrainingState
 
 
-def judge(figures: Mapping[str, float], state: TrainingState, train: TrainConfig) -> bool:
-    """Whether the figures of a validation are the best so far, which the state then knows.
+def judge(
+    figures: Mapping[str, float], state: TrainingState, train: TrainConfig, *, is_evaluation: bool = False
+) -> bool:
+    """Whether the figures of a validation, or of an evaluation, are the best so far, which the state then knows.
 
-    Raises: ConfigError if train.best_metric is none of them.
+    Raises: ConfigError if train.best_metric should be one of them and is not.
     """
     name = train.best_metric
-    if name is None:
+    if name is None or not figures or is_evaluation != judges_evaluation(train):
         return False
     if name not in figures:
         raise ConfigError(
-            f"train.best_metric={name}: this run's validation has no such figure; it has {', '.join(sorted(figures))}"
+            f"train.best_metric={name}: this run's {'evaluation' if is_evaluation else 'validation'} has no such "
+            f"figure; it has {', '.join(sorted(figures))}"
         )
     value, state.judged_images = figures[name], state.cur_images
     sign = 1.0 if train.best_is == "lowest" else -1.0
@@ -45,7 +50,7 @@ def judge(figures: Mapping[str, float], state: TrainingState, train: TrainConfig
 
 
 def has_ended_early(state: TrainingState, train: TrainConfig) -> bool:
-    """Whether the last validation came train.patience_images after the best one."""
+    """Whether the last figure came train.patience_images after the best one."""
     if not train.patience_images or not state.best:
         return False
     return state.judged_images - int(state.best[-1][0]) >= train.patience_images

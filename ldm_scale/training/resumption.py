@@ -108,9 +108,14 @@ def owes_evaluation(state: TrainingState, config: Config, is_main: bool) -> bool
         return False
     if config.train.best_metric is not None:
         return True
+    return not has_figures(config, state.cur_images, "validation/", is_main)
+
+
+def has_figures(config: Config, images: int, prefix: str, is_main: bool) -> bool:
+    """Whether metrics.jsonl has figures of this step whose names begin so. Collective: all ranks."""
     rows = read_metrics(Path(config.run_dir)) if is_main else []
-    names = (name for row in rows if row.get("images") == state.cur_images for name in row)
-    return not collectives.broadcast_object(any(name.startswith("validation/") for name in names))
+    names = (name for row in rows if row.get("images") == images for name in row)
+    return bool(collectives.broadcast_object(any(name.startswith(prefix) for name in names)))
 
 
 def _fixed(config: dict[str, Any]) -> dict[str, Any]:

@@ -13,7 +13,8 @@ from ldm_scale.data.policy import LossAccount
 from ldm_scale.engine.spikes import SpikeHistory
 from ldm_scale.errors import CheckpointError
 
-_ADDED = {"init"}  # fields that earlier versions did not write, whose runs had the default
+# Fields that earlier versions did not write, whose runs had the default.
+_ADDED = {"init", "best", "judged_images", "measured_images"}
 
 
 @dataclass
@@ -23,14 +24,15 @@ class TrainingState:
     cur_images: int = 0  # images seen by all ranks
     step: int = 0  # optimizer steps
     evaluated_images: int = 0  # at which validation and pictures, where they fall due, were last made
+    measured_images: int = 0  # at which an evaluation, where it falls due, was last made, or could not be
     losses: LossAccount = field(default_factory=LossAccount)  # samples that could not be used, over all ranks
     truncated: int = 0  # captions and layouts that were cut so far, over all ranks
     skipped: int = 0  # steps that were not made, whose images count as seen
     skipped_in_a_row: int = 0
     passed_over: list[list[int]] = field(default_factory=list)  # images [from, to) that a rollback left out
     spikes: SpikeHistory = field(default_factory=SpikeHistory)
-    best: list[tuple[int, float]] = field(default_factory=list)  # images and figure of each best validation so far
-    judged_images: int = 0  # at the last validation whose figure was looked at for it
+    best: list[tuple[int, float]] = field(default_factory=list)  # images and figure of each that was the best so far
+    judged_images: int = 0  # at the last figure that was looked at for it
     training_s: float = 0.0  # seconds spent in training steps
     data_digest: str = ""  # of the training split's shards: what the position counts in
     autoencoder_hash: str = ""  # stage 2: content hash of the artifact that defines its latents
@@ -54,5 +56,5 @@ class TrainingState:
                 f"{', '.join(sorted(known))}: continue with the version that wrote it"
             )
         sections = {"losses": LossAccount(**values["losses"]), "spikes": SpikeHistory(**values["spikes"])}
-        best = [(int(images), float(value)) for images, value in values["best"]]
+        best = [(int(images), float(value)) for images, value in values.get("best", ())]
         return cls(**values | sections | {"best": best})

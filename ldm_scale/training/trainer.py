@@ -43,6 +43,7 @@ from ldm_scale.telemetry.throughput import TrainProgress
 from ldm_scale.training import best, resumption
 from ldm_scale.training.account import Account
 from ldm_scale.training.diagnosis import Finding
+from ldm_scale.training.measuring import Evaluator, Measuring
 from ldm_scale.training.rollback import roll_back
 from ldm_scale.training.sample_losses import SampleLosses
 from ldm_scale.training.saving import Saving
@@ -59,11 +60,17 @@ SHOWN_LOSSES = ("loss", "loss/l1", "loss/discriminator", "accuracy")  # beside t
 class Trainer:
     """Runs a task from where its run directory stands to `train.total_images`.
 
-    `checksum_of` may know files of the checkpoint that it continues from already (EarlyChecksums).
+    `checksum_of` may know files of the checkpoint that it continues from already (EarlyChecksums); `evaluator` measures
+    checkpoints where evaluation.every_images asks for it.
     """
 
     def __init__(
-        self, config: Config, task: Task, environment: Environment, checksum_of: Callable[[Path], int] = file_crc32
+        self,
+        config: Config,
+        task: Task,
+        environment: Environment,
+        checksum_of: Callable[[Path], int] = file_crc32,
+        evaluator: Evaluator | None = None,
     ) -> None:
         self.config, self.task, self.environment = config, task, environment
         self.plan: BatchPlan = batch_plan(config, environment.world_size)
@@ -81,6 +88,7 @@ class Trainer:
         self.log = get_logger(environment.rank)
         self._best = best.BestRecord(self.run_dir, config.train, environment.is_main)
         self.saving = Saving(config, self.checkpoints, environment.rank)
+        self.measuring = Measuring(config, evaluator, self.saving, self.checkpoints, environment.is_main)
         self.account = Account(config, self.plan, environment)
         self._kernels_described = False
         self._ranks_compared = False
@@ -124,24 +132,30 @@ class Trainer:
                 self.losses = SampleLosses(
                     self.state.losses, self.run_dir, self._dataset, self.config.data, self.environment.is_main
                 )
-                if resumption.owes_evaluation(self.state, self.config, self.environment.is_main):
-                    with progress.paused(), self.task.evaluating():
+                with progress.paused(), self.task.evaluating():
+                    if resumption.owes_evaluation(self.state, self.config, self.environment.is_main):
                         self._evaluate(writer)
+                    if self.state.cur_images and self._measure(writer, stop):
+                        return self._stopped(writer, stop)
                 for batches in self._steps(loader):
                     if self._step(batches, loader, writer, progress, stop):
-                        writer.flush()
-                        if self.saving.save_stopped(self.task.trained, self.state, self._stop is Stop.RESTART):
-                            self.log.info(
-                                f"stopped by {stop.signal_name or 'another rank'} at {self.state.cur_images} images; "
-                                "the same command continues there"
-                            )
-                        return False
+                        return self._stopped(writer, stop)
         finally:
             progress.close()
             writer.close()
         self.saving.save_last(self.task.trained, self.state, hurried=False)
         self._finish()
         return True
+
+    def _stopped(self, writer: ScalarWriter, stop: StopRequest) -> bool:
+        """False, after the run has saved what it can."""
+        writer.flush()
+        if self.saving.save_stopped(self.task.trained, self.state, self._stop is Stop.RESTART):
+            self.log.info(
+                f"stopped by {stop.signal_name or 'another rank'} at {self.state.cur_images} images; the same command "
+                "continues there"
+            )
+        return False
 
     def _steps(self, loader: Loader) -> Iterator[list[Batch]]:
         """This rank's micro-batches of each remaining step."""
@@ -212,17 +226,31 @@ class Trainer:
         if self._stop and not self._at_end():
             return True
         with progress.paused(), self.task.evaluating():
-            self._now_and_then(writer)
-        return False
+            return self._now_and_then(writer, stop)
 
-    def _now_and_then(self, writer: ScalarWriter) -> None:
-        """Validation, pictures and a checkpoint, where they fall due."""
+    def _now_and_then(self, writer: ScalarWriter, stop: StopRequest) -> bool:
+        """Whether the run shall stop, after validation, pictures, a checkpoint and its evaluation where due."""
         is_best = self._evaluate(writer)
         self.saving.settle()
-        if self.saving.is_due(is_best or self._due(self.config.train.checkpoint_every_images)):
+        by_images = is_best or self._is_measured() or self._due(self.config.train.checkpoint_every_images)
+        if self.saving.is_due(by_images):
             writer.flush()  # a checkpoint never knows more than the figures
             self.saving.save(self.task.trained, self.state)
+        if self._measure(writer, stop):
+            return True
         self._best.update(self.state)
+        return False
+
+    def _is_measured(self) -> bool:
+        falls_due = self._due(self.config.evaluation.every_images) or self._at_end()
+        return self.measuring.owes(self.state, falls_due=falls_due)
+
+    def _measure(self, writer: ScalarWriter, stop: StopRequest) -> bool:
+        """Whether the run was asked to stop before the evaluation that falls due was made."""
+        if not self._is_measured():
+            return False
+        self._stop = self.measuring.measure(writer, self.state, stop)
+        return self._stop is not Stop.NONE
 
     def _evaluate(self, writer: ScalarWriter) -> bool:
         """Whether this step is the best so far, after validation and pictures where they fall due."""

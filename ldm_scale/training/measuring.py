@@ -1,0 +1,70 @@
+"""When a run's checkpoints are evaluated, and what becomes of the figures.
+
+An evaluation may take long, so it is of a checkpoint that was written for it: what ends a run meanwhile costs nothing,
+and the next start goes on with what was not measured. One that fails is told, and training goes on.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+from ldm_scale.config.fit import EVALUATION
+from ldm_scale.config.schema import Config
+from ldm_scale.engine import collectives, phases
+from ldm_scale.engine.preemption import Stop, StopAsked, StopRequest
+from ldm_scale.engine.rank_files import folder_of
+from ldm_scale.errors import LdmScaleError
+from ldm_scale.telemetry.log import get_logger
+from ldm_scale.telemetry.tensorboard import ScalarWriter
+from ldm_scale.training import best, resumption
+from ldm_scale.training.saving import Saving
+from ldm_scale.training.state import TrainingState
+
+# A checkpoint's figures by name, equal on all ranks; the function is called between blocks of images, on all of them.
+Evaluator = Callable[[Path, Callable[[], object]], dict[str, float]]
+
+
+class Measuring:
+    """The evaluations of a run; without an `evaluator` there are none."""
+
+    def __init__(
+        self, config: Config, evaluator: Evaluator | None, saving: Saving, checkpoints: Path, is_main: bool
+    ) -> None:
+        self._config, self._evaluator, self._saving = config, evaluator, saving
+        self._checkpoints, self._is_main = checkpoints, is_main
+        self._log = get_logger(0 if is_main else 1)
+
+    def owes(self, state: TrainingState, *, falls_due: bool) -> bool:
+        """Whether the checkpoint of this very step is still to be measured."""
+        return self._evaluator is not None and falls_due and state.measured_images != state.cur_images
+
+    def measure(self, writer: ScalarWriter, state: TrainingState, stop: StopRequest) -> Stop:
+        """What any of the ranks was asked for meanwhile, which breaks the evaluation off; NONE once it is made.
+
+        Raises: ConfigError if train.best_metric names no figure of it. Collective: all ranks.
+        """
+        assert self._evaluator is not None, "asked whether it owes one"
+        images = state.cur_images
+        path = folder_of(self._checkpoints, images)
+        self._saving.complete()
+
+        def between() -> None:
+            phases.enter("evaluate")
+            stop.check()
+
+        figures: dict[str, float] = {}
+        if collectives.broadcast_object(path.is_dir()):
+            try:
+                figures = self._evaluator(path, between)
+            except StopAsked:
+                return max(collectives.gather_objects(stop.kind))  # type: ignore[no-any-return]
+            except LdmScaleError as error:
+                self._log.error(f"the evaluation at {images} images failed: {error}; training goes on without it")
+        else:
+            self._log.error(f"{path} could not be written and is not evaluated; training goes on")
+        if not resumption.has_figures(self._config, images, EVALUATION, self._is_main):
+            writer.add_scalars(figures, images)
+        best.judge(figures, state, self._config.train, is_evaluation=True)
+        state.measured_images = images
+        return Stop.NONE
