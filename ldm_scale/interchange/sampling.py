@@ -89,7 +89,13 @@ def draw(
     )
     if not z.isfinite().all():
         raise NumericsError("the sample is not finite: guide less (guidance_scale, a guide's scale), or use float32")
-    images = model.autoencoder.decode(z, tile, overlap).float().clamp(-1.0, 1.0)
+    pixels = model.autoencoder.decode(z, tile, overlap).float()
+    if not pixels.isfinite().all():
+        raise NumericsError(
+            "the autoencoder's decoder gives pixels that are not finite for a latent that is: its weights are damaged, "
+            "or too large for their type; use float32, or export or import the autoencoder again"
+        )
+    images = pixels.clamp(-1.0, 1.0)
     if model.conditioning.inpainting is None or y.images is None or y.masks is None:
         return images
     return compose_inpainted(images, y.images.to(images.device), y.masks)

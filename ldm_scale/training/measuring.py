@@ -35,7 +35,7 @@ class Measuring:
         self._checkpoints, self._is_main = checkpoints, is_main
         self._log = get_logger(0 if is_main else 1)
 
-    def owes(self, state: TrainingState, *, falls_due: bool) -> bool:
+    def owes(self, state: TrainingState, falls_due: bool) -> bool:
         """Whether the checkpoint of this very step is still to be measured."""
         return self._evaluator is not None and falls_due and state.measured_images != state.cur_images
 

@@ -19,6 +19,8 @@ from ldm_scale.config.schema import Config
 from ldm_scale.engine import collectives, phases
 from ldm_scale.engine.background_save import BackgroundSave, HostMemory
 from ldm_scale.engine.checkpoint import Spares, Trained, remove_older, save_checkpoint, start_save
+from ldm_scale.engine.snapshots import remove_snapshots_beyond, save_snapshot
+from ldm_scale.engine.weights import SNAPSHOTS
 from ldm_scale.errors import CheckpointError, LdmScaleError
 from ldm_scale.planning.checkpoint_interval import best_interval_s, mean_time_between_failures_s
 from ldm_scale.telemetry.log import get_logger
@@ -34,6 +36,7 @@ class Saving:
 
     def __init__(self, config: Config, root: Path, rank: int) -> None:
         self._config, self._root, self._rank = config, root, rank
+        self._snapshots = Path(config.run_dir) / SNAPSHOTS
         self._log = get_logger(rank)
         self._pending: BackgroundSave | None = None
         self._memory = HostMemory()
@@ -157,6 +160,22 @@ class Saving:
             self._log.error(f"{error}; images {self._saved_images} to {state.cur_images - 1} have to be seen again")
             return False
         return True
+
+    def snapshot(self, trained: Mapping[str, Trained], state: TrainingState) -> None:
+        """Writes the averages of power-function profiles; a run without one of its snapshots goes on.
+
+        Collective: all ranks.
+        """
+        phases.enter("save")
+        try:
+            save_snapshot(self._snapshots, state.cur_images, trained, self._config.ema, config_to_dict(self._config))
+        except CheckpointError as error:
+            self._log.error(f"{error}; training goes on")
+
+    def forget_later_snapshots(self, state: TrainingState) -> None:
+        """Removes snapshots that a killed run took beyond its last checkpoint: the run passes there once more."""
+        if self._rank == 0 and (removed := remove_snapshots_beyond(self._snapshots, state.cur_images)):
+            self._log.info(f"removed {removed} snapshots of more than {state.cur_images} images")
 
     def _write(self, trained: Mapping[str, Trained], state: TrainingState, hurried: bool = False) -> None:
         values = state.to_dict(), config_to_dict(self._config)

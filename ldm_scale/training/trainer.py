@@ -30,12 +30,10 @@ from ldm_scale.engine.health import RankBatch, check_ranks
 from ldm_scale.engine.preemption import Stop, StopRequest
 from ldm_scale.engine.rank_files import folder_of
 from ldm_scale.engine.run_lock import RunLock
-from ldm_scale.engine.snapshots import remove_snapshots_beyond, save_snapshot
 from ldm_scale.engine.stragglers import Stragglers
 from ldm_scale.engine.tensor_file import file_crc32, replace_file
 from ldm_scale.engine.verification import newest_verified
-from ldm_scale.engine.weights import SNAPSHOTS
-from ldm_scale.errors import CheckpointError, Restart
+from ldm_scale.errors import Restart
 from ldm_scale.models.fused import describe_kernels
 from ldm_scale.telemetry.log import get_logger
 from ldm_scale.telemetry.tensorboard import ScalarWriter
@@ -111,7 +109,7 @@ class Trainer:
 
     def _run(self) -> bool:
         self._resume()
-        self._forget_later_snapshots()
+        self.saving.forget_later_snapshots(self.state)
         self.guard = StepGuard(self.config, self.state, self.environment.rank)
         if resumption.was_finished(self.run_dir / RESULT, self.state, self.config.train, self.environment.is_main):
             self.log.info(f"finished before, nothing to do; remove {self.run_dir / RESULT} to make the product again")
@@ -222,7 +220,7 @@ class Trainer:
         if between_ranks:
             writer.add_scalars(between_ranks, self.state.cur_images)
         if self._due(self.config.ema.snapshot_every_images):
-            self._snapshot()
+            self.saving.snapshot(self.task.trained, self.state)
         if self._stop and not self._at_end():
             return True
         with progress.paused(), self.task.evaluating():
@@ -242,8 +240,7 @@ class Trainer:
         return False
 
     def _is_measured(self) -> bool:
-        falls_due = self._due(self.config.evaluation.every_images) or self._at_end()
-        return self.measuring.owes(self.state, falls_due=falls_due)
+        return self.measuring.owes(self.state, self._due(self.config.evaluation.every_images) or self._at_end())
 
     def _measure(self, writer: ScalarWriter, stop: StopRequest) -> bool:
         """Whether the run was asked to stop before the evaluation that falls due was made."""
@@ -319,15 +316,6 @@ class Trainer:
     def _at_end(self) -> bool:
         return best.has_ended(self.state, self.config.train)
 
-    def _snapshot(self) -> None:
-        """Writes the averages of power-function profiles; a run without one of its snapshots goes on."""
-        phases.enter("save")
-        root, config = self.run_dir / SNAPSHOTS, config_to_dict(self.config)
-        try:
-            save_snapshot(root, self.state.cur_images, self.task.trained, self.config.ema, config)
-        except CheckpointError as error:
-            self.log.error(f"{error}; training goes on")
-
     def _resume(self) -> None:
         """Continues from the newest whole checkpoint of the run directory, which rank 0 chooses for all."""
         newest = newest_verified(self.checkpoints, self.environment.rank, self._checksum_of)
@@ -346,14 +334,6 @@ class Trainer:
         self.saving.resumed_at(self.state)
         self._best.update(self.state)
         self.log.info(f"continuing at {self.state.cur_images} images from {path}")
-
-    def _forget_later_snapshots(self) -> None:
-        """Removes snapshots that a killed run took beyond its last checkpoint: the run passes there once more."""
-        if not self.environment.is_main:
-            return
-        removed = remove_snapshots_beyond(self.run_dir / SNAPSHOTS, self.state.cur_images)
-        if removed:
-            self.log.info(f"removed {removed} snapshots of more than {self.state.cur_images} images")
 
     def _finish(self) -> None:
         phases.enter("finish")

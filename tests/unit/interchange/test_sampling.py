@@ -153,6 +153,15 @@ def test_what_is_not_finite_is_no_picture(text: LoadedDiffusion) -> None:
         text.sample(["a"], [0], guide=lambda denoiser: lambda z, t: denoiser(z, t) * torch.inf)
 
 
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_pixels_that_are_not_finite_are_no_picture(tmp_path: Path, value: float) -> None:
+    model = _model(tmp_path, SPATIAL)
+    model.autoencoder.network.decoder.conv_out.weight.data[0] = value
+    for tile in (None, 16):
+        with pytest.raises(NumericsError, match="the autoencoder's decoder gives pixels that are not finite"):
+            model.sample(Conditions(maps=torch.zeros(1, 32, 32, dtype=torch.uint8)), [0], tile=tile)
+
+
 def test_half_precision_runs_in_tiles(tmp_path: Path) -> None:
     model = _model(tmp_path, SPATIAL).to("cpu", torch.bfloat16)
     images = model.sample(Conditions(maps=torch.zeros(1, 32, 32, dtype=torch.uint8)), [0], tile=16)
