@@ -206,7 +206,12 @@ def _add_measuring(parser: argparse.ArgumentParser, out: str, required: bool = F
     """Options that all evaluations have."""
     parser.add_argument("--batch", type=int, default=16, help="images at once; changes no figure")
     parser.add_argument("--features", choices=("efficientnet_lite0", "inception_v3"), default="efficientnet_lite0")
-    parser.add_argument("--features-weights", type=Path, metavar="FILE", help="FID's Inception, for inception_v3")
+    parser.add_argument(
+        "--features-weights",
+        type=Path,
+        metavar="FILE",
+        help="FID's Inception, for inception_v3; default: as torch-fidelity caches it",
+    )
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     parser.add_argument("--out", type=output_path, metavar="DIR", required=required, help=out)
     parser.add_argument("--overwrite", action="store_true", help="replace a result in --out")

@@ -21,8 +21,13 @@ _STANDARD_SHA256 = "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb91
 NUM_FEATURES = 2048
 
 
+def usual_cache() -> Path:
+    """Where torch-fidelity keeps the weights once it has downloaded them; here nothing is downloaded."""
+    return Path(torch.hub.get_dir()) / "checkpoints" / WEIGHTS_FILE
+
+
 class InceptionFeatures:
-    """Turns images into the (2048,) vectors that FID is made of.
+    """Turns images into the (2048,) vectors that FID is made of; without a path, with weights in the usual cache.
 
     Raises: ConfigError if torch-fidelity or the weights are missing, or do not fit together.
     """
@@ -34,8 +39,12 @@ class InceptionFeatures:
                 "pip install torch-fidelity (or 'ldm-scale[evaluation]'), or use --features efficientnet_lite0, which "
                 "is installed"
             )
-        if weights_path is None or not weights_path.is_file():
-            found = "no file was named" if weights_path is None else f"there is no file {weights_path}"
+        if weights_path is None:
+            weights_path = usual_cache()
+            found = f"no file was named, and the usual cache has no {weights_path}"
+        else:
+            found = f"there is no file {weights_path}"
+        if not weights_path.is_file():
             raise ConfigError(
                 f"--features inception_v3 needs FID's weights, but {found}: give --features-weights the path of "
                 f"torch-fidelity's {WEIGHTS_FILE} (from its releases page)"

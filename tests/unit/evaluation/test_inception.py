@@ -42,7 +42,10 @@ def test_without_the_package_the_message_says_how_to_get_it(monkeypatch: pytest.
 
 
 @pytest.mark.usefixtures("torch_fidelity")
-def test_without_weights_nothing_is_downloaded(tmp_path: Path) -> None:
+def test_without_weights_nothing_is_downloaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path / "hub"))
+    with pytest.raises(ConfigError, match=r"the usual cache has no .*/hub/checkpoints/weights-inception-2015"):
+        InceptionFeatures(None)
     for path in (None, tmp_path / "absent.pth"):
         with pytest.raises(ConfigError, match="--features-weights the path of"):
             InceptionFeatures(path)
@@ -63,6 +66,15 @@ def test_only_the_standard_weights_make_an_rfid(tmp_path: Path, monkeypatch: pyt
     assert features.name == "rFID"
     images = torch.tensor([-2.0, 0.105, 1.0]).view(3, 1, 1, 1).expand(3, 3, 4, 4)
     assert features.extract(images)[:, 0].tolist() == [0, 141, 255]
+
+
+@pytest.mark.usefixtures("torch_fidelity")
+def test_weights_are_taken_from_the_usual_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
+    (tmp_path / "checkpoints").mkdir()
+    path = tmp_path / "checkpoints" / inception.WEIGHTS_FILE
+    torch.save({}, path)
+    assert InceptionFeatures(None).weights_hash == hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 @pytest.fixture(scope="module")
