@@ -22,10 +22,12 @@ from ldm_scale.config.schema import Config
 from ldm_scale.data import open_unindexed
 from ldm_scale.data.manifest import needs_manifest
 from ldm_scale.engine import collectives
+from ldm_scale.engine.agreement import agreed
 from ldm_scale.engine.ema import RAW, average_names, canonical_name
 from ldm_scale.errors import ConfigError, DataError
 from ldm_scale.evaluation.images import chosen_numbers, open_images, open_split
 from ldm_scale.evaluation.results import RESULT_FILE
+from ldm_scale.interchange.load import read_source
 from ldm_scale.operations.evaluate import evaluate_autoencoder
 from ldm_scale.operations.evaluate_diffusion import evaluate_diffusion
 from ldm_scale.operations.evaluation_reference import check_set_request, open_scorer
@@ -93,7 +95,8 @@ class CheckpointEvaluator:
         Raises: an LdmScaleError on all ranks if it cannot be measured. Collective: all ranks.
         """
         arguments = self.arguments(checkpoint)
-        found = collectives.broadcast_object(_written(arguments) if collectives.rank() == 0 else None)
+        here = agreed(lambda: _written(arguments) if collectives.rank() == 0 else None)
+        found = collectives.broadcast_object(here)
         if found is None:
             evaluate = evaluate_autoencoder if self._config.stage == "autoencoder" else evaluate_diffusion
             rounds_to_10_bits = torch.backends.cudnn.allow_tf32  # an evaluation does not; training may
@@ -152,12 +155,16 @@ class CheckpointEvaluator:
 
 
 def _written(arguments: argparse.Namespace) -> dict[str, float] | None:
-    """The figures of a result that the same command has left, if there is one."""
+    """The figures of a result that the same command has left of the same weights, if there is one."""
     try:
         document = json.loads((arguments.out / RESULT_FILE).read_text(encoding="utf-8"))
-        return _values(document) if document["command"] == arguments.command else None
+        command, weights, values = document["command"], document["model"]["content_sha256"], _values(document)
     except (OSError, ValueError, KeyError, TypeError):
         return None  # it is measured once more
+    if command != arguments.command:
+        return None
+    # A run that was begun anew in its old folder passes the same numbers of images with other weights.
+    return values if read_source(arguments.source, arguments.weights).content_hash == weights else None
 
 
 def _values(document: dict[str, Any]) -> dict[str, float]:

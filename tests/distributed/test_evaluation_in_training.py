@@ -10,6 +10,7 @@ import json
 import os
 import re
 import shlex
+import shutil
 import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -222,6 +223,19 @@ def test_a_run_that_was_killed_knows_its_evaluations(tmp_path: Path) -> None:
     result = json.loads((tmp_path / "killed/result.json").read_text())
     told = figures(tmp_path / "killed")
     assert result["best"]["value"] == min(found[METRIC] for found in told.values())
+
+
+def test_results_of_another_run_are_not_taken(tmp_path: Path) -> None:
+    config = run_of("diffusion", tmp_path, "run", total_images=16)
+    assert run_ranks(trained, 1, config) == ["finished after 4"]
+    before = results(tmp_path / "run")
+    (tmp_path / "run" / "evaluations").rename(tmp_path / "kept")
+    shutil.rmtree(tmp_path / "run")
+    (tmp_path / "run").mkdir()
+    (tmp_path / "kept").rename(tmp_path / "run" / "evaluations")
+    anew = dataclasses.replace(config, optimizer=dataclasses.replace(config.optimizer, lr=2e-3))
+    assert run_ranks(trained, 1, anew) == ["finished after 4"]
+    assert results(tmp_path / "run")[16]["figures"] != before[16]["figures"]
 
 
 def fail() -> None:
