@@ -87,7 +87,7 @@ def reference_losses(folder: Path) -> list[float]:
     return run_ranks(_diffusion_losses, 1, _config(folder, "diffusion", 0))[0]
 
 
-@pytest.mark.parametrize(("ranks", "zero_stage"), [(1, 2), (2, 0), (2, 1), (2, 2), (2, 3)])
+@pytest.mark.parametrize(("ranks", "zero_stage"), [rarely(1, 2), rarely(2, 0), (2, 1), (2, 2), (2, 3)])
 def test_diffusion_losses_do_not_depend_on_ranks_or_stage(
     folder: Path, reference_losses: list[float], ranks: int, zero_stage: int
 ) -> None:
@@ -100,7 +100,7 @@ def test_diffusion_losses_do_not_depend_on_ranks_or_stage(
     ("ranks", "zero_stage", "mode"),
     [
         rarely(1, 0, "full"),
-        (2, 2, "selective"),
+        rarely(2, 2, "selective"),
         (2, 3, "full"),
         rarely(2, 3, "selective"),
     ],
@@ -121,7 +121,7 @@ ALL_OFFLOADED = OFFLOADED | {"offload_parameters": True}
     ("ranks", "zero_stage", "fields"),
     [
         rarely(2, 1, OFFLOADED),
-        (2, 2, OFFLOADED),
+        rarely(2, 2, OFFLOADED),
         (2, 3, ALL_OFFLOADED),
         rarely(2, 3, {"live_elements": 1_000}),
     ],
@@ -252,7 +252,9 @@ LATE = [
 
 @pytest.mark.parametrize(
     ("images", "ranks", "zero_stage", "micro_batch", "checkpointing"),
-    [(images, *case) for images in MOMENTS for case in EVERYWHERE] + [(MOMENTS[-1], *case) for case in LATE],
+    [(images, *case) for images in MOMENTS for case in EVERYWHERE if images == MOMENTS[-1] or case[1] % 2]
+    + [rarely(images, *case) for images in MOMENTS[:-1] for case in EVERYWHERE if not case[1] % 2]
+    + [(MOMENTS[-1], *case) if case[0] == 4 and case[1] else rarely(MOMENTS[-1], *case) for case in LATE],
 )
 def test_autoencoder_step_does_not_depend_on_ranks_stage_or_checkpointing(
     folder: Path,
@@ -322,7 +324,7 @@ def vq_step(request: pytest.FixtureRequest, folder: Path) -> tuple[dict[str, Any
     [
         rarely(1, 2, 8),
         rarely(2, 0, 4),
-        (2, 1, 2),
+        rarely(2, 1, 2),
         rarely(2, 2, 4),
         (2, 3, 4),
         (4, 2, 1),

@@ -53,7 +53,7 @@ EMA_CODES = {"codebook_update": "ema", "dead_code_images": 16}
             3,
             {"autoencoder": {"kind": "vq", "codebook_size": 64}, "autoencoder_loss": GAN | EMA_CODES},
         ),
-        ("autoencoder", 1, 1, {"autoencoder_loss": GAN | {"discriminator_norm": "batch"}}),
+        rarely("autoencoder", 1, 1, {"autoencoder_loss": GAN | {"discriminator_norm": "batch"}}),
         ("diffusion", 2, 3, {"ema": {"power_stds": (0.05, 0.1), "snapshot_every_images": 16}}),
     ],
 )
@@ -122,7 +122,7 @@ def _train_under_faults(config: Config, rules: str) -> bool:
         rarely("enospc:at=save.write", False),
         rarely("eio:at=save.rename", True),
         ("eio:at=save.rename", False),
-        ("erofs:at=save.begin,times=2", True),
+        rarely("erofs:at=save.begin,times=2", True),
         rarely("erofs:at=save.begin,times=2", False),
     ],
 )
@@ -140,7 +140,7 @@ def test_training_goes_on_after_a_save_that_failed_and_soon_tries_again(
     assert len(names) == 2, "not tried again before the end"
 
 
-@pytest.mark.parametrize("in_background", [False, True])
+@pytest.mark.parametrize("in_background", [rarely(False), True])
 def test_a_run_that_cannot_write_its_last_checkpoint_says_so(tmp_path: Path, in_background: bool) -> None:
     manifest = make_dataset(tmp_path / "data", num_samples=16, resolution=20)
     tiny_artifact(tmp_path / "artifact")

@@ -179,14 +179,14 @@ def _case(
     [
         _case("diffusion", 0, "fp32", "nan:at=step.gradients,rank=1,nth=2", rare=True),
         _case("diffusion", 0, "bf16", "inf:at=step.latents,rank=0,nth=3", 2),
-        _case("diffusion", 1, "fp32", "inf:at=step.input,rank=1,nth=3", 2),
+        _case("diffusion", 1, "fp32", "inf:at=step.input,rank=1,nth=3", 2, rare=True),
         _case("diffusion", 1, "bf16", "nan:at=step.gradients,rank=0,nth=2", rare=True),
         _case("diffusion", 2, "fp32", "nan:at=step.loss,rank=0,nth=4", 2),
         _case("diffusion", 2, "bf16", "nan:at=step.latents,rank=1,nth=2", rare=True),
         _case("diffusion", 3, "fp32", "nan:at=step.latents,rank=1,nth=3", 2, rare=True),
         _case("diffusion", 3, "bf16", "inf:at=step.gradients,rank=1,nth=2"),
         # Of two engines the generator's gradient is asked for first, then the discriminator's.
-        _case("autoencoder", 0, "fp32", "nan:at=step.gradients,rank=1,nth=4", **GAN),
+        _case("autoencoder", 0, "fp32", "nan:at=step.gradients,rank=1,nth=4", rare=True, **GAN),
         _case("autoencoder", 1, "bf16", "nan:at=step.gradients,rank=1,nth=3", 2, rare=True),
         _case("autoencoder", 2, "fp32", "nan:at=step.input,rank=0,nth=4", 2, **GAN),
         _case("autoencoder", 3, "fp32", "inf:at=step.loss,rank=1,nth=2", **VQ),

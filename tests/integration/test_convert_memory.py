@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
+
 from benchmarks.convert_memory import CHECKPOINT, FOLDERS, GOAL, TINY, config_of, make_artifact_folder, run_steps
 from ldm_scale.interchange.artifact import read_diffusion_artifact
 from tests.helpers.checkpoints import write_checkpoint
@@ -12,6 +14,7 @@ CASE = "small"  # 186 MB
 STEPS = ("artifact:diffusers", "diffusers:safetensors", "checkpoint:diffusers", "artifact:load_diffusion")
 
 
+@pytest.mark.faults  # a minute, of a property that few changes touch
 def test_conversions_take_less_than_the_goal(tmp_path: Path) -> None:
     """In one process, warm from a tiny model; a diffusers folder is there when its way back is."""
     for case in (TINY, CASE):
