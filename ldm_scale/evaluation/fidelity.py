@@ -6,9 +6,9 @@ Source: arXiv:1801.01401 (KID), arXiv:1606.03498 (Inception score).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from importlib.util import find_spec
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -19,7 +19,7 @@ SUBSETS, SUBSET_SIZE = 100, 1000
 SPLITS = 10
 LEAST_SCORED = 2 * SPLITS  # images of which every split has two
 SEED = 2020  # of the package's command line, whose numbers these are
-_NUMBERS_AT_ONCE = 2**25
+LEAST_JUDGED = 8  # samples that a kernel distance's error can be told from
 
 
 def is_installed() -> bool:
@@ -50,35 +50,49 @@ def kernel_distance(made: Tensor, real: Tensor) -> float:
     """
     from torch_fidelity.metric_kid import KEY_METRIC_KID_MEAN, kid_features_to_metric
 
-    size = subset_size(len(made), len(real))
-    subsets = 1 if size == len(made) == len(real) else SUBSETS  # each would be all of both
+    size, subsets = subset_size(len(made), len(real)), _num_subsets(len(made), len(real))
     found = kid_features_to_metric(
         made.double(), real.double(), kid_subsets=subsets, kid_subset_size=size, rng_seed=SEED, verbose=False
     )
     return float(found[KEY_METRIC_KID_MEAN])
 
 
-def kernel_distances(made: Tensor, real: Tensor, subsets: Sequence[Tensor]) -> list[float]:
-    """The same distance of each subset of the samples from the real images, over all pairs at once.
+def kernel_error(made: Tensor, real: Tensor) -> float:
+    """Standard error of `kernel_distance` over other samples of the same model, beside the same real images.
 
-    For its spread over subsets. The pairs of real images add the same to each, and are left out.
-    Shapes: subsets hold numbers of samples, (m,) int64, at least two each.
+    The jackknife of that very estimator: what each sample adds to it through all the subsets that hold it, beside what
+    the other samples of a subset add. The sum of the squares is the variance of the part that is linear in the samples,
+    and twice that of the pairs' part, which is all there is between equal distributions: never too small on average.
+    Shapes: (M, D) and (N, D), M at least LEAST_JUDGED.
+    Source: Efron and Stein 1981, "The jackknife estimate of variance".
     """
     made, real = made.double(), real.double()
-    member = torch.zeros(len(made), len(subsets), dtype=torch.float64)
-    for column, subset in enumerate(subsets):
-        member[subset, column] = 1.0
-    within, across = torch.zeros(len(subsets)).double(), torch.zeros(len(subsets)).double()
-    step = max(1, _NUMBERS_AT_ONCE // max(len(made), len(real)))
-    for begin in range(0, len(made), step):
-        part, chosen = made[begin : begin + step], member[begin : begin + step]
-        kernel = _kernel(part, made)
-        numbers = torch.arange(len(part))
-        kernel[numbers, begin + numbers] = 0.0  # pairs of an image with itself
-        within += (chosen * (kernel @ member)).sum(dim=0)
-        across += chosen.T @ _kernel(part, real).mean(dim=1)
-    sizes = member.sum(dim=0)
-    return [float(value) for value in within / (sizes * (sizes - 1)) - 2 * across / sizes]
+    draws = _draws(len(made), len(real))
+    added = torch.zeros(len(made), dtype=torch.float64)
+    for of_made, of_real in draws:
+        x, size = made[of_made], len(of_made)
+        within, across = _kernel(x, x).fill_diagonal_(0.0), _kernel(x, real[of_real])
+        terms = 2 * within.sum(dim=1) / (size * (size - 1)) - 2 * across.mean(dim=1) / size
+        added[of_made] += (terms - terms.mean()) / len(draws)
+    count = subset_size(len(made), len(real))
+    return float((added.square().sum() * count / (count - 1)).sqrt())
+
+
+def _draws(num_made: int, num_real: int) -> list[tuple[Tensor, Tensor]]:
+    """Numbers of the samples and of the real images of each subset, as torch-fidelity draws them."""
+    size, generator = subset_size(num_made, num_real), np.random.RandomState(SEED)
+    return [
+        (
+            torch.from_numpy(generator.choice(num_made, size, replace=False)),
+            torch.from_numpy(generator.choice(num_real, size, replace=False)),
+        )
+        for _ in range(_num_subsets(num_made, num_real))
+    ]
+
+
+def _num_subsets(num_made: int, num_real: int) -> int:
+    """One where each would be all of both sets."""
+    return 1 if subset_size(num_made, num_real) == num_made == num_real else SUBSETS
 
 
 def inception_score(logits: Tensor) -> tuple[float, float]:

@@ -53,17 +53,28 @@ class Halves:
         self, value: float, over_halves: Sequence[float], bounds: tuple[float, float] = (-math.inf, math.inf)
     ) -> dict[str, Any]:
         """The interval around a value, from the figure's values over the halves; cut to what the figure can be."""
-        from scipy.special import stdtrit
-
         assert len(over_halves) == self.resamples > 1, "a value for each half"
         spread = torch.tensor(over_halves, dtype=torch.float64).var(correction=1).item()
         # Of a half the variance is that of all times (1 / size - 1 / num_samples) * num_samples.
         error = (spread * self.size / (self.num_samples - self.size)) ** 0.5
-        width = float(stdtrit(self.resamples - 1, 0.5 + LEVEL / 2)) * error
-        return {
-            "level": LEVEL,
-            "low": max(bounds[0], value - width),
-            "high": min(bounds[1], value + width),
-            "standard_error": error,
-            "method": self.method,
-        }
+        return interval_around(value, error, self.resamples - 1, self.method, bounds)
+
+
+def interval_around(
+    value: float,
+    error: float,
+    freedom: int,
+    method: str,
+    bounds: tuple[float, float] = (-math.inf, math.inf),
+) -> dict[str, Any]:
+    """Student's interval of LEVEL around a value with a standard error of so many degrees of freedom, cut to bounds."""
+    from scipy.special import stdtrit
+
+    width = float(stdtrit(freedom, 0.5 + LEVEL / 2)) * error
+    return {
+        "level": LEVEL,
+        "low": max(bounds[0], value - width),
+        "high": min(bounds[1], value + width),
+        "standard_error": error,
+        "method": method,
+    }

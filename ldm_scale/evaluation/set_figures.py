@@ -18,7 +18,7 @@ from torch import Tensor
 from ldm_scale.evaluation import fidelity, neighbours
 from ldm_scale.evaluation.feature_sets import FeatureSet, require_finite, require_one_extractor
 from ldm_scale.evaluation.features import FeatureSpace, Gaussian
-from ldm_scale.evaluation.intervals import Halves
+from ldm_scale.evaluation.intervals import Halves, interval_around
 
 DEFINITIONS = {
     "frechet": "squared Frechet distance of Gaussians with the sets' moments, covariances by N - 1 (arXiv:1706.08500)",
@@ -31,6 +31,10 @@ DEFINITIONS = {
     "inception_score": f"over 1008 logits without bias, mean of {fidelity.SPLITS} splits, by torch-fidelity "
     "(arXiv:1606.03498)",
 }
+KERNEL_METHOD = (
+    "Student's t with the delete-one jackknife of the mean over subsets; of the samples, the reference and the subsets' "
+    "draws fixed"
+)
 
 
 @dataclass(frozen=True)
@@ -145,8 +149,13 @@ def _kernel(x: Tensor, y: Tensor, network: Network, halves: Halves) -> dict[str,
     if reason is not None:
         return {"name": name, "not_measured": reason}
     value = fidelity.kernel_distance(x, y)
-    figure = with_interval(value, halves, 2, lambda: fidelity.kernel_distances(x, y, halves.indices()))
-    return {"name": name} | figure | {"subset_size": fidelity.subset_size(len(x), len(y))}
+    figure: dict[str, Any] = {"name": name, "value": value, "interval": None}
+    if halves.resamples and len(x) < fidelity.LEAST_JUDGED:
+        figure["no_interval"] = f"{len(x)} samples, at least {fidelity.LEAST_JUDGED} are needed"
+    elif halves.resamples:
+        error = fidelity.kernel_error(x, y)
+        figure["interval"] = interval_around(value, error, len(x) - 1, KERNEL_METHOD)
+    return figure | {"subset_size": fidelity.subset_size(len(x), len(y))}
 
 
 def _neighbours(x: Tensor, y: Tensor, network: Network, halves: Halves) -> dict[str, dict[str, Any]]:

@@ -19,7 +19,6 @@ from ldm_scale.errors import ConfigError, NumericsError
 from ldm_scale.evaluation import fidelity, neighbours, set_figures
 from ldm_scale.evaluation.feature_sets import FeatureSet
 from ldm_scale.evaluation.features import Gaussian
-from ldm_scale.evaluation.fidelity import kernel_distances
 from ldm_scale.evaluation.intervals import Halves
 from ldm_scale.evaluation.neighbours import neighbour_figures
 from ldm_scale.evaluation.set_figures import Network
@@ -114,23 +113,31 @@ def test_kernel_distance_and_score_are_torch_fidelitys() -> None:
     assert figures["inception_score"]["split_deviation"] == score["inception_score_std"]
 
 
-@pytest.mark.parametrize("at_once", [2**25, 200])
-def test_kernel_distances_of_subsets_equal_torch_fidelitys_but_for_the_reference(
-    monkeypatch: pytest.MonkeyPatch, at_once: int
-) -> None:
-    monkeypatch.setattr(fidelity, "_NUMBERS_AT_ONCE", at_once)
-    made, real = random_features(40, scale=1.3), random_features(20, seed=1)
-    subsets = Halves(40, 3).indices()
-    theirs = [
-        kid_features_to_metric(made[s].double(), real.double(), kid_subsets=1, kid_subset_size=20, verbose=False)
-        for s in subsets
-    ]
-    ours = kernel_distances(made, real, subsets)
-    differences = [
-        t["kernel_inception_distance_mean"] - o for t, o in zip(theirs, ours, strict=True)
-    ]  # the pairs of real images, the same for all
-    assert differences == pytest.approx([differences[0]] * 3, abs=1e-9)
-    assert max(ours) - min(ours) > 1e-3
+@pytest.mark.parametrize(("num_made", "num_real"), [(40, 20), (20, 20), (12, 40)])
+def test_error_of_the_kernel_distance_is_the_jackknife_of_torch_fidelitys_subsets(num_made: int, num_real: int) -> None:
+    """Each sample is left out of torch-fidelity's own subsets: what is left is worth less by what it adds."""
+    made, real = random_features(num_made, scale=1.3).double(), random_features(num_real, seed=1).double()
+    generator, size = np.random.RandomState(2020), min(num_made, num_real)
+    a, b = made.numpy(), real.numpy()
+    within, across, theirs = ((x @ y.T / 12 + 1) ** 3 for x, y in ((a, a), (a, b), (b, b)))
+    added, values = np.zeros(num_made), []
+    for _ in range(1 if num_made == num_real else 100):
+        x = generator.choice(num_made, size, replace=False)
+        y = generator.choice(num_real, size, replace=False)
+        values.append(
+            sum(
+                (k[np.ix_(p, p)].sum() - np.trace(k[np.ix_(p, p)])) / size / (size - 1)
+                for k, p in ((within, x), (theirs, y))
+            )
+            - 2 * across[np.ix_(x, y)].mean()
+        )
+        terms = [
+            2 * sum(within[i, j] for j in x if j != i) / size / (size - 1) - 2 * across[i, y].mean() / size for i in x
+        ]
+        added[x] += np.array(terms) - np.mean(terms)
+    assert np.mean(values) == pytest.approx(fidelity.kernel_distance(made, real), rel=1e-9), "the same subsets"
+    expected = np.sqrt((added**2).sum() * size / (size - 1)) / len(values)
+    assert fidelity.kernel_error(made, real) == pytest.approx(expected, rel=1e-9)
 
 
 def test_equal_sets() -> None:
