@@ -28,6 +28,10 @@ from ldm_scale.data.sources import Layout, LeftOut, Prepared, Sample, Source, fi
 from ldm_scale.data.sources.squares import make_square
 from ldm_scale.data.sources.writing import write_dataset
 from ldm_scale.errors import DataError
+from ldm_scale.telemetry.log import get_logger
+
+PICTURE_EXTENSIONS = (*IMAGE_EXTENSIONS, "gif", "bmp")  # of files that are looked at
+_OTHER_PICTURES = ("tif", "tiff", "heic", "heif", "avif", "jxl", "jp2", "ppm", "tga", "psd", "exr")
 
 
 @dataclass(frozen=True)
@@ -47,16 +51,53 @@ class FolderRequest:
 
 
 def list_images(folder: Path) -> list[str]:
-    """Paths of the images below a folder, relative to it, sorted; hidden files and label maps are not looked at."""
-    found = []
-    for directory, subfolders, names in os.walk(folder, followlinks=True):
-        subfolders[:] = [name for name in subfolders if not name.startswith(".")]
+    """Paths of the images below a folder, relative to it, sorted; hidden files and label maps are not looked at.
+
+    Links to folders are followed, but no folder is entered twice: not through a link to one above it, which would have
+    no end, nor through several. A folder's own place comes before links to it. The log names links that were not
+    followed, and tells of pictures of other kinds.
+    """
+    found: list[str] = []
+    linked: list[Path] = []
+    entered: set[tuple[int, int]] = set()
+    _walk(folder, folder, found, linked, entered)
+    for link in linked:  # grows: linked folders may hold links
+        if not _walk(link, folder, found, linked, entered):
+            get_logger().warning(f"{link}: a link to a folder whose images are read already; not followed")
+    chosen = sorted(name for name in found if _extension(name) in PICTURE_EXTENSIONS)
+    others = sorted(set(found) - set(chosen))
+    if others:
+        get_logger().warning(
+            f"{folder}: {len(others)} pictures of other kinds, such as {others[0]}, are not looked at; save them as PNG"
+        )
+    return chosen
+
+
+def _walk(top: Path, folder: Path, found: list[str], linked: list[Path], entered: set[tuple[int, int]]) -> bool:
+    """Whether `top` was new: then images below it are found and links noted, but for folders that were entered."""
+    if _identity(top) in entered:
+        return False
+    for directory, subfolders, names in os.walk(top):
+        entered.add(_identity(directory))
+        seen = sorted(name for name in subfolders if not name.startswith("."))
+        linked += [path for name in seen if (path := Path(directory, name)).is_symlink()]
+        subfolders[:] = [name for name in seen if _identity(Path(directory, name)) not in entered]
         for name in names:
             if name.startswith(".") or name.lower().endswith(f".{MAP_EXTENSION}"):
                 continue
-            if name.rpartition(".")[2].lower() in IMAGE_EXTENSIONS:
+            if _extension(name) in (*PICTURE_EXTENSIONS, *_OTHER_PICTURES):
                 found.append(Path(directory, name).relative_to(folder).as_posix())
-    return sorted(found)
+    return True
+
+
+def _extension(name: str) -> str:
+    return name.rpartition(".")[2].lower()
+
+
+def _identity(directory: str | Path) -> tuple[int, int]:
+    """What a folder is the same by, whatever its path."""
+    status = os.stat(directory)
+    return status.st_dev, status.st_ino
 
 
 def class_of(relative: str, root_name: str) -> str:
@@ -149,7 +190,7 @@ def _require_images(folder: Path) -> list[str]:
         raise DataError(f"{folder}: no such folder; give the folder that holds the images")
     images = list_images(folder)
     if not images:
-        raise DataError(f"{folder}: no images below it; looked for {', '.join(IMAGE_EXTENSIONS)}")
+        raise DataError(f"{folder}: no images below it; looked for {', '.join(PICTURE_EXTENSIONS)}")
     return images
 
 

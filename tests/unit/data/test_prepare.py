@@ -228,6 +228,24 @@ def test_a_changed_folder_is_another_request(tmp_path: Path, pictures: Path) -> 
     assert "new.png" in list_images(pictures)
 
 
+def test_a_folder_is_entered_once_however_it_is_linked(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for name in ("root/cats/a.png", "root/cats/b.GIF", "root/dogs/c.bmp", "outside/d.png", "outside/deep/e.jpg"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (9, 9)).save(tmp_path / name)
+    root = tmp_path / "root"
+    (root / "dogs" / "loop").symlink_to(root, target_is_directory=True)
+    (root / "again").symlink_to(root / "cats", target_is_directory=True)
+    for name in ("linked", "twice"):
+        (root / name).symlink_to(tmp_path / "outside", target_is_directory=True)
+    (tmp_path / "outside" / "back").symlink_to(root, target_is_directory=True)
+    (root / "scan.tiff").write_bytes(b"II*\0")
+    assert list_images(root) == ["cats/a.png", "cats/b.GIF", "dogs/c.bmp", "linked/d.png", "linked/deep/e.jpg"]
+    err = capsys.readouterr().err
+    for name in ("dogs/loop", "again", "twice", "linked/back"):
+        assert f"{root / name}: a link to a folder whose images are read already; not followed" in err
+    assert f"{root}: 1 pictures of other kinds, such as scan.tiff, are not looked at; save them as PNG" in err
+
+
 def test_foreign_tars_are_indexed_where_they_lie(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     far, near = tmp_path / "far", tmp_path / "near"
     far.mkdir()
