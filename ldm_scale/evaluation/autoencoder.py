@@ -145,6 +145,8 @@ class ReconstructionMeter:
         if not self.num_images:
             raise DataError("no image to evaluate reconstructions on; name another split or folder")
         values = self.rows.tensors("")
+        unrelated = summary(values["unrelated_perceptual"][1:])  # the first image has none before it
+        bicubic = {name: summary(values[f"bicubic_{name}"]) for name in ("psnr_db", "ssim", "perceptual")}
         originals, reconstructions = values.pop("original"), values.pop("reconstruction")
         instruments = self._instruments
         frechet = frechet_figures(originals, reconstructions, instruments.num_components, RESAMPLES)
@@ -156,11 +158,12 @@ class ReconstructionMeter:
             "perceptual": {
                 "name": instruments.perceptual.name,
                 **summary(values["perceptual"]),
-                # The first image has none before it.
-                "unrelated": summary(values["unrelated_perceptual"][1:])["mean"],
+                "unrelated": unrelated["mean"],
+                "counts": {"unrelated": unrelated["num_images"]},
             },
             "frechet": {"name": instruments.frechet_name, **frechet},
-            "bicubic": {name: summary(values[f"bicubic_{name}"])["mean"] for name in ("psnr_db", "ssim", "perceptual")},
+            "bicubic": {name: found["mean"] for name, found in bicubic.items()}
+            | {"counts": {name: found["num_images"] for name, found in bicubic.items()}},
             "rate": {"numbers_per_pixel": numbers_per_pixel(self._model.config), **self._rate()},
         }
         if instruments.classifier is not None:

@@ -60,6 +60,23 @@ class Halves:
         return interval_around(value, error, self.resamples - 1, self.method, bounds)
 
 
+def share_interval(share: float, count: int) -> dict[str, Any]:
+    """Wilson's score interval of LEVEL of a share of so many images; not without width at 0 and 1 either.
+
+    Source: Wilson 1927, "Probable inference, the law of succession, and statistical inference".
+    """
+    from scipy.stats import binomtest
+
+    found = binomtest(round(share * count), count).proportion_ci(LEVEL, method="wilson")
+    return {
+        "level": LEVEL,
+        "low": float(found.low),
+        "high": float(found.high),
+        "standard_error": math.sqrt(share * (1 - share) / count),
+        "method": f"Wilson's score interval of a share of {count} images",
+    }
+
+
 def interval_around(
     value: float,
     error: float,

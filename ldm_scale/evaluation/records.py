@@ -14,6 +14,7 @@ from typing import Any
 import PIL
 
 from ldm_scale import __version__
+from ldm_scale.evaluation.intervals import share_interval
 from ldm_scale.interchange.safetensors_io import json_sha256
 
 _NORMAL = 1.959963984540054  # two-sided 95% of the normal distribution
@@ -57,10 +58,14 @@ def figure_records(document: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def _figures(figures: dict[str, Any], num_images: int, prefix: str = "") -> Iterator[tuple[str, dict[str, Any]]]:
-    """Dotted name and value, interval and number of images of every figure that was measured."""
+    """Dotted name and value, interval and number of images of every figure that was measured.
+
+    A group's `counts` are numbers of images of plain figures that are over fewer.
+    """
+    counts = figures.get("counts", {})
     for name, found in figures.items():
         path = f"{prefix}{name}"
-        if isinstance(found, dict):
+        if isinstance(found, dict) and name != "counts":
             count = found.get("num_images", num_images)
             if "value" in found:
                 yield path, {"name": found["name"], "value": found["value"], "interval": found["interval"], "n": count}
@@ -73,7 +78,7 @@ def _figures(figures: dict[str, Any], num_images: int, prefix: str = "") -> Iter
                 {key: value for key, value in found.items() if key not in _NO_FIGURES}, count, f"{path}."
             )
         elif isinstance(found, int | float) and not isinstance(found, bool) and name not in _COUNTS:
-            yield path, {"name": path, "value": found, "interval": None, "n": num_images}
+            yield path, {"name": path, "value": found, "interval": None, "n": counts.get(name, num_images)}
 
 
 _NO_FIGURES = ("value", "distance", "interval", "mean", "std", "name", "level", "subset_size")
@@ -81,9 +86,12 @@ _COUNTS = ("num_images", "num_objects", "num_labels", "num_chosen", "explained_v
 
 
 def _mean(path: str, found: dict[str, Any], count: int) -> dict[str, Any]:
+    """The record of a mean over images; one whose images all have the same figure has no interval, of shares aside."""
     error = found["std"] / math.sqrt(count - 1) if count > 1 else None
     interval = None
-    if error is not None:
+    if found.get("share"):
+        interval = share_interval(found["mean"], count)
+    elif error:
         interval = {
             "level": 0.95,
             "low": found["mean"] - _NORMAL * error,

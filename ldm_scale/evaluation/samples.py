@@ -20,6 +20,7 @@ from ldm_scale.data.annotations import Layout, SceneObject, shown_objects
 from ldm_scale.errors import DataError, NumericsError
 from ldm_scale.evaluation.clip_score import ClipScorer, clip_figure
 from ldm_scale.evaluation.conditioned import (
+    SHARES,
     class_colours,
     evaluate_layouts,
     evaluate_maps,
@@ -267,7 +268,9 @@ def _share(hits: Tensor) -> float:
 
 def _means(values: dict[str, Tensor]) -> dict[str, Any]:
     """Mean and deviation of each figure over the images that have it."""
-    figures: dict[str, Any] = {name: summary(value[~value.isnan()]) for name, value in values.items()}
+    figures: dict[str, Any] = {name: summary(value) for name, value in values.items()}
+    for name in set(values) & set(SHARES):
+        figures[name]["share"] = True
     main = next(iter(values.values()))
     return figures | {"num_images": int((~main.isnan()).sum()), "exact_images": int(main.isposinf().sum())}
 

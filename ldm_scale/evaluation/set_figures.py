@@ -18,7 +18,7 @@ from torch import Tensor
 from ldm_scale.evaluation import fidelity, neighbours
 from ldm_scale.evaluation.feature_sets import FeatureSet, require_finite, require_one_extractor
 from ldm_scale.evaluation.features import FeatureSpace, Gaussian
-from ldm_scale.evaluation.intervals import Halves, interval_around
+from ldm_scale.evaluation.intervals import Halves, interval_around, share_interval
 
 DEFINITIONS = {
     "frechet": "squared Frechet distance of Gaussians with the sets' moments, covariances by N - 1 (arXiv:1706.08500)",
@@ -31,9 +31,11 @@ DEFINITIONS = {
     "inception_score": f"over 1008 logits without bias, mean of {fidelity.SPLITS} splits, by torch-fidelity "
     "(arXiv:1606.03498)",
 }
+_ROUNDING = 1e-12
+ALL_EQUAL = "all halves of the samples have this very value, which does not tell how far other samples lie apart"
 KERNEL_METHOD = (
-    "Student's t with the delete-one jackknife of the mean over subsets; of the samples, the reference and the subsets' "
-    "draws fixed"
+    "Student's t with the delete-one jackknife of the mean over subsets; of the samples, reference and draws of the "
+    "subsets fixed"
 )
 
 
@@ -89,17 +91,28 @@ def with_interval(
     least: int,
     over: Callable[[], Sequence[float]],
     bounds: tuple[float, float] = (-math.inf, math.inf),
+    share_of: int | None = None,
 ) -> dict[str, Any]:
     """A value with its interval, or why it has none; `over` gives the figure's values over the halves.
 
-    `least` is the number of samples that the figure needs, `bounds` are what it can be.
+    `least` is the number of samples that the figure needs, `bounds` are what it can be. `share_of` is for shares: at 0
+    or 1, where halves may all agree, the interval is at least as wide as that of a share of so many images. Where
+    halves of another figure all agree, there is none.
     """
     if not halves.resamples:
         return {"value": value, "interval": None}
     if halves.size < least:
         reason = f"halves of {halves.num_samples} samples have fewer than {least}"
         return {"value": value, "interval": None, "no_interval": reason}
-    return {"value": value, "interval": halves.interval(value, over(), bounds)}
+    interval = halves.interval(value, over(), bounds)
+    differs = interval["standard_error"] > _ROUNDING * abs(value)
+    if share_of is not None and (value in (0.0, 1.0) or not differs):
+        wilson = share_interval(value, share_of)
+        interval["low"], interval["high"] = min(interval["low"], wilson["low"]), max(interval["high"], wilson["high"])
+        interval["method"] += f", joined with {wilson['method']}"
+    elif not differs:
+        return {"value": value, "interval": None, "no_interval": ALL_EQUAL}
+    return {"value": value, "interval": interval}
 
 
 def too_few(num_made: int, num_real: int, least: int) -> str | None:
@@ -154,7 +167,12 @@ def _kernel(x: Tensor, y: Tensor, network: Network, halves: Halves) -> dict[str,
         figure["no_interval"] = f"{len(x)} samples, at least {fidelity.LEAST_JUDGED} are needed"
     elif halves.resamples:
         error = fidelity.kernel_error(x, y)
-        figure["interval"] = interval_around(value, error, len(x) - 1, KERNEL_METHOD)
+        if error > _ROUNDING * (abs(value) + 1):  # the kernel is about 1
+            figure["interval"] = interval_around(value, error, len(x) - 1, KERNEL_METHOD)
+        else:
+            figure["no_interval"] = (
+                "all samples add the same to it, which does not tell how far other samples lie apart"
+            )
     return figure | {"subset_size": fidelity.subset_size(len(x), len(y))}
 
 
@@ -168,9 +186,23 @@ def _neighbours(x: Tensor, y: Tensor, network: Network, halves: Halves) -> dict[
     figures = {}
     for figure, name in names.items():
         values = [row[figure] for row in over]
-        bounds = (0.0, math.inf if figure == "density" else 1.0)
-        found = with_interval(whole[figure], halves, neighbours.LEAST, lambda values=values: values, bounds)  # type: ignore[misc]
+        is_share = figure != "density"
+        found = with_interval(
+            whole[figure],
+            halves,
+            neighbours.LEAST,
+            lambda values=values: values,  # type: ignore[misc]
+            (0.0, 1.0 if is_share else math.inf),
+            min(len(x), len(y)) if is_share else None,
+        )
         figures[figure] = {"name": name} | found
+    # With the reference fixed it is a share of independent samples: exactly what Wilson's interval is of.
+    if halves.resamples:
+        figures["precision"] = {
+            "name": names["precision"],
+            "value": whole["precision"],
+            "interval": share_interval(whole["precision"], len(x)),
+        }
     return figures
 
 

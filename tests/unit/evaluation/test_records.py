@@ -5,7 +5,9 @@ from __future__ import annotations
 import math
 
 import pytest
+import torch
 
+from ldm_scale.evaluation.reconstruction import summary
 from ldm_scale.evaluation.records import figure_records, versions
 from tests.helpers.evaluations import kl_result
 
@@ -26,6 +28,26 @@ def test_every_figure_of_a_result_becomes_a_record() -> None:
     assert records["rate.kl_bits_per_pixel"]["value"] == 2.4
     assert records["perceptual.unrelated"]["value"] == 0.5
     assert psnr["extractor"] is None
+
+
+def test_a_mean_is_over_the_images_that_have_the_figure() -> None:
+    """Images that come back exactly are left out of the mean of PSNR: n and the error are of the others."""
+    document = kl_result() | {"command": "", "versions": {}}
+    psnr = torch.tensor([20.0, 30.0, 25.0, math.inf, math.nan, 21.0], dtype=torch.float64)
+    document["figures"]["psnr_db"] = summary(psnr)
+    document["figures"]["bicubic"]["counts"] = {"psnr_db": 98}
+    share = torch.ones(6, dtype=torch.float64)
+    document["figures"]["inpainting"] = {"known_exact": summary(share) | {"share": True}, "ssim": summary(share)}
+    records = {record["figure"]: record for record in figure_records(document)}
+    found = records["psnr_db"]
+    assert (found["value"], found["n"]) == (24.0, 4)
+    error = psnr[psnr.isfinite()].std(correction=1).item() / 2
+    assert found["interval"]["standard_error"] == pytest.approx(error, rel=1e-12)
+    assert (records["bicubic.psnr_db"]["n"], records["bicubic.ssim"]["n"]) == (98, 100)
+    assert not [name for name in records if "counts" in name]
+    wilson = records["inpainting.known_exact"]["interval"]
+    assert (wilson["low"], wilson["high"]) == (pytest.approx(6 / (6 + 1.959964**2), rel=1e-6), pytest.approx(1))
+    assert records["inpainting.ssim"]["interval"] is None, "images that do not differ say nothing of others"
 
 
 def test_another_protocol_has_another_hash() -> None:

@@ -191,6 +191,25 @@ def test_small_halves_have_no_interval() -> None:
     assert figures["kernel"]["interval"] is not None
 
 
+def test_shares_at_their_ends_are_not_certain() -> None:
+    """12 samples of which all look real: of 12 coins that all fell on one side, Wilson's interval begins at 0.76."""
+    x = random_features(12, 4)
+    for figures, share in ((figures_of(x, x, resamples=4), 1.0), (figures_of(x + 100, x, resamples=4), 0.0)):
+        for name in ("precision", "recall", "coverage"):
+            interval = figures[name]["interval"]
+            assert figures[name]["value"] == share
+            assert isinstance(interval, dict)
+            end = 1.959964**2 / (12 + 1.959964**2)
+            assert interval["low"] <= (1 - end + 1e-6 if share else 0)
+            assert interval["high"] >= (1 if share else end - 1e-6)
+            assert "Wilson" in interval["method"]
+    density = figures_of(x + 100, x, resamples=4)["density"]
+    assert (density["value"], density["interval"]) == (0, None)
+    assert "all halves of the samples have this very value" in str(density["no_interval"])
+    same = figures_of(x[:1].repeat(20, 1), x, resamples=4)
+    assert same["kernel"]["interval"] is same["frechet"]["interval"] is None
+
+
 def test_without_torch_fidelity_the_rest_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(fidelity, "find_spec", lambda name: None)
     figures = figures_of(random_features(20), random_features(20, seed=1))
