@@ -19,6 +19,7 @@ from torch import Tensor
 
 from ldm_scale.data.decode import DecodeSettings
 from ldm_scale.data.policy import BadRecord, BadSampleLog
+from ldm_scale.errors import DataError
 
 _DIGEST_BYTES = 16
 ImagesT = TypeVar("ImagesT")
@@ -71,8 +72,9 @@ class MeasuredImages(ABC, Generic[ImagesT]):
     `numbers` the places of these in the order, `pixels_digest` a hash of their pixels.
     """
 
-    def __init__(self, order: list[int], batch_size: int, settings: DecodeSettings) -> None:
+    def __init__(self, order: list[int], batch_size: int, settings: DecodeSettings, asked: str | None = None) -> None:
         self.num_images = 0
+        self._asked = asked  # the option that asked for so many images, with its value
         self.numbers: list[int] = []
         self.bad = BadSampleLog()
         self._order, self._batch_size, self._settings = order, batch_size, settings
@@ -106,6 +108,20 @@ class MeasuredImages(ABC, Generic[ImagesT]):
     @abstractmethod
     def read(self, blocks: Iterable[int]) -> Iterator[Block[ImagesT]]:
         """These blocks, one by one."""
+
+    def check(self, census: Part) -> None:
+        """Nothing, if a block may count as measured.
+
+        Raises: DataError if an image of it cannot be used, and a number of images was asked for.
+        """
+        if self._asked is not None and census.values["bad"]:
+            bad = BadSampleLog()
+            bad.add(BadRecord(key, reason) for key, reason in census.values["bad"])
+            raise DataError(
+                f"{self._asked}: of these images {self.wanted - len(census.values['bad'])} can be used at most "
+                f"({bad.describe()}), and figures depend on the number; make the others again, or leave "
+                f"{self._asked.split()[0]} out to measure what can be used"
+            )
 
     def take(self, census: Part) -> None:
         """Nothing; counts what came of a block, of which all before it were counted."""

@@ -33,8 +33,8 @@ from ldm_scale.data.metadata import member_bytes
 from ldm_scale.data.order import shuffled
 from ldm_scale.data.pictures import Picture
 from ldm_scale.data.policy import BadRecord, BadSample
-from ldm_scale.data.shards import IMAGE_EXTENSIONS, Dataset, open_manifest
-from ldm_scale.data.sources.image_folder import list_images
+from ldm_scale.data.shards import Dataset, open_manifest
+from ldm_scale.data.sources.image_folder import PICTURE_EXTENSIONS, list_images
 from ldm_scale.errors import ConfigError, DataError
 from ldm_scale.evaluation.blocks import Block, MeasuredImages, pixel_digest, stacked_digests
 from ldm_scale.telemetry.log import shows_progress
@@ -83,7 +83,9 @@ def open_images(path: Path, split: str | None = None) -> ImageSet:
         )
     names = list_images(path)
     if not names:
-        raise DataError(f"--data {path}: no image ({', '.join(IMAGE_EXTENSIONS)}) and no manifest.json in this folder")
+        raise DataError(
+            f"--data {path}: no image ({', '.join(PICTURE_EXTENSIONS)}) and no manifest.json in this folder"
+        )
     rows = [f"{name} {_size(path / name)}" for name in names]
     digest = blake2b("\n".join(rows).encode("utf-8", "surrogateescape"), digest_size=16).hexdigest()
     return ImageSet(str(path), "", digest, len(names), _file_reader(path, names), _file_captions(path, names))
@@ -116,14 +118,16 @@ def content_sha256(images: ImageSet, numbers: list[int]) -> str:
     return digest.hexdigest()
 
 
-def chosen_numbers(source: str, split: str, available: int, asked: int | None) -> list[int]:
+def chosen_numbers(
+    source: str, split: str, available: int, asked: int | None, option: str = "--num-images"
+) -> list[int]:
     """Which images are measured, in order: the first so many (None: all) of an order that depends on `available` alone.
 
     Raises: ConfigError if there are not so many.
     """
     if asked is not None and not 1 <= asked <= available:
         raise ConfigError(
-            f"--num-images {asked}: {source} has {available} images"
+            f"{option} {asked}: {source} has {available} images"
             + (f" in its split {split}" if split else "")
             + f"; give 1 to {available}"
         )
@@ -133,7 +137,8 @@ def chosen_numbers(source: str, split: str, available: int, asked: int | None) -
 class ImageStream(MeasuredImages[Tensor]):
     """The images of a set, in blocks of (B, 3, R, R) pixels in [-1, 1] of 8-bit values, fp32.
 
-    With `as_they_are`, an image of another size is an error and not cropped and resized.
+    With `as_they_are`, an image of another size is an error and not cropped and resized. `option` is that of the number
+    of images, of which none may be missing if it is given.
     """
 
     def __init__(
@@ -144,9 +149,11 @@ class ImageStream(MeasuredImages[Tensor]):
         num_images: int | None = None,
         *,
         as_they_are: bool = False,
+        option: str = "--num-images",
     ) -> None:
-        order = chosen_numbers(images.source, images.split, images.num_images, num_images)
-        super().__init__(order, batch_size, DecodeSettings(resolution=resolution, augment=False))
+        order = chosen_numbers(images.source, images.split, images.num_images, num_images, option)
+        asked = None if num_images is None else f"{option} {num_images}"
+        super().__init__(order, batch_size, DecodeSettings(resolution=resolution, augment=False), asked)
         self._images, self._as_they_are = images, as_they_are
 
     def read(self, blocks: Iterable[int]) -> Iterator[Block[Tensor]]:

@@ -106,11 +106,19 @@ def measure_blocks(
     `measure` is called with blocks that have at least one image. `others_have` is told numbers of images that this
     rank did not measure: those of other ranks, and those whose parts were kept. `between` is called before every block,
     on all ranks equally often; an error of it ends the measurement, as any other does.
-    Raises: an error of any rank, on all ranks. Collective: all ranks.
+    Raises: an error of any rank, on all ranks; DataError if an image cannot be used where a number was asked for.
+    Collective: all ranks.
     """
     kept = kept or PartFolder(None, {})
     found: dict[int, Part] = {}
-    for block, part in _delivered(_kept_here(stream.num_blocks, kept), kept.get, between):
+
+    def known(number: int) -> Part | None:
+        part = kept.get(number)
+        if part is not None:
+            stream.check(part)
+        return part
+
+    for block, part in _delivered(_kept_here(stream.num_blocks, kept), known, between):
         if part is not None:
             found[block] = part
             _tell(others_have, stream, block)
@@ -126,6 +134,7 @@ def measure_blocks(
         block = next(blocks)
         assert block.number == number, "blocks come in the order in which they were asked for"
         census = block.census
+        stream.check(census)
         if block.images is None:
             return census
         try:

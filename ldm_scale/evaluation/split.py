@@ -26,7 +26,10 @@ class SplitStream(MeasuredImages[Batch]):
     ) -> None:
         order = chosen_numbers(str(dataset.manifest_path), dataset.split, dataset.num_samples, num_images)
         super().__init__(
-            order, batch_size, DecodeSettings(resolution=resolution, augment=False, annotations=annotations)
+            order,
+            batch_size,
+            DecodeSettings(resolution=resolution, augment=False, annotations=annotations),
+            None if num_images is None else f"--num-images {num_images}",
         )
         self._dataset = dataset
         self._unwanted = frozenset() if MAP in annotations else frozenset({MAP_EXTENSION})

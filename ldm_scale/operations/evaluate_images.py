@@ -139,18 +139,12 @@ def _measured(
 ) -> tuple[FeatureSet, dict[str, Any] | None]:
     """Features of the samples, and their CLIP score if there is a judge.
 
-    Raises: DataError if fewer images than --num-images can be used, or none.
+    Raises: DataError if none can be used.
     """
     images, stream, scorer = request.images, request.stream, request.scorer
     if not stream.num_images:
         raise DataError(f"{images.source}: none of {stream.wanted} images can be used: {stream.bad.describe()}")
     if stream.bad.counts:
-        if arguments.num_images is not None:
-            raise DataError(
-                f"--num-images {arguments.num_images}: of these images {stream.num_images} can be used "
-                f"({stream.bad.describe()}), and distances depend on the number; make the others again, or leave "
-                "--num-images out to measure what can be used"
-            )
         get_logger().warning(f"{images.source}: {stream.bad.describe()}; the figures are over the rest")
     features = features_of(parts)
     require_finite(features, images.source)

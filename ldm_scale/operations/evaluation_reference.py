@@ -82,7 +82,7 @@ def reference_features(
     Collective: all ranks.
     """
     if path.suffix == EXTENSION:
-        return agreed(lambda: _from_file(path, split, num_images) if collectives.rank() == 0 else None)
+        return agreed(lambda: _from_file(path, split, num_images, resolution) if collectives.rank() == 0 else None)
     stream, images = agreed(lambda: _open_reference(path, split, num_images, resolution, arguments.batch))
     cache = open_cache(arguments)
 
@@ -92,13 +92,17 @@ def reference_features(
         wanted = {
             "images_sha256": content_sha256(images, stream.order),
             "num_listed": stream.wanted,
-            "resolution": resolution,
-            "crop": CROP,
-            "resize": RESIZE,
-            "decoder": f"Pillow {PIL.__version__}, torch {torch.__version__}, ldm-scale {__version__}",
+            **_pixels(resolution),
+            "decoder": _DECODER,
             "extractor": space.description,
         }
-        return wanted, cache.get(wanted)
+        found = cache.get(wanted)
+        if found is not None and num_images is not None and found.images["left_out"]:
+            raise DataError(
+                f"--num-reference {num_images}: of these images {len(found)} can be used, by the features that the "
+                "cache has of them; make the others again, or leave --num-reference out to use what can be used"
+            )
+        return wanted, found
 
     wanted, cached = agreed(look)
     if collectives.broadcast_object(cached is not None):
@@ -131,12 +135,32 @@ def reference_features(
     return agreed(keep)
 
 
-def _from_file(path: Path, split: str | None, num_images: int | None) -> FeatureSet:
+_DECODER = f"Pillow {PIL.__version__}, torch {torch.__version__}, ldm-scale {__version__}"
+
+
+def _pixels(resolution: int) -> dict[str, Any]:
+    """How a reference's images become the pixels that features are of."""
+    return {"resolution": resolution, "crop": CROP, "resize": RESIZE}
+
+
+def _from_file(path: Path, split: str | None, num_images: int | None, resolution: int) -> FeatureSet:
     if num_images is not None or split is not None:
         raise ConfigError(f"{path} is a feature file, of which all is used: leave split and number of images out")
     found = read_features(path)
     if not {"pixels_digest", "num_images"} <= set(found.images):
         raise DataError(f"{path}: does not say what its features are of; take a file from the cache of features")
+    was = found.images.get("wanted")
+    was = was if isinstance(was, dict) else {}
+    for name, value in _pixels(resolution).items():
+        if was.get(name) != value:
+            raise ConfigError(
+                f"{path}: its features are of images of another {name}, {was.get(name)!r} where the samples' is "
+                f"{value!r}, and distances would be of that; give the images themselves, or a file of this {name}"
+            )
+    if was.get("decoder") != _DECODER:
+        get_logger().warning(
+            f"{path}: its images were decoded by {was.get('decoder')}, here it is {_DECODER}; the protocol says so"
+        )
     return found
 
 
@@ -144,7 +168,7 @@ def _open_reference(
     path: Path, split: str | None, num_images: int | None, resolution: int, batch: int
 ) -> tuple[ImageStream, ImageSet]:
     images = open_images(path, split)
-    return ImageStream(images, resolution, batch, num_images), images
+    return ImageStream(images, resolution, batch, num_images, option="--num-reference"), images
 
 
 def warn_of_bad(source: str, count: int, where: str) -> None:
@@ -186,7 +210,9 @@ def features_of(parts: Sequence[Part], name: str = "features") -> Tensor:
 def describe_reference(reference: FeatureSet) -> dict[str, Any]:
     """What the reference is, as part of a protocol."""
     images = reference.images
-    return {name: images[name] for name in ("pixels_digest", "num_images")} | {"split": images.get("split", "")}
+    described = {name: images[name] for name in ("pixels_digest", "num_images")} | {"split": images.get("split", "")}
+    decoder = images.get("wanted", {}).get("decoder", _DECODER)
+    return described if decoder == _DECODER else described | {"decoder": decoder}  # another program's, of a file
 
 
 def set_protocol(

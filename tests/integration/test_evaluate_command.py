@@ -91,6 +91,11 @@ def test_a_folder_of_images_with_a_bad_one(folder: Path, tmp_path: Path, capsys:
     assert "FD-EffNetLite0-PCA32: 3 images, at least 33 are needed" in out
     assert "data.num_images            3" in out
     assert "skipped 1 samples (1 x image does not decode), such as bad.jpg" in err
+    arguments = ["evaluate", "autoencoder", str(folder / "artifact"), "--data", str(tmp_path), "--device", "cpu"]
+    assert main([*arguments, "--num-images", "4"]) == 3, "fewer than were asked for"
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert "--num-images 4: of these images 3 can be used at most (skipped 1 samples (1 x image does not" in line
+    assert "bad.jpg" in line
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "bad.png").write_bytes(b"")
     assert main(["evaluate", "autoencoder", str(folder / "artifact"), "--data", str(tmp_path / "other")]) == 3

@@ -204,6 +204,9 @@ def test_what_cannot_be_used_is_left_out_and_named(
     assert document["protocol"]["data"]["num_images"] == 3
     assert document["bad_images"]["reasons"] == {"image does not decode": 2}
     assert document["figures"]["layout"]["num_objects"] == 3
+    asked = command(models["layout"], data, "--num-images", "5")
+    assert main([*asked, "--steps", "1"]) == 3, "fewer than were asked for"
+    assert "can be used at most (skipped" in capsys.readouterr().err.splitlines()[-1]
     none = make_squares(tmp_path / "none", 2, SIDE, bad=2)
     assert main(command(models["nothing"], none)) == 3
     assert "none of 2 images can be used" in capsys.readouterr().err.splitlines()[-1]

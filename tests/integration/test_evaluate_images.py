@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import json
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ import pytest
 from PIL import Image
 
 from ldm_scale.__main__ import main
+from ldm_scale.evaluation.feature_sets import read_features, write_features
 from ldm_scale.evaluation.features import EfficientNetFeatures
 from ldm_scale.operations import evaluation_setup
 from tests.helpers.inception import write_inception
@@ -171,6 +173,10 @@ def test_corrupt_images_are_left_out_unless_a_number_was_asked_for(
     line = capsys.readouterr().err.splitlines()[-1]
     assert "--num-images 40: of these images 39 can be used" in line
     assert "007.png" in line
+    for left_out in ("", "those of the cache"):
+        assert main(command(samples, tmp_path, "--resamples", "0")) == 0, left_out
+        assert main(command(samples, tmp_path, "--num-reference", "40")) == 3, left_out
+        assert "--num-reference 40: of these images 39 can be used" in capsys.readouterr().err.splitlines()[-1]
 
 
 def test_a_damaged_cache_entry_is_taken_again(
@@ -209,6 +215,7 @@ def test_changed_bytes_of_the_reference_are_seen(
     ("arguments", "status", "expected"),
     [
         (["--num-images", "41"], 2, "has 40 images; give 1 to 40"),
+        (["--num-reference", "37"], 2, "error: --num-reference 37: "),
         (["--num-reference", "37"], 2, "has 36 images in its split heldout; give 1 to 36"),
         (["--split", "test"], 3, "no split 'test'"),
         (["--resamples", "1"], 2, "--resamples 1: must be 2 or more, or 0"),
@@ -281,6 +288,25 @@ def test_what_is_no_set_of_images_is_refused(
         assert expected in line, line
     assert main(command(samples, tmp_path / "other.safetensors")) == 3
     assert "other.safetensors: this feature file cannot be read" in capsys.readouterr().err
+
+
+def test_features_of_other_pixels_are_refused(
+    samples: Path, reference: Path, tmp_path: Path, cache: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    measure(capsys, samples, reference, "--num-images", "6", "--resamples", "0")
+    (entry,) = cache.iterdir()
+    arguments = ["--num-images", "6", "--resamples", "0"]
+    assert main(command(samples, entry, *arguments, "--resolution", "24")) == 2
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert "its features are of images of another resolution, 16 where the samples' is 24" in line
+    features = read_features(entry)
+    for name, value in (("crop", "none"), ("decoder", "Pillow 1")):
+        changed = features.images | {"wanted": features.images["wanted"] | {name: value}}
+        write_features(tmp_path / f"{name}.safetensors", replace(features, images=changed))
+    assert main(command(samples, tmp_path / "crop.safetensors", *arguments)) == 2
+    assert "another crop, 'none' where the samples' is" in capsys.readouterr().err.splitlines()[-1]
+    document = measure(capsys, samples, tmp_path / "decoder.safetensors", *arguments)
+    assert document["protocol"]["data"]["decoder"] == "Pillow 1"
 
 
 def test_features_of_another_extractor_are_refused(
