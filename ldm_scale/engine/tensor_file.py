@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import secrets
 import zlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -22,7 +23,7 @@ import torch
 from torch import Tensor
 
 from ldm_scale import faults
-from ldm_scale.errors import CheckpointError
+from ldm_scale.errors import CheckpointError, ConfigError
 
 CHUNK_BYTES = 1 << 22
 _BEGIN_BYTES, _SMALL_BYTES = 1 << 25, 1 << 16
@@ -154,22 +155,66 @@ class _Checksum:
 def replace_file(path: Path, content: str | bytes) -> None:
     """Nothing; the file holds the text (in UTF-8) or the bytes and is on the disk.
 
-    Until then it is as it was, whatever happens.
+    Until then it is as it was, whatever happens, also if another process writes the same file.
 
     Raises: OSError that names the path.
     """
-    partial = path.with_name(f".{path.name}.tmp")
+    replace_files(path.parent, {path.name: content})
+
+
+def replace_files(folder: Path, contents: Mapping[str, str | bytes]) -> None:
+    """Nothing; the files hold their texts (in UTF-8) or bytes and are on the disk.
+
+    None is replaced before all are written in full, and then they are in their order: the last is there only if all
+    are. Partial files have names of their own, so that two processes do not write into one.
+
+    Raises: OSError that names the path.
+    """
+    partials: dict[Path, Path] = {}
+    path = folder
     try:
-        with partial.open("wb") as file:
-            file.write(content.encode() if isinstance(content, str) else content)
-            file.flush()
-            os.fsync(file.fileno())
-        partial.replace(path)
-        sync_folder(path.parent)
+        for name, content in contents.items():
+            path = folder / name
+            partials[path] = path.with_name(f".{name[:64]}.{secrets.token_hex(6)}.tmp")
+            with partials[path].open("xb") as file:
+                file.write(content.encode() if isinstance(content, str) else content)
+                file.flush()
+                os.fsync(file.fileno())
+        for path, partial in partials.items():
+            partial.replace(path)
+        sync_folder(folder)
     except OSError as error:
-        with suppress(OSError):
-            partial.unlink(missing_ok=True)
         raise OSError(error.errno, error.strerror, str(path)) from error
+    finally:
+        for partial in partials.values():
+            with suppress(OSError):
+                partial.unlink(missing_ok=True)
+
+
+def require_place(folder: Path, given: str) -> None:
+    """Nothing, if files can be written into a folder, there or still to be made; it is tried, and leaves no trace.
+
+    `given` is the option and its value, for the message.
+    Raises: ConfigError.
+    """
+    made: list[Path] = []
+    try:
+        for path in reversed([folder, *folder.parents]):
+            if not path.exists():
+                path.mkdir()
+                made.append(path)
+        probe = folder / f".{secrets.token_hex(6)}.tmp"
+        probe.touch(exist_ok=False)
+        probe.unlink()
+    except OSError as error:
+        raise ConfigError(
+            f"{given}: nothing can be written there ({error.strerror or error}: {error.filename or folder}); give "
+            "another place, or fix its permissions"
+        ) from error
+    finally:
+        for path in reversed(made):
+            with suppress(OSError):
+                path.rmdir()
 
 
 def sync_folder(path: Path) -> None:

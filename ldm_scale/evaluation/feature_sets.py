@@ -11,7 +11,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import socket
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +20,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from ldm_scale.engine.tensor_file import replace_file
 from ldm_scale.errors import ConfigError, DataError, NumericsError
 from ldm_scale.interchange.safetensors_io import json_sha256, tensors_sha256
 from ldm_scale.telemetry.log import get_logger
@@ -95,15 +95,7 @@ def write_features(path: Path, features: FeatureSet) -> None:
         },
     )
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.partial-{socket.gethostname()}-{os.getpid()}")
-    try:
-        with partial.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
+    replace_file(path, content)
 
 
 def read_features(path: Path) -> FeatureSet:

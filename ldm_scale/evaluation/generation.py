@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import math
 import textwrap
 import unicodedata
@@ -10,8 +11,10 @@ from pathlib import Path
 
 import torch
 from PIL import Image, ImageDraw, ImageFont
+from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
+from ldm_scale.engine.tensor_file import replace_file
 from ldm_scale.errors import NumericsError
 
 _MARGIN_PX = 12
@@ -42,10 +45,17 @@ def captioned_grid(
     path: Path | str,
     side_px: int = 96,
 ) -> None:
-    """Writes what `draw_captioned_grid` draws as a PNG."""
+    """Writes what `draw_captioned_grid` draws as a PNG, which is there whole, or as it was."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    draw_captioned_grid(images, captions, columns, side_px).save(path, format="PNG", optimize=True)
+    replace_file(path, png_bytes(draw_captioned_grid(images, captions, columns, side_px)))
+
+
+def png_bytes(picture: Image.Image, texts: PngInfo | None = None) -> bytes:
+    """A picture as the content of a PNG file, with texts in its chunks."""
+    buffer = io.BytesIO()
+    picture.save(buffer, format="PNG", pnginfo=texts, optimize=True)
+    return buffer.getvalue()
 
 
 def draw_captioned_grid(

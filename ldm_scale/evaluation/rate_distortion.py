@@ -10,16 +10,19 @@ sample of its posterior, its distortion that of the mode, which is a little lowe
 
 from __future__ import annotations
 
+import io
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ldm_scale.engine.tensor_file import replace_file
 from ldm_scale.errors import ConfigError
 from ldm_scale.evaluation.rate import PIXEL_BITS
-from ldm_scale.evaluation.results import Result, require_one_protocol, unique_labels
+from ldm_scale.evaluation.results import Result, reading, require_one_protocol, unique_labels
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 _COLORS = {"kl": "tab:blue", "vq": "tab:orange", "identity": "tab:gray"}
 _LABELS_TO_THE_LEFT = 8.0  # bits per pixel from which a label would leave the picture
@@ -39,24 +42,26 @@ def rate_distortion(results: Sequence[Result]) -> list[dict[str, Any]]:
     require_one_protocol(results)
     rows = []
     for label, result in zip(unique_labels(results), results, strict=True):
-        figures = result.figures
-        fitted, trained = _rates(figures["rate"])
-        distance, unrelated = figures["perceptual"]["mean"], figures["perceptual"]["unrelated"]
-        rows.append(
-            {
-                "label": label,
-                "kind": result.model["kind"],
-                "f": result.model["f"],
-                "numbers_per_pixel": figures["rate"]["numbers_per_pixel"],
-                "bits_per_pixel": fitted,
-                "bits_per_pixel_trained": trained,
-                "bits_removed": 1.0 - fitted / PIXEL_BITS,
-                "psnr_db": figures["psnr_db"]["mean"],
-                "perceptual": distance,
-                "perceptual_lost": distance / unrelated if unrelated else None,
-            }
-        )
+        with reading(result):
+            rows.append({"label": label, **_point(result)})
     return sorted(rows, key=lambda row: -row["bits_per_pixel"])
+
+
+def _point(result: Result) -> dict[str, Any]:
+    figures = result.figures
+    fitted, trained = _rates(figures["rate"])
+    distance, unrelated = figures["perceptual"]["mean"], figures["perceptual"]["unrelated"]
+    return {
+        "kind": result.model["kind"],
+        "f": result.model["f"],
+        "numbers_per_pixel": figures["rate"]["numbers_per_pixel"],
+        "bits_per_pixel": fitted,
+        "bits_per_pixel_trained": trained,
+        "bits_removed": 1.0 - fitted / PIXEL_BITS,
+        "psnr_db": figures["psnr_db"]["mean"],
+        "perceptual": distance,
+        "perceptual_lost": distance / unrelated if unrelated else None,
+    }
 
 
 def rate_distortion_table(rows: Sequence[dict[str, Any]]) -> str:
@@ -113,15 +118,29 @@ def plot_rate_distortion(results: Sequence[Result], path: Path) -> list[dict[str
         f"{_X_LABEL}\nleft: content goes, semantic compression, the latent model's part"
         "\nright: only detail goes, perceptual compression, the autoencoder's part"
     )
-    data = first.protocol["data"]
-    figure.suptitle(
-        f"{data['num_images']} images, {first.protocol['resolution']} px, data {data['digest'][:8]}; "
-        "thin lines lead to the rate of training (KL from N(0, 1), log2|Z|)",
-        fontsize=9,
-    )
+    with reading(first):
+        data = first.protocol["data"]
+        what = f"{data['num_images']} images, {first.protocol['resolution']} px, data {data['digest'][:8]}"
+    figure.suptitle(f"{what}; thin lines lead to the rate of training (KL from N(0, 1), log2|Z|)", fontsize=9)
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, format="png", dpi=120)
+    write_figure(figure, path)
     return rows
+
+
+def write_figure(figure: Figure, path: Path) -> None:
+    """Nothing; the PNG is there whole, or as it was. Dollars in what it says are dollars, and begin no formula."""
+    from matplotlib.text import Text
+
+    # Ticks of logarithmic axes are formulas of matplotlib's own.
+    ticks = {text for axes in figure.axes for axis in (axes.xaxis, axes.yaxis) for text in axis.findobj(Text)}
+    for text in set(figure.findobj(Text)) - ticks | {
+        axis.label for axes in figure.axes for axis in (axes.xaxis, axes.yaxis)
+    }:
+        assert isinstance(text, Text)
+        text.set_parse_math(False)
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=120)
+    replace_file(path, buffer.getvalue())
 
 
 def _draw(axes: Axes, rows: Sequence[dict[str, Any]], heights: Sequence[float]) -> None:
@@ -148,7 +167,7 @@ def _rates(rate: dict[str, float]) -> tuple[float, float]:
     ):
         if fitted in rate:
             return rate[fitted], rate[trained]
-    raise AssertionError(f"no rate among {sorted(rate)}")
+    raise KeyError(f"no rate among {sorted(rate)}")
 
 
 def _cell(value: float | None, form: str, absent: str) -> str:

@@ -7,12 +7,13 @@ set side by side only if their protocols are equal, field by field; what the mod
 from __future__ import annotations
 
 import json
-import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ldm_scale.engine.tensor_file import replace_files
 from ldm_scale.errors import ConfigError, DataError
 
 FORMAT, VERSION = "ldm-scale-autoencoder-evaluation", 1
@@ -39,14 +40,16 @@ class Result:
         return str(self.model["label"])
 
 
-def write_result(directory: Path, document: dict[str, Any]) -> Path:
-    """Path of the document's file in the directory; an older one is replaced at once or not at all."""
+def write_result(directory: Path, document: dict[str, Any], pictures: Mapping[str, bytes] | None = None) -> Path:
+    """Path of the document's file in the directory, which is there once all pictures (files by name) are.
+
+    Older files are replaced at once or not at all.
+    Raises: OSError.
+    """
     directory.mkdir(parents=True, exist_ok=True)
-    path = directory / RESULT_FILE
-    partial = path.with_suffix(".partial")
-    partial.write_text(json.dumps(document, indent=2, allow_nan=False) + "\n", encoding="utf-8")
-    os.replace(partial, path)
-    return path
+    text = json.dumps(document, indent=2, allow_nan=False) + "\n"
+    replace_files(directory, {**(pictures or {}), RESULT_FILE: text})
+    return directory / RESULT_FILE
 
 
 def read_result(path: Path, formats: Sequence[str] = tuple(_COMMANDS)) -> Result:
@@ -72,7 +75,25 @@ def read_result(path: Path, formats: Sequence[str] = tuple(_COMMANDS)) -> Result
     parts = [content.get(part) for part in ("model", "protocol", "figures")]
     if not all(isinstance(part, dict) for part in parts) or "label" not in content["model"]:
         raise DataError(f"{path}: model, protocol or figures are missing from this result; evaluate the model again")
-    return Result(str(path), content["model"], content["protocol"], content["figures"], content["format"])
+    result = Result(str(path), content["model"], content["protocol"], content["figures"], content["format"])
+    with reading(result):
+        _ROWS[result.format](result.figures)
+    return result
+
+
+@contextmanager
+def reading(result: Result) -> Iterator[None]:
+    """A block that takes values out of a result.
+
+    Raises: DataError in the place of what a result that lacks some of them, or has others in their place, leads to.
+    """
+    try:
+        yield
+    except (LookupError, TypeError, AttributeError, ValueError) as error:
+        raise DataError(
+            f"{result.source}: this result is incomplete or damaged ({type(error).__name__}: {error}); evaluate the "
+            "model again"
+        ) from None
 
 
 def require_one_protocol(results: Sequence[Result]) -> None:

@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import csv
 import io
-import os
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ldm_scale.engine.tensor_file import replace_file
+from ldm_scale.evaluation.rate_distortion import write_figure
 from ldm_scale.evaluation.results import Result, require_one_protocol
 
 if TYPE_CHECKING:
@@ -71,23 +73,20 @@ def write_csv(rows: Sequence[dict[str, Any]], path: Path) -> None:
     writer = csv.DictWriter(text, fieldnames=list(rows[0]), lineterminator="\n")
     writer.writeheader()
     writer.writerows(rows)
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(text.getvalue(), encoding="utf-8")
-    os.replace(partial, path)
+    replace_file(path, text.getvalue())
 
 
 def sweep_table(rows: Sequence[dict[str, Any]], names: dict[str, str]) -> str:
     """The rows for people, best distance first."""
     lines = [["weights", "guidance", "steps", "images/s", names["frechet"], "precision", "recall"]]
-    for row in sorted(rows, key=lambda row: row["frechet"]):
+    for row in sorted(rows, key=lambda row: math.inf if row["frechet"] is None else row["frechet"]):
         lines.append(
             [
                 str(row["weights"]),
                 f"{row['guidance_scale']:g}",
                 str(row["num_steps"]),
                 f"{row['sampling_images_per_s']:.3g}",
-                f"{row['frechet']:.3f}",
-                *(("-" if row[name] is None else f"{row[name]:.3f}") for name in ("precision", "recall")),
+                *(("-" if row[name] is None else f"{row[name]:.3f}") for name in ("frechet", "precision", "recall")),
             ]
         )
     widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
@@ -105,19 +104,21 @@ def plot_sweep(rows: Sequence[dict[str, Any]], names: dict[str, str], title: str
     left, right = figure.subplots(1, 2)
     second = "clip_score" if all(row["clip_score"] is not None for row in rows) else "coverage"
     for axes, column in ((left, "frechet"), (right, second)):
-        _draw(axes, rows, column)
-        axes.set_xscale("log")
+        if all(row[column] is None for row in rows):
+            axes.text(0.5, 0.5, "not measured in any cell", ha="center", va="center", transform=axes.transAxes)
+        else:
+            _draw(axes, rows, column)
+            axes.set_xscale("log")
         axes.set_xlabel("throughput, samples/s")
         axes.set_ylabel(names.get(column, column))
         axes.grid(alpha=0.3)
-    left.legend(fontsize=8)
+    if left.get_legend_handles_labels()[0]:
+        left.legend(fontsize=8)
     device = rows[0]["device"]
     figure.suptitle(
         f"{title}; {rows[0]['num_images']} samples, {device}; numbers are steps, bars 95% intervals", fontsize=9
     )
-    partial = path.with_name(path.name + ".partial")
-    figure.savefig(partial, format="png", dpi=120)
-    os.replace(partial, path)
+    write_figure(figure, path)
 
 
 def _draw(axes: Axes, rows: Sequence[dict[str, Any]], column: str) -> None:

@@ -27,6 +27,7 @@ from ldm_scale.evaluation.autoencoder import (
     ReconstructionMeter,
 )
 from ldm_scale.evaluation.blocks import Block, Part
+from ldm_scale.evaluation.generation import png_bytes
 from ldm_scale.evaluation.images import CROP, RESIZE, ImageSet, ImageStream, open_images
 from ldm_scale.evaluation.parts import PartFolder, measure_blocks
 from ldm_scale.evaluation.reconstruction import reconstruction_grid
@@ -113,9 +114,9 @@ def evaluate_autoencoder(arguments: argparse.Namespace, between: Callable[[], ob
         }
         document = complete(document, arguments)
         if arguments.out is not None:
-            path = write_result(arguments.out, document)
             grid = reconstruction_grid(*meter.shown, columns=8)
-            Image.fromarray(grid.permute(1, 2, 0).numpy()).save(arguments.out / PICTURE_FILE, format="PNG")
+            picture = png_bytes(Image.fromarray(grid.permute(1, 2, 0).numpy()))
+            path = write_result(arguments.out, document, {PICTURE_FILE: picture})
             kept.remove()
             get_logger().info(f"wrote {path} and {PICTURE_FILE} (reconstructions below their originals)")
         return document

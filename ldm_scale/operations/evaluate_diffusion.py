@@ -27,7 +27,7 @@ from ldm_scale.errors import CheckpointError, ConfigError, DataError
 from ldm_scale.evaluation.blocks import Block, Part
 from ldm_scale.evaluation.clip_score import ClipScorer
 from ldm_scale.evaluation.feature_sets import FeatureSet
-from ldm_scale.evaluation.generation import captioned_grid
+from ldm_scale.evaluation.generation import draw_captioned_grid, png_bytes
 from ldm_scale.evaluation.images import open_split
 from ldm_scale.evaluation.parts import PartFolder, measure_blocks
 from ldm_scale.evaluation.results import SAMPLES_FORMAT, VERSION, write_result
@@ -178,8 +178,7 @@ def _finish(
     }
     document = complete(document, arguments)
     if arguments.out is not None:
-        path = write_result(arguments.out, document)
-        _write_picture(arguments, parts, model.resolution)
+        path = write_result(arguments.out, document, {PICTURE_FILE: _picture(parts, model.resolution)})
         kept.remove()
         log.info(f"wrote {path} and {PICTURE_FILE}")
     return document
@@ -291,11 +290,12 @@ def _reference(
     )
 
 
-def _write_picture(arguments: argparse.Namespace, parts: Sequence[Part], resolution: int) -> None:
+def _picture(parts: Sequence[Part], resolution: int) -> bytes:
+    """The first samples beside what they were given, as a PNG."""
     shown = [part for part in parts if "shown" in part.values]
     rows = [{name: part.tensors[f"shown.{name}"] for name in part.values["panels"]} for part in shown]
     pictures = first_rows(rows, NUM_SHOWN)
     texts = [text for part in shown for text in part.values["shown"]][:NUM_SHOWN]
     side = grid_side(resolution)
     columns = max(1, _MAX_WIDTH_PX // (len(pictures) * (side + 4) + 12))
-    captioned_grid(pictures, texts, columns, arguments.out / PICTURE_FILE, side_px=side)
+    return png_bytes(draw_captioned_grid(pictures, texts, columns, side_px=side))

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import re
 from dataclasses import dataclass
 from functools import partial
@@ -18,10 +17,11 @@ from typing import Any
 from ldm_scale import __version__
 from ldm_scale.engine import collectives
 from ldm_scale.engine.agreement import agreed
+from ldm_scale.engine.tensor_file import replace_file, require_place
 from ldm_scale.errors import ConfigError, DataError
 from ldm_scale.evaluation.features import NUM_COMPONENTS
 from ldm_scale.evaluation.images import open_split
-from ldm_scale.evaluation.results import RESULT_FILE, SAMPLES_FORMAT, read_result
+from ldm_scale.evaluation.results import RESULT_FILE, SAMPLES_FORMAT, read_result, reading
 from ldm_scale.evaluation.sweep import names_of, plot_sweep, sweep_rows, sweep_table, write_csv
 from ldm_scale.interchange.load import LoadedDiffusion
 from ldm_scale.interchange.sampling import chosen_sampling
@@ -77,6 +77,8 @@ def _open(arguments: argparse.Namespace) -> list[Cell]:
     out: Path = arguments.out
     if out.exists() and not out.is_dir():
         raise ConfigError(f"--out {out} is a file; give a folder for {CSV_FILE}, {PLOT_FILE} and the cells")
+    if collectives.rank() == 0:
+        require_place(out, f"--out {out}")
     dataset = open_split(arguments.data, arguments.split)
     _check_number(arguments, dataset.num_samples)
     cells = _cells(arguments)
@@ -139,11 +141,13 @@ def _finished(cell: Cell, overwrite: bool) -> dict[str, Any] | None:
     if overwrite or collectives.rank() != 0 or not cell.path.exists():
         return None
     try:
-        read_result(cell.path, (SAMPLES_FORMAT,))
+        result = read_result(cell.path, (SAMPLES_FORMAT,))
+        document: dict[str, Any] = json.loads(cell.path.read_text(encoding="utf-8"))
+        with reading(result):
+            sweep_rows([document], [str(cell.path)])
     except DataError as error:
         get_logger().warning(f"{error}: the cell is made again")
         return None
-    document: dict[str, Any] = json.loads(cell.path.read_text(encoding="utf-8"))
     model = document["model"]
     if model["content_sha256"] != cell.content_sha256:
         raise ConfigError(
@@ -174,9 +178,7 @@ def _claim(out: Path, request: dict[str, Any], overwrite: bool) -> None:
             )
         return
     out.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(json.dumps(request, indent=2) + "\n", encoding="utf-8")
-    os.replace(partial, path)
+    replace_file(path, json.dumps(request, indent=2) + "\n")
 
 
 def _plain(value: Any) -> Any:

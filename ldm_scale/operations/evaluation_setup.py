@@ -13,7 +13,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ldm_scale.data.policy import BadSampleLog
-from ldm_scale.engine import env
+from ldm_scale.engine import collectives, env
+from ldm_scale.engine.tensor_file import require_place
 from ldm_scale.errors import ConfigError
 from ldm_scale.evaluation.blocks import MeasuredImages
 from ldm_scale.evaluation.features import FEATURE_RESOLUTION, NUM_COMPONENTS, EfficientNetFeatures, ImageFeatures
@@ -68,6 +69,8 @@ def check_request(arguments: argparse.Namespace, picture: str = "") -> None:
         raise ConfigError(f"--out {out} is a file; give a folder for {files}")
     if (out / RESULT_FILE).exists() and not arguments.overwrite:
         raise ConfigError(f"--out {out} holds a {RESULT_FILE} already; give another folder, or --overwrite")
+    if collectives.rank() == 0:  # which alone writes there, and may alone see it
+        require_place(out, f"--out {out}")
 
 
 def check_batch(arguments: argparse.Namespace) -> None:

@@ -164,6 +164,21 @@ def test_mistakes_are_one_line(
     assert expected in err
 
 
+@pytest.mark.parametrize("action", ["autoencoder", "diffusion", "images", "sweep"])
+def test_the_place_is_tried_before_anything_is_opened(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], action: str
+) -> None:
+    """There is neither a model nor data, which would be the next thing to be said."""
+    (tmp_path / "file").touch()
+    for out in (tmp_path / "file" / "below", Path("/proc/a")):
+        assert (
+            main(["evaluate", action, str(tmp_path / "none"), "--data", str(tmp_path / "no"), "--out", str(out)]) == 2
+        )
+        line = capsys.readouterr().err.splitlines()[-1]
+        assert line.startswith(f"error: --out {out}: nothing can be written there"), line
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
 def test_what_is_no_model_is_refused(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["evaluate", "autoencoder", str(tmp_path), "--data", str(folder / "data")]) == 4
     assert "holds no artifact" in capsys.readouterr().err

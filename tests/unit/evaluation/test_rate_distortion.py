@@ -1,12 +1,15 @@
 """Rates, shares and the picture of distortion over rate."""
 
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+from matplotlib.figure import Figure
 from PIL import Image
 
-from ldm_scale.errors import ConfigError
+from ldm_scale.errors import ConfigError, DataError
 from ldm_scale.evaluation.rate_distortion import plot_rate_distortion, rate_distortion, rate_distortion_table
 from ldm_scale.evaluation.results import Result
 from tests.helpers.evaluations import identity_result, kl_result, vq_result
@@ -47,6 +50,36 @@ def test_a_collapsed_or_single_model_is_drawn_as_well(tmp_path: Path) -> None:
     rows = plot_rate_distortion([collapsed], tmp_path / "plot.png")
     assert rows[0]["perceptual_lost"] is None
     assert (tmp_path / "plot.png").stat().st_size > 1000
+
+
+def test_a_result_without_what_is_drawn_is_refused_by_name(tmp_path: Path) -> None:
+    for part, name in (("model", "kind"), ("figures", "rate"), ("protocol", "data")):
+        broken = results()
+        for result in broken:
+            getattr(result, part).pop(name)
+        with pytest.raises(DataError, match=rf"^\d\.json: this result is incomplete or damaged \(KeyError: '{name}'\)"):
+            plot_rate_distortion(broken, tmp_path / "plot.png")
+
+
+def test_names_with_dollars_are_drawn_as_they_are(tmp_path: Path) -> None:
+    odd = [replace(result, source=f"a$\\frac{{$/{i}/result.json") for i, result in enumerate(results()[:1] * 2)]
+    odd[0].model["label"] = "kl $\\foo$ x"
+    plot_rate_distortion(odd, tmp_path / "plot.png")
+    assert [path.name for path in tmp_path.iterdir()] == ["plot.png"]
+
+
+def test_a_plot_that_fails_leaves_the_one_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "plot.png").write_bytes(b"before")
+
+    def full(self: Figure, file: Any, **_: object) -> None:
+        if isinstance(file, Path):
+            file.write_bytes(b"half")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Figure, "savefig", full)
+    with pytest.raises(OSError, match="No space"):
+        plot_rate_distortion(results(), tmp_path / "plot.png")
+    assert (tmp_path / "plot.png").read_bytes() == b"before"
 
 
 def test_mixed_protocols_and_other_formats_are_refused(tmp_path: Path) -> None:

@@ -38,6 +38,8 @@ def test_a_result_is_read_from_its_file_or_folder(tmp_path: Path) -> None:
         ("[]", "not a result of"),
         ('{"format": "other"}', "not a result of"),
         (json.dumps(kl_result() | {"version": 2}), "result version 2, this program reads 1"),
+        (json.dumps(kl_result() | {"figures": {}}), r"incomplete or damaged \(KeyError: 'perceptual'\); evaluate"),
+        (json.dumps(kl_result() | {"figures": kl_result()["figures"] | {"rate": 3}}), "incomplete or damaged"),
         (json.dumps(kl_result() | {"figures": None}), "model, protocol or figures are missing"),
     ],
 )
@@ -47,6 +49,16 @@ def test_what_is_no_result_is_refused_by_name(tmp_path: Path, content: str | Non
         path.write_text(content)
     with pytest.raises(DataError, match=rf"r\.json.*{expected}"):
         read_result(path)
+
+
+def test_a_result_is_there_once_its_pictures_are(tmp_path: Path) -> None:
+    write_result(tmp_path, kl_result(), {"picture.png": b"first"})
+    before = (tmp_path / "result.json").read_bytes()
+    (tmp_path / "other.png").mkdir()
+    with pytest.raises(OSError, match=r"other\.png"):
+        write_result(tmp_path, vq_result(), {"other.png": b"second"})
+    assert (tmp_path / "result.json").read_bytes() == before
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["other.png", "picture.png", "result.json"]
 
 
 def test_models_may_differ_under_one_protocol() -> None:
