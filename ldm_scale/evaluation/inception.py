@@ -7,7 +7,8 @@ TensorFlow 1's and differs from torch's. With other weights the number keeps a n
 from __future__ import annotations
 
 import hashlib
-import pickle
+import io
+import tempfile
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -24,6 +25,11 @@ NUM_FEATURES = 2048
 def usual_cache() -> Path:
     """Where torch-fidelity keeps the weights once it has downloaded them; here nothing is downloaded."""
     return Path(torch.hub.get_dir()) / "checkpoints" / WEIGHTS_FILE
+
+
+def _damaged(path: Path, error: Exception) -> ConfigError:
+    reason = " ".join(str(error).split())[:200] or type(error).__name__
+    return ConfigError(f"--features-weights {path} does not hold {WEIGHTS_FILE}'s tensors ({reason}): give that file")
 
 
 class InceptionFeatures:
@@ -51,17 +57,21 @@ class InceptionFeatures:
             )
         from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 
-        with weights_path.open("rb") as file:
-            self.weights_hash = hashlib.file_digest(file, "sha256").hexdigest()
+        content = weights_path.read_bytes()  # once: hash, check and network are of the same bytes
+        self.weights_hash = hashlib.sha256(content).hexdigest()
         try:
-            # The package unpickles whatever the file holds: it is given only what has been seen to hold tensors alone.
-            torch.load(weights_path, map_location="cpu", weights_only=True)
-            net = FeatureExtractorInceptionV3("inception-v3-compat", ["2048"], str(weights_path))
-        except (RuntimeError, TypeError, AttributeError, EOFError, pickle.UnpicklingError) as error:
-            reason = " ".join(str(error).split())[:200]
-            raise ConfigError(
-                f"--features-weights {weights_path} does not hold {WEIGHTS_FILE}'s tensors ({reason}): give that file"
-            ) from error
+            tensors = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
+        except Exception as error:  # a mutilated pickle's are of many types
+            raise _damaged(weights_path, error) from error
+        # The package unpickles whatever its file holds. It is given a file that nobody else can write, made from the
+        # tensors: what lies at the path may have become another file meanwhile.
+        with tempfile.TemporaryDirectory(prefix="ldm-scale-") as folder:
+            private = Path(folder) / WEIGHTS_FILE
+            torch.save(tensors, private)
+            try:
+                net = FeatureExtractorInceptionV3("inception-v3-compat", ["2048"], str(private))
+            except (RuntimeError, TypeError, AttributeError, ValueError, LookupError) as error:
+                raise _damaged(weights_path, error) from error
         self._device = torch.device(device)
         self._net = net.eval().to(self._device)
 

@@ -1,7 +1,10 @@
 """Inception features: refusals that say what to do, and the name a distance may have."""
 
 import hashlib
+import random
 import sys
+import zipfile
+from contextlib import suppress
 from pathlib import Path
 from types import ModuleType
 
@@ -104,6 +107,44 @@ class Planted:
 
     def __reduce__(self) -> tuple[object, ...]:
         return (Path.touch, (self.path,))
+
+
+@pytest.mark.usefixtures("torch_fidelity")
+def test_what_is_opened_is_what_was_checked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Somebody puts a pickle that runs code in the place of the file as soon as it was looked at."""
+    path, load, opened = tmp_path / "weights.pth", torch.load, []
+    torch.save({}, path)
+
+    def look(file: object, **options: object) -> object:
+        opened.append(file)
+        found = load(file, **{"weights_only": False} | options)  # type: ignore[arg-type]
+        torch.save({"x": Planted(tmp_path / "ran")}, path)
+        return found
+
+    monkeypatch.setattr(torch, "load", look)
+    features = InceptionFeatures(path)
+    assert not (tmp_path / "ran").exists()
+    assert len(opened) == 2
+    assert path not in map(Path, [name for name in opened if isinstance(name, str | Path)])
+    assert features.weights_hash != hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+@pytest.mark.usefixtures("torch_fidelity")
+def test_mutilated_pickles_are_refused_in_one_line(tmp_path: Path) -> None:
+    torch.save({"a": torch.zeros(3), "b": [torch.ones(2)]}, tmp_path / "weights.pth")
+    with zipfile.ZipFile(tmp_path / "weights.pth") as file:
+        members = {name: file.read(name) for name in file.namelist()}
+    name = next(name for name in members if name.endswith("data.pkl"))
+    generator = random.Random(0)
+    for _ in range(60):
+        content = bytearray(members[name])
+        for _ in range(3):
+            content[generator.randrange(len(content))] = generator.randrange(256)
+        with zipfile.ZipFile(tmp_path / "weights.pth", "w") as file:
+            for member, value in (members | {name: bytes(content)}).items():
+                file.writestr(member, value)
+        with suppress(ConfigError):
+            InceptionFeatures(tmp_path / "weights.pth")
 
 
 def test_a_pickle_that_wants_more_than_tensors_is_not_opened(tmp_path: Path) -> None:
