@@ -7,6 +7,7 @@ could still load and run nothing.
 from __future__ import annotations
 
 import argparse
+import re
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,9 @@ from ldm_scale.telemetry.log import get_logger
 
 PAGE = "report.html"
 _GENERATOR = "ldm-scale report"
+_BEGINNING = re.compile(
+    rf'<!DOCTYPE html>\s*<html [^>]*><head><meta charset="utf-8"><meta name="generator" content="{_GENERATOR} '.encode()
+)
 _HEAD_BYTES = 2048  # of a page, within which it says what made it
 _POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
 
@@ -42,7 +46,7 @@ def write_report(arguments: argparse.Namespace) -> dict[str, Any]:
     replace_file(out, page)
     log = get_logger(0)
     for text in run.missing:
-        log.warning(f"the page lacks {text}")
+        log.warning(f"missing on the page: {text}")
     log.info(f"wrote {out} ({len(page.encode()) / 2**20:.1f} MiB, {album.count} pictures)")
     return {
         "run": str(run.path),
@@ -65,7 +69,7 @@ def _require_place(out: Path) -> None:
         raise ConfigError(f"--out {out} is a folder; give the name of a page, such as {out / PAGE}")
     if out.exists():
         with out.open("rb") as file:
-            if _GENERATOR.encode() not in file.read(_HEAD_BYTES):
+            if _BEGINNING.match(file.read(_HEAD_BYTES)) is None:
                 raise ConfigError(f"--out {out} exists and is no page of {_GENERATOR}; remove it, or give another name")
 
 

@@ -196,6 +196,15 @@ def test_an_older_page_is_made_anew_and_nothing_else_is_overwritten(
     line = _refusal(capsys, 2, str(run), "--out", str(mine))
     assert "exists and is no page of ldm-scale report; remove it, or give another name" in line
     assert mine.read_text() == "<html>my own</html>"
+    for text in (
+        "notes: made with ldm-scale report",
+        '<!DOCTYPE html>\n<html><head><meta name="author" content="ldm-scale report 1">',
+    ):
+        mine.write_text(text)
+        assert "exists and is no page" in _refusal(capsys, 2, str(run), "--out", str(mine)), (
+            "it names the program alone"
+        )
+        assert mine.read_text() == text
     assert "is a folder; give the name of a page" in _refusal(capsys, 2, str(run), "--out", str(tmp_path))
 
 
