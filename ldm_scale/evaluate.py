@@ -149,7 +149,12 @@ def _add_sampling(parser: argparse.ArgumentParser, many: bool = False) -> None:
 
 
 def _add_common(parser: argparse.ArgumentParser, data: str, out: str, many: bool = False) -> None:
-    parser.add_argument("source", type=Path, metavar="PATH", help="a run, a checkpoint, an artifact or an export")
+    parser.add_argument(
+        "source",
+        type=Path,
+        metavar="PATH",
+        help="a run, a checkpoint, an artifact, an export, or a folder of diffusers",
+    )
     parser.add_argument("--data", type=Path, required=True, help=data)
     parser.add_argument("--split", help="of the manifest; default: heldout")
     parser.add_argument("--num-images", type=int, help="images to measure, the same for every model; default: all")

@@ -32,7 +32,11 @@ def _parser() -> argparse.ArgumentParser:
         "+ i, on the i-th of every list below (shorter lists are repeated) and on the model alone: not on the batch, "
         "the device or the other images. docs/sampling.md has examples.",
     )
-    parser.add_argument("source", type=Path, help="a run, a checkpoint, a diffusion artifact or a diffusers export")
+    parser.add_argument(
+        "source",
+        type=Path,
+        help="a run, a checkpoint, a diffusion artifact, or a folder of diffusers, whoever wrote it",
+    )
     parser.add_argument("--num-images", type=int, help="images in all (default: the longest list)")
     parser.add_argument("--seed", type=int, default=0, help="seed of the first image")
     parser.add_argument("--batch", type=int, default=16, help="images sampled at once")

@@ -100,7 +100,8 @@ def open_split(path: Path, split: str | None = None) -> Dataset:
         dataset = open_manifest(path, split or DEFAULT_SPLIT)
     except DataError as error:
         # The data layer speaks of configuration keys.
-        raise DataError(str(error).replace("data.split, data.validation_split", "--split")) from None
+        message = str(error).replace("data.split, data.validation_split", "--split")
+        raise DataError(message.replace("then set data.manifest", "then give its manifest.json as --data")) from None
     require_images(dataset)
     return dataset
 

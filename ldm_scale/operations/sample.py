@@ -19,6 +19,7 @@ from ldm_scale.conditioning.base import Conditions
 from ldm_scale.config.schema import SamplingConfig
 from ldm_scale.diffusion.guidance import Denoiser
 from ldm_scale.diffusion.sampler import steps_taken
+from ldm_scale.engine.tensor_file import require_place
 from ldm_scale.errors import ConfigError
 from ldm_scale.interchange.load import LoadedDiffusion, load_diffusion
 from ldm_scale.interchange.sampling import SampleOptions, chosen_sampling
@@ -27,6 +28,7 @@ from ldm_scale.operations.sample_guides import build_guides, open_classifier
 from ldm_scale.operations.sample_inputs import SampleRequest, read_request
 from ldm_scale.telemetry.log import get_logger
 
+MAX_SEED = 2**63
 Guide = Callable[[Denoiser], Denoiser]
 
 
@@ -234,6 +236,8 @@ def check_sampling(arguments: argparse.Namespace) -> None:
 
     Raises: ConfigError.
     """
+    if not 0 <= arguments.seed < MAX_SEED:
+        raise ConfigError(f"--seed {arguments.seed}: must be from 0 to 2^63 - 1")
     if arguments.guidance is not None and not 0.0 <= arguments.guidance < math.inf:
         raise ConfigError(
             f"--guidance {arguments.guidance}: must be a number from 0 (no caption) upwards; 1 is no guidance"
@@ -251,6 +255,7 @@ def check_sampling(arguments: argparse.Namespace) -> None:
 
 
 def _check(arguments: argparse.Namespace) -> None:
+    _check_texts(arguments)
     if arguments.batch < 1:
         raise ConfigError(f"--batch {arguments.batch}: must be at least 1")
     check_sampling(arguments)
@@ -261,6 +266,29 @@ def _check(arguments: argparse.Namespace) -> None:
     for option, path, name in (("--out", arguments.out, "grid.png"), ("--strip", arguments.strip, "strip.png")):
         if path is not None and path.is_dir():
             raise ConfigError(f"{option} {path} is a folder; give the name of a picture, such as {path}/{name}")
+        if path is not None and path.suffix.lower() != ".png":
+            raise ConfigError(f"{option} {path}: the picture is a PNG; give a name that ends in .png")
+        if path is not None:
+            require_place(path.parent, f"{option} {path}")
+    if arguments.images_dir is not None:
+        require_place(arguments.images_dir, f"--images-dir {arguments.images_dir}")
+
+
+def _check_texts(arguments: argparse.Namespace) -> None:
+    """Nothing, if all words are text: an argument whose bytes are not UTF-8 comes with surrogates in their place."""
+    given = {
+        "--prompt": arguments.prompt,
+        "--negative-prompt": [arguments.negative_prompt],
+        "--class": arguments.classes,
+        "--clip-guidance": [arguments.clip_guidance],
+        "--imagenet-guidance": [arguments.imagenet_guidance],
+    }
+    for option, texts in given.items():
+        for text in texts:
+            try:
+                (text or "").encode()
+            except UnicodeEncodeError:
+                raise ConfigError(f"{option} {text!a}: holds bytes that are not UTF-8; give it in UTF-8") from None
 
 
 def _device(wanted: str) -> str:

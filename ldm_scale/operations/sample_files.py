@@ -7,7 +7,6 @@ more under "parameters", in the lines that AUTOMATIC1111's web UI writes there a
 from __future__ import annotations
 
 import argparse
-import io
 import json
 import math
 import re
@@ -24,11 +23,24 @@ from torch import Tensor
 from ldm_scale import __version__
 from ldm_scale.config.schema import SamplingConfig
 from ldm_scale.engine.tensor_file import replace_file
-from ldm_scale.evaluation.generation import draw_captioned_grid
+from ldm_scale.evaluation.generation import draw_captioned_grid, png_bytes
 from ldm_scale.interchange.load import LoadedDiffusion
 from ldm_scale.operations.sample_inputs import SampleRequest
 
 STRIP_COLUMNS, STRIP_IMAGES = 8, 4  # predictions of an image, and images, in a strip
+# Keys of text chunks -> fields of the arguments that hold an entry for each image.
+_LISTS = {
+    "class": "classes",
+    "layout": "layout",
+    "map": "map",
+    "image": "image",
+    "mask": "mask",
+    "init_image": "init_image",
+}
+_SINGLE = (
+    *("tile", "tile_overlap", "clip_guidance", "clip_model", "clip_weights", "imagenet_guidance"),
+    *("classifier_weights", "guide_scale"),
+)
 HASH_CHARACTERS = 10  # of the model's hash among the parameters, as other programs abbreviate theirs
 _MAX_COLUMNS = 8
 _MIN_CELL_PX, _MAX_GRID_PX = 96, 8192
@@ -43,12 +55,15 @@ class Made:
     sampling: SamplingConfig
     size: tuple[int, int]  # (H, W) in pixels
 
-    def texts(self, prompt: str | None, seed: str) -> dict[str, str]:
-        """The text chunks of an image, by their keys; what does not apply is absent."""
+    def texts(self, prompt: str | None, seed: str, image: int | None = None) -> dict[str, str]:
+        """The text chunks of an image, by their keys; what does not apply is absent. `image` None: of all images."""
         given, sampling = self.arguments, self.sampling
         texts: dict[str, object] = {
             "prompt": prompt,
             "negative_prompt": given.negative_prompt,
+            **{key: _listed(getattr(given, name), image) for key, name in _LISTS.items()},
+            **{name: getattr(given, name) for name in _SINGLE},
+            "classifier": None if given.classifier is None else given.classifier.resolve().name,
             "seed": seed,
             "sampler": sampling.sampler,
             "steps": sampling.num_steps,
@@ -64,8 +79,18 @@ class Made:
             "model_hash": self.model_hash,
             "Software": f"ldm-scale {__version__}",  # a key that the PNG standard has
         }
-        known = {key: str(value) for key, value in texts.items() if value is not None}
+        # A path may hold bytes that are no text.
+        words = {key: str(value) for key, value in texts.items() if value is not None}
+        known = {key: value.encode("utf-8", "backslashreplace").decode() for key, value in words.items()}
         return known | {"parameters": _parameters(known, self.size)}
+
+
+def _listed(values: Sequence[Path | str], image: int | None) -> str | None:
+    """The entry of a list that an image was made for, of files the name; or all of them."""
+    names = [value.name if isinstance(value, Path) else value for value in values]
+    if not names:
+        return None
+    return "; ".join(dict.fromkeys(names)) if image is None else names[image % len(names)]
 
 
 def _parameters(texts: Mapping[str, str], size: tuple[int, int]) -> str:
@@ -82,9 +107,11 @@ def _parameters(texts: Mapping[str, str], size: tuple[int, int]) -> str:
         "Eta": texts.get("eta"),
         "Version": texts["Software"],
     }
-    lines = [texts.get("prompt", "")]
+    # Readers take a line for the negative prompt, or for the settings, by how it begins: what is given is one line.
+    prompt, negative = (" ".join(texts.get(key, "").splitlines()) for key in ("prompt", "negative_prompt"))
+    lines = [prompt]
     if "negative_prompt" in texts:
-        lines.append(f"Negative prompt: {texts['negative_prompt']}")
+        lines.append(f"Negative prompt: {negative}")
     # Readers split at commas and colons, but for what is quoted as JSON quotes it.
     quoted = {name: json.dumps(v) if re.search(r"[,:\n\"]", v) else v for name, v in settings.items() if v is not None}
     return "\n".join([*lines, ", ".join(f"{name}: {value}" for name, value in quoted.items())])
@@ -108,7 +135,7 @@ def write_each(directory: Path, images: Tensor, request: SampleRequest, made: Ma
         words = re.sub(r"[^A-Za-z0-9]+", "-", title).strip("-")[:40] or "empty"
         paths.append(directory / f"{seed:06d}-{words}.png")
         prompt = None if request.prompts is None else request.prompts[i]
-        _save(paths[-1], _picture(images[i]), made.texts(prompt, str(seed)))
+        _save(paths[-1], _picture(images[i]), made.texts(prompt, str(seed), i))
     return paths
 
 
@@ -177,7 +204,5 @@ def _save(path: Path, picture: Image.Image, texts: Mapping[str, str]) -> None:
     info = PngInfo()
     for key, value in texts.items():
         info.add_text(key, value)
-    buffer = io.BytesIO()
-    picture.save(buffer, "PNG", pnginfo=info, optimize=True)
     path.parent.mkdir(parents=True, exist_ok=True)
-    replace_file(path, buffer.getvalue())
+    replace_file(path, png_bytes(picture, info))

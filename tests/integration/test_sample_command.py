@@ -447,6 +447,47 @@ def test_a_strip_of_fewer_steps_than_columns_and_of_tall_images(model: Path, tmp
         assert picture.width == 3 * (96 + 12) + 12
 
 
+def test_pictures_say_all_that_they_were_made_of(
+    models: dict[str, Path], files: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    prompt = "a\nNegative prompt: b\nSteps: 9, Seed: 1"
+    odd = Path(shutil.copytree(models["fill"], tmp_path / "\udce9 model"))
+    arguments = ["--prompt", prompt, "--image", files["picture.png"], "--mask", files["mask.png"], "--tile", "16"]
+    _sample(odd, tmp_path, *arguments, "--steps", "1", "--imagenet-guidance", "1", "--guide-scale", "0.5")
+    (image,) = (tmp_path / "images").iterdir()
+    for path in (image, tmp_path / "grid.png"):
+        texts = Image.open(path).text  # type: ignore[attr-defined]
+        assert texts["prompt"] == prompt
+        assert (texts["image"], texts["mask"], texts["tile"]) == ("picture.png", "mask.png", "16")
+        assert (texts["imagenet_guidance"], texts["guide_scale"]) == ("1", "0.5")
+        assert texts["model"] == r"\udce9 model"
+        first, settings = texts["parameters"].split("\n")
+        assert first == "a Negative prompt: b Steps: 9, Seed: 1", "a prompt stays a prompt"
+        assert _settings(settings)["Steps"] == "1"
+    classes = ["--class", "0", "--class", "green", "--num-images", "3", "--steps", "1"]
+    _sample(models["classes"], tmp_path / "classes", *classes)
+    told = [Image.open(path).text["class"] for path in sorted((tmp_path / "classes" / "images").iterdir())]  # type: ignore[attr-defined]
+    assert told == ["0", "green", "0"]
+    assert Image.open(tmp_path / "classes" / "grid.png").text["class"] == "0; green"  # type: ignore[attr-defined]
+
+
+def test_places_are_tried_before_the_model_is_opened(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """There is no model at all, which would be the next thing to be said."""
+    (tmp_path / "file").touch()
+    for arguments, expected in (
+        (["--images-dir", str(tmp_path / "file")], f"--images-dir {tmp_path / 'file'}: nothing can be written there"),
+        (["--strip", str(tmp_path / "file" / "s.png")], "s.png: nothing can be written there"),
+        (["--strip", str(tmp_path / "s.jpg")], "s.jpg: the picture is a PNG; give a name that ends in .png"),
+        (["--seed", "-7"], "--seed -7: must be from 0"),
+        (["--prompt", "caf\udce9"], r"--prompt 'caf\udce9': holds bytes that are not UTF-8"),
+        (["--negative-prompt", "\udce9"], r"--negative-prompt '\udce9': holds bytes"),
+    ):
+        assert expected in _refusal(capsys, tmp_path / "none", tmp_path, *arguments)
+    assert main(["sample", str(tmp_path / "none"), "--out", "/proc/a/b.png"]) == 2
+    assert "--out /proc/a/b.png: nothing can be written there" in capsys.readouterr().err.splitlines()[-1]
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
 def test_pictures_are_whole_or_not_there(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "folder").mkdir()
     line = _refusal(capsys, model, tmp_path, "--prompt", "x", "--strip", str(tmp_path / "folder"))
