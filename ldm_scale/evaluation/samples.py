@@ -7,7 +7,7 @@ for. Samples and maps are kept whole only where boxes or maps are judged, as 8-b
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
@@ -53,6 +53,26 @@ PROTOCOLS["frozen_text"] = PROTOCOLS["text"]
 _ROWS_AT_ONCE = 1024
 
 
+class RealFeatures:
+    """Features of real images and of what an autoencoder leaves of them, for several models beside the same images."""
+
+    def __init__(self) -> None:
+        self._rows: dict[int, dict[str, Tensor]] = {}
+
+    def get(self, numbers: Sequence[int]) -> dict[str, Tensor] | None:
+        """Those of some images, if all of them are known. Shapes: (B, D) each."""
+        rows = [self._rows.get(number) for number in numbers]
+        found = [row for row in rows if row is not None]
+        if len(found) < len(rows):
+            return None
+        return {name: torch.stack([row[name] for row in found]) for name in found[0]}
+
+    def put(self, numbers: Sequence[int], rows: dict[str, Tensor]) -> None:
+        """Nothing; keeps rows of some images."""
+        for place, number in enumerate(numbers):
+            self._rows[number] = {name: tensor[place] for name, tensor in rows.items()}
+
+
 @dataclass(frozen=True)
 class Judge:
     """What samples are judged with."""
@@ -67,6 +87,7 @@ class Judge:
     classifier: Tensor | None = None  # whose logits are the features times it
     scorer: ClipScorer | None = None
     reference: FeatureSet | None = None  # that the samples are set beside; None = the real images
+    known: RealFeatures = field(default_factory=RealFeatures)  # of these images and this autoencoder
     resamples: int = 0  # halves of the samples that confidence intervals are taken from
     object_classes: tuple[str, ...] = ()  # of the data; so are the labels
     map_labels: tuple[str, ...] = ()
@@ -108,8 +129,13 @@ class SampleMeter:
             )
         kinds, extract, scorer = self._judge.kinds, self._judge.features.extract, self._judge.scorer
         real, made = eight_bits(originals), eight_bits(samples)
-        again = eight_bits(self._judge.reconstruct(real))
-        rows = {"real": extract(real), "made": extract(made), "again": extract(again)}
+        known = self._judge.known.get(numbers)
+        if known is None or {"inpainting", "low_resolution"} & set(kinds):
+            again = eight_bits(self._judge.reconstruct(real))
+        if known is None:
+            known = {"real": extract(real), "again": extract(again)}
+            self._judge.known.put(numbers, known)
+        rows = {"made": extract(made), **known}
         lists: dict[str, Sequence[Any]] = {}
         if "inpainting" in kinds:
             assert y.masks is not None, "the samples were given masks"

@@ -31,7 +31,7 @@ from ldm_scale.evaluation.generation import draw_captioned_grid, png_bytes
 from ldm_scale.evaluation.images import open_split
 from ldm_scale.evaluation.parts import PartFolder, measure_blocks
 from ldm_scale.evaluation.results import SAMPLES_FORMAT, VERSION, write_result
-from ldm_scale.evaluation.samples import Judge, SampleMeter
+from ldm_scale.evaluation.samples import Judge, RealFeatures, SampleMeter
 from ldm_scale.evaluation.shown import captions, first_rows, grid_side, panels
 from ldm_scale.evaluation.split import SplitStream
 from ldm_scale.interchange.artifact import Artifact, DiffusionArtifact
@@ -81,10 +81,14 @@ class _Request(NamedTuple):
     scorer: ClipScorer | None
 
 
-def evaluate_diffusion(arguments: argparse.Namespace, between: Callable[[], object] | None = None) -> dict[str, Any]:
+def evaluate_diffusion(
+    arguments: argparse.Namespace,
+    between: Callable[[], object] | None = None,
+    known: RealFeatures | None = None,
+) -> dict[str, Any]:
     """The result document; with --out, also written there with a picture of samples. Nothing on other ranks.
 
-    `between` is that of `measure_blocks`.
+    `between` is that of `measure_blocks`; `known` are features of the same images and autoencoder, where others follow.
 
     Raises: ConfigError, DataError or CheckpointError for what the command line names; NumericsError for samples that
     are not finite. Collective: all ranks.
@@ -93,7 +97,7 @@ def evaluate_diffusion(arguments: argparse.Namespace, between: Callable[[], obje
     device, model, stream, space = request.device, request.model, request.stream, request.space
     reference = _reference(arguments, model.resolution, space, device)
     model.to(device)
-    judge = replace(_judge(request), reference=reference, resamples=arguments.resamples)
+    judge = replace(_judge(request), reference=reference, resamples=arguments.resamples, known=known or RealFeatures())
     protocol = diffusion_protocol(request.dataset, stream, space, model, arguments.seed)
     kept = kept_parts(
         arguments,

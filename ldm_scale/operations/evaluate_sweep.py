@@ -22,6 +22,7 @@ from ldm_scale.errors import ConfigError, DataError
 from ldm_scale.evaluation.features import NUM_COMPONENTS
 from ldm_scale.evaluation.images import open_split
 from ldm_scale.evaluation.results import RESULT_FILE, SAMPLES_FORMAT, read_result, reading
+from ldm_scale.evaluation.samples import RealFeatures
 from ldm_scale.evaluation.sweep import names_of, plot_sweep, sweep_rows, sweep_table, write_csv
 from ldm_scale.interchange.load import LoadedDiffusion
 from ldm_scale.interchange.sampling import chosen_sampling
@@ -46,6 +47,7 @@ class Cell:
 
     arguments: argparse.Namespace
     content_sha256: str
+    autoencoder_sha256: str
     sampling: dict[str, Any]
 
     @property
@@ -60,13 +62,17 @@ def evaluate_sweep(arguments: argparse.Namespace) -> tuple[dict[str, Any], str]:
     Raises: ConfigError, DataError or CheckpointError for what the command line names.
     """
     cells = agreed(lambda: _open(arguments))
+    known: dict[str, RealFeatures] = {}  # by autoencoder: all cells are beside the same images
     documents = []
     for number, cell in enumerate(cells, 1):
         where = f"cell {number} of {len(cells)} ({cell.path.parent.name})"
         # What rank 0 sees: another rank might look when the result is there already.
         found = collectives.broadcast_object(agreed(partial(_finished, cell, arguments.overwrite)))
         get_logger().info(f"{where}: " + ("sampling" if found is None else "is finished"))
-        documents.append(evaluate_diffusion(cell.arguments) if found is None else found)
+        if found is None:
+            real = known.setdefault(cell.autoencoder_sha256, RealFeatures())
+            found = evaluate_diffusion(cell.arguments, known=real)
+        documents.append(found)
     return agreed(lambda: _written(arguments, cells, documents) if collectives.rank() == 0 else ({}, ""))
 
 
@@ -129,7 +135,7 @@ def _cells(arguments: argparse.Namespace) -> list[Cell]:
                 # The folder is this sweep's: a result that is there was looked at before.
                 one.out, one.overwrite = arguments.out / "cells" / name, True
                 known = {"num_steps": sampling.num_steps, "guidance_scale": sampling.guidance_scale}
-                cells.append(Cell(one, artifact.content_hash, known))
+                cells.append(Cell(one, artifact.content_hash, artifact.autoencoder.content_hash, known))
     return cells
 
 

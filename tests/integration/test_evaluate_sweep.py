@@ -52,8 +52,8 @@ def sampled(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     names: list[str] = []
     plain = evaluate_sweep.evaluate_diffusion
 
-    def counted(arguments: Any) -> dict[str, Any]:
-        document = plain(arguments)
+    def counted(arguments: Any, **options: Any) -> dict[str, Any]:
+        document = plain(arguments, **options)
         names.append(arguments.out.name)
         return document
 
@@ -73,7 +73,17 @@ def test_a_sweep_measures_every_cell_and_goes_on_where_it_was(
     model: Path, data: Path, tmp_path: Path, sampled: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "sweep"
-    assert main(command(model, data, out, *GRID)) == 0
+    looked_at: list[int] = []
+    extract = EfficientNetFeatures.extract
+
+    def counted(self: EfficientNetFeatures, images: torch.Tensor) -> torch.Tensor:
+        looked_at.append(len(images))
+        return extract(self, images)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(EfficientNetFeatures, "extract", counted)
+        assert main(command(model, data, out, *GRID)) == 0
+    assert sum(looked_at) == (2 + 4) * 34, "real images and their reconstructions once, the samples of every cell"
     table = capsys.readouterr().out
     assert "FD-EffNetLite0-PCA32" in table
     assert table.count("raw") == 4
