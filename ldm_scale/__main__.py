@@ -7,6 +7,7 @@ descriptions on purpose: help must not import torch six times, and a test holds 
 from __future__ import annotations
 
 import difflib
+import io
 import keyword
 import os
 import sys
@@ -69,6 +70,8 @@ def run_command(command: Callable[[ArgvT], int | None], argv: ArgvT) -> int:
     """The exit status of `command(argv)`, with a user's mistake told in one line on stderr and no traceback."""
     end_with_launcher()
     sys.stderr = enduring(sys.stderr)
+    if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.errors == "strict":
+        sys.stdout.reconfigure(errors="backslashreplace")  # names of files need not be text
     try:
         status = command(argv)
         sys.stdout.flush()

@@ -1,6 +1,7 @@
 """`ldm-scale evaluate` end to end: figures of an artifact, results compared and drawn, mistakes in one line."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -162,6 +163,22 @@ def test_mistakes_are_one_line(
     assert out == ""
     assert err.count("\n") == 1, err
     assert expected in err
+
+
+def test_names_that_are_no_text_are_printed(tmp_path: Path) -> None:
+    """In most languages' locales, stdout takes text alone."""
+    for name in ("caf\udce9", "other"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "result.json").write_text(json.dumps(kl_result()))
+    done = subprocess.run(
+        [sys.executable, "-m", "ldm_scale", "evaluate", "compare", tmp_path / "caf\udce9", tmp_path / "other"],
+        capture_output=True,
+        text=True,
+        timeout=100,
+        env=os.environ | {"PYTHONIOENCODING": "utf-8:strict"},
+    )
+    assert done.returncode == 0, done.stderr
+    assert r"kl-f4-c3 caf\udce9" in done.stdout
 
 
 @pytest.mark.parametrize("action", ["autoencoder", "diffusion", "images", "sweep"])

@@ -238,6 +238,8 @@ def test_boxes_without_maps_are_not_judged(
         ("text", ["--weights", "ema"], 2, "holds raw weights alone"),
         ("text", ["--features", "inception_v3"], 2, "inception_v3 needs"),
         ("text", ["--out", "FILE"], 2, "is a file; give a folder"),
+        ("text", ["--data", "FOLDER"], 3, "then give its manifest.json as --data"),
+        ("text", ["--seed", "-1"], 2, "--seed -1: must be from 0"),
     ],
 )
 def test_mistakes_are_one_line(
@@ -251,7 +253,8 @@ def test_mistakes_are_one_line(
     expected: str,
 ) -> None:
     (tmp_path / "file").touch()
-    arguments = [str(tmp_path / "file") if argument == "FILE" else argument for argument in arguments]
+    places = {"FILE": str(tmp_path / "file"), "FOLDER": str(tmp_path)}
+    arguments = [places.get(argument, argument) for argument in arguments]
     assert main(command(models[name], data, *arguments)) == status
     out, err = capsys.readouterr()
     assert out == ""
