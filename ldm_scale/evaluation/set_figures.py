@@ -197,7 +197,7 @@ def _neighbours(x: Tensor, y: Tensor, network: Network, halves: Halves) -> dict[
         )
         figures[figure] = {"name": name} | found
     # With the reference fixed it is a share of independent samples: exactly what Wilson's interval is of.
-    if halves.resamples:
+    if halves.resamples and halves.size >= neighbours.LEAST:
         figures["precision"] = {
             "name": names["precision"],
             "value": whole["precision"],
