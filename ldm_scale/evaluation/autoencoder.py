@@ -23,7 +23,7 @@ from ldm_scale.evaluation.frechet import frechet_figures
 from ldm_scale.evaluation.images import eight_bits
 from ldm_scale.evaluation.intervals import RESAMPLES, Halves
 from ldm_scale.evaluation.rate import PIXEL_BITS, CodeUsage, GaussianRate, numbers_per_pixel
-from ldm_scale.evaluation.reconstruction import bicubic_baseline, psnr, summary
+from ldm_scale.evaluation.reconstruction import bicubic_baseline, num_summarised, psnr, summary
 from ldm_scale.evaluation.rows import Rows
 from ldm_scale.evaluation.set_figures import score_figure
 from ldm_scale.evaluation.similarity import ssim
@@ -145,8 +145,9 @@ class ReconstructionMeter:
         if not self.num_images:
             raise DataError("no image to evaluate reconstructions on; name another split or folder")
         values = self.rows.tensors("")
-        unrelated = summary(values["unrelated_perceptual"][1:])  # the first image has none before it
-        bicubic = {name: summary(values[f"bicubic_{name}"]) for name in ("psnr_db", "ssim", "perceptual")}
+        unrelated = values.pop("unrelated_perceptual")[1:]  # the first image has none before it
+        bicubic = {name: values.pop(f"bicubic_{name}") for name in ("psnr_db", "ssim", "perceptual")}
+        means = values | {"perceptual.unrelated": unrelated} | {f"bicubic.{name}": x for name, x in bicubic.items()}
         originals, reconstructions = values.pop("original"), values.pop("reconstruction")
         instruments = self._instruments
         frechet = frechet_figures(originals, reconstructions, instruments.num_components, RESAMPLES)
@@ -158,12 +159,11 @@ class ReconstructionMeter:
             "perceptual": {
                 "name": instruments.perceptual.name,
                 **summary(values["perceptual"]),
-                "unrelated": unrelated["mean"],
-                "counts": {"unrelated": unrelated["num_images"]},
+                "unrelated": summary(unrelated)["mean"],
             },
             "frechet": {"name": instruments.frechet_name, **frechet},
-            "bicubic": {name: found["mean"] for name, found in bicubic.items()}
-            | {"counts": {name: found["num_images"] for name, found in bicubic.items()}},
+            "bicubic": {name: summary(x)["mean"] for name, x in bicubic.items()},
+            "counts": {name: num_summarised(x) for name, x in means.items()},  # of the images that means are over
             "rate": {"numbers_per_pixel": numbers_per_pixel(self._model.config), **self._rate()},
         }
         if instruments.classifier is not None:

@@ -46,14 +46,19 @@ def psnr(x: Tensor, y: Tensor) -> Tensor:
 
 
 def summary(values: Tensor) -> dict[str, float | None]:
-    """Mean, standard deviation and number of the images whose figure is a number, None where there is none.
+    """Mean and standard deviation over the images whose figure is a number, None where there is none.
 
     Left out are infinite figures, of images that come back exactly, and NaN, of images that have none.
     """
     values = values[values.isfinite()]
     if not len(values):
-        return {"mean": None, "std": None, "num_images": 0}
-    return {"mean": values.mean().item(), "std": values.std(correction=0).item(), "num_images": len(values)}
+        return {"mean": None, "std": None}
+    return {"mean": values.mean().item(), "std": values.std(correction=0).item()}
+
+
+def num_summarised(values: Tensor) -> int:
+    """Images that `summary` is over."""
+    return int(values.isfinite().sum())
 
 
 @torch.no_grad()

@@ -53,20 +53,25 @@ def figure_records(document: dict[str, Any]) -> list[dict[str, Any]]:
     }
     return [
         {"figure": name, **found, **_extraction(name, protocol), **common}
-        for name, found in _figures(document["figures"], protocol["data"]["num_images"])
+        for name, found in _figures(
+            {key: value for key, value in document["figures"].items() if key != COUNTS},
+            protocol["data"]["num_images"],
+            document["figures"].get(COUNTS, {}),
+        )
     ]
 
 
-def _figures(figures: dict[str, Any], num_images: int, prefix: str = "") -> Iterator[tuple[str, dict[str, Any]]]:
+def _figures(
+    figures: dict[str, Any], num_images: int, counts: dict[str, int], prefix: str = ""
+) -> Iterator[tuple[str, dict[str, Any]]]:
     """Dotted name and value, interval and number of images of every figure that was measured.
 
-    A group's `counts` are numbers of images of plain figures that are over fewer.
+    `counts` are numbers of images by dotted name, of means that may be over fewer.
     """
-    counts = figures.get("counts", {})
     for name, found in figures.items():
         path = f"{prefix}{name}"
-        if isinstance(found, dict) and name != "counts":
-            count = found.get("num_images", num_images)
+        if isinstance(found, dict):
+            count: int = counts.get(path, found.get("num_images", num_images))
             if "value" in found:
                 yield path, {"name": found["name"], "value": found["value"], "interval": found["interval"], "n": count}
             elif found.get("distance") is not None:
@@ -75,12 +80,13 @@ def _figures(figures: dict[str, Any], num_images: int, prefix: str = "") -> Iter
             elif found.get("mean") is not None:
                 yield path, _mean(path, found, count)
             yield from _figures(
-                {key: value for key, value in found.items() if key not in _NO_FIGURES}, count, f"{path}."
+                {key: value for key, value in found.items() if key not in _NO_FIGURES}, count, counts, f"{path}."
             )
         elif isinstance(found, int | float) and not isinstance(found, bool) and name not in _COUNTS:
-            yield path, {"name": path, "value": found, "interval": None, "n": counts.get(name, num_images)}
+            yield path, {"name": path, "value": found, "interval": None, "n": counts.get(path, num_images)}
 
 
+COUNTS = "counts"  # group of figures: of how many images the means are
 _NO_FIGURES = ("value", "distance", "interval", "mean", "std", "name", "level", "subset_size")
 _COUNTS = ("num_images", "num_objects", "num_labels", "num_chosen", "explained_variance")
 

@@ -31,7 +31,7 @@ from ldm_scale.evaluation.feature_sets import FeatureSet
 from ldm_scale.evaluation.features import ImageFeatures
 from ldm_scale.evaluation.frechet import frechet_figures
 from ldm_scale.evaluation.images import eight_bits
-from ldm_scale.evaluation.reconstruction import psnr, summary
+from ldm_scale.evaluation.reconstruction import num_summarised, psnr, summary
 from ldm_scale.evaluation.rows import Rows
 from ldm_scale.evaluation.set_figures import Network, set_figures
 from ldm_scale.evaluation.similarity import ssim
@@ -294,7 +294,9 @@ def _share(hits: Tensor) -> float:
 
 def _means(values: dict[str, Tensor]) -> dict[str, Any]:
     """Mean and deviation of each figure over the images that have it."""
-    figures: dict[str, Any] = {name: summary(value) for name, value in values.items()}
+    figures: dict[str, Any] = {
+        name: summary(value) | {"num_images": num_summarised(value)} for name, value in values.items()
+    }
     for name in set(values) & set(SHARES):
         figures[name]["share"] = True
     main = next(iter(values.values()))

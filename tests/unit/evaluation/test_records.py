@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from ldm_scale.evaluation.reconstruction import summary
+from ldm_scale.evaluation.reconstruction import num_summarised, summary
 from ldm_scale.evaluation.records import figure_records, versions
 from tests.helpers.evaluations import kl_result
 
@@ -35,9 +35,10 @@ def test_a_mean_is_over_the_images_that_have_the_figure() -> None:
     document = kl_result() | {"command": "", "versions": {}}
     psnr = torch.tensor([20.0, 30.0, 25.0, math.inf, math.nan, 21.0], dtype=torch.float64)
     document["figures"]["psnr_db"] = summary(psnr)
-    document["figures"]["bicubic"]["counts"] = {"psnr_db": 98}
+    document["figures"]["counts"] = {"psnr_db": num_summarised(psnr), "bicubic.psnr_db": 98}
     share = torch.ones(6, dtype=torch.float64)
-    document["figures"]["inpainting"] = {"known_exact": summary(share) | {"share": True}, "ssim": summary(share)}
+    document["figures"]["inpainting"] = {name: summary(share) | {"num_images": 6} for name in ("known_exact", "ssim")}
+    document["figures"]["inpainting"]["known_exact"]["share"] = True
     records = {record["figure"]: record for record in figure_records(document)}
     found = records["psnr_db"]
     assert (found["value"], found["n"]) == (24.0, 4)
