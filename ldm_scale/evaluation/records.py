@@ -71,7 +71,7 @@ def _figures(
     for name, found in figures.items():
         path = f"{prefix}{name}"
         if isinstance(found, dict):
-            count: int = counts.get(path, found.get("num_images", num_images))
+            count = counts[path] if path in counts else found.get("num_images", num_images)
             if "value" in found:
                 yield path, {"name": found["name"], "value": found["value"], "interval": found["interval"], "n": count}
             elif found.get("distance") is not None:
