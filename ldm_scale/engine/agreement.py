@@ -10,10 +10,11 @@ from collections.abc import Callable
 from contextlib import suppress
 from typing import TypeVar
 
+import torch
 from safetensors import SafetensorError
 
 from ldm_scale.engine import collectives
-from ldm_scale.errors import LdmScaleError
+from ldm_scale.errors import ConfigError, LdmScaleError
 
 T = TypeVar("T")
 EXPECTED = (LdmScaleError, OSError, SafetensorError)
@@ -22,6 +23,7 @@ EXPECTED = (LdmScaleError, OSError, SafetensorError)
 def agreed(work: Callable[[], T]) -> T:
     """What `work` gives on this rank. It must not begin a collective that an error of it leaves unanswered.
 
+    Too little of a device's memory is a ConfigError.
     Raises: on all ranks the error of the first rank on which it failed. Collective: all ranks.
     """
     error: Exception | None = None
@@ -29,6 +31,8 @@ def agreed(work: Callable[[], T]) -> T:
         value = work()
     except EXPECTED as found:
         error = found
+    except torch.OutOfMemoryError as found:
+        error = ConfigError(f"the device's memory does not suffice ({str(found).splitlines()[0].rstrip('.')})")
     told = None if error is None else (type(error), str(error))
     for rank, other in enumerate(collectives.gather_objects(told)):
         if other is None:

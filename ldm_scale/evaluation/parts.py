@@ -12,6 +12,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import suppress
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any
@@ -37,7 +38,8 @@ class PartFolder:
 
     def __init__(self, out: Path | None, wanted: Mapping[str, Any]) -> None:
         self._root = None if out is None else out / FOLDER
-        self._folder = None if self._root is None else self._root / json_sha256(wanted)[:32]
+        self.key = json_sha256(wanted)  # of all that the measurement depends on
+        self._folder = None if self._root is None else self._root / self.key[:32]
         self._can_write = self._folder is not None
 
     def blocks(self) -> list[int]:
@@ -56,7 +58,7 @@ class PartFolder:
                 metadata = file.metadata() or {}
                 values = json.loads(metadata["values"])
                 part = Part({name: file.get_tensor(name) for name in file.keys()}, values)  # noqa: SIM118
-            if metadata["sha256"] != _sha256(part):
+            if metadata["sha256"] != _sha256(block, part):
                 raise ValueError("its hash is another")
         except (SafetensorError, OSError, ValueError, KeyError) as error:
             get_logger().warning(f"{path} is damaged ({error}); its images are measured again")
@@ -68,7 +70,7 @@ class PartFolder:
         if self._folder is None or not self._can_write:
             return
         tensors = {name: tensor.contiguous() for name, tensor in part.tensors.items()}
-        content = save(tensors, metadata={"values": json.dumps(part.values), "sha256": _sha256(part)})
+        content = save(tensors, metadata={"values": json.dumps(part.values), "sha256": _sha256(block, part)})
         try:
             self._folder.mkdir(parents=True, exist_ok=True)
             replace_file(self._path(block), content)
@@ -80,17 +82,19 @@ class PartFolder:
             )
 
     def remove(self) -> None:
-        """Nothing; no part is left in the folder, of other measurements neither: a result stands there now."""
-        if self._root is not None:
-            shutil.rmtree(self._root, ignore_errors=True)
+        """Nothing; no part of this measurement is left: a result stands there now. What else lies there stays."""
+        if self._folder is not None and self._root is not None:
+            shutil.rmtree(self._folder, ignore_errors=True)
+            with suppress(OSError):  # others' are there too
+                self._root.rmdir()
 
     def _path(self, block: int) -> Path:
         assert self._folder is not None
         return self._folder / f"{block:06d}{_EXTENSION}"
 
 
-def _sha256(part: Part) -> str:
-    return json_sha256({"values": part.values, "tensors": tensors_sha256(part.tensors)})
+def _sha256(block: int, part: Part) -> str:
+    return json_sha256({"block": block, "values": part.values, "tensors": tensors_sha256(part.tensors)})
 
 
 def measure_blocks(

@@ -9,6 +9,7 @@ from ldm_scale.config.convert import config_from_dict
 from ldm_scale.config.schema import Config
 from ldm_scale.engine.checkpoint import latest_checkpoint
 from ldm_scale.engine.rank_files import DamagedError, complete_folders, read_manifest
+from ldm_scale.engine.weights import BEST
 from ldm_scale.errors import CheckpointError, ConfigError
 from ldm_scale.interchange.artifact import (
     AUTOENCODER_FOLDER,
@@ -51,7 +52,7 @@ def read_initial(config: Config) -> Artifact | DiffusionArtifact:
     Raises: CheckpointError or ConfigError, which name init, if there is none, it is incomplete or of another stage.
     """
     path = Path(config.init)
-    if path.is_file():
+    if path.is_file() and path.name != BEST:
         raise CheckpointError(
             f"init={config.init} is a file; make an artifact of it with `ldm-scale import {config.init} --out DIR`, "
             "and give init=DIR"

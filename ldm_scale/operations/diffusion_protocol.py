@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,15 +24,15 @@ from ldm_scale.operations.evaluation_setup import FrechetSpace
 _NAMES = {"classes": "classes", "layout": "object_classes", "semantic_map": "map_labels"}
 
 
-def check_names(model: LoadedDiffusion, dataset: Dataset, kinds: tuple[str, ...]) -> None:
-    """Nothing, if the numbers of the data's classes and labels mean what they meant in training.
+def check_names(labels: Mapping[str, list[str]], dataset: Dataset, kinds: Sequence[str]) -> None:
+    """Nothing, if the numbers of the data's classes and labels mean what they meant in training, which `labels` are.
 
     Raises: ConfigError with the first name that differs.
     """
     for kind, key in _NAMES.items():
         if kind not in kinds:
             continue
-        found, known = dataset.labels.get(key, []), model.labels.get(key, [])
+        found, known = dataset.labels.get(key, []), labels.get(key, [])
         if not found:
             raise ConfigError(
                 f"--data {dataset.manifest_path} lists no {key}, and the model is conditioned on {kind}; give data "
@@ -47,6 +48,18 @@ def check_names(model: LoadedDiffusion, dataset: Dataset, kinds: tuple[str, ...]
                 f"--data {dataset.manifest_path}: its {key} are not those that the model was trained with: number "
                 f"{number} is {theirs} where the model knows {ours}; give data of the same names in the same order"
             )
+
+
+def check_captions(clip_weights: object, kinds: Sequence[str], source: object) -> None:
+    """Nothing, if there are captions for a CLIP score, where one is asked for.
+
+    Raises: ConfigError.
+    """
+    if clip_weights is not None and not {"text", "frozen_text"} & set(kinds):
+        raise ConfigError(
+            f"--clip-weights {clip_weights}: {source} has no captions for its samples, not being conditioned on them; "
+            "leave --clip-weights and --clip-model out"
+        )
 
 
 def describe_model(

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ldm_scale import __version__
 from ldm_scale.config.schema import AutoencoderLossConfig
+from ldm_scale.engine import collectives
 from ldm_scale.engine.agreement import agreed
 from ldm_scale.engine.ema import canonical_name
 from ldm_scale.engine.lazy_tensors import num_elements
@@ -28,7 +29,7 @@ from ldm_scale.evaluation.autoencoder import (
 )
 from ldm_scale.evaluation.blocks import Block, Part
 from ldm_scale.evaluation.generation import png_bytes
-from ldm_scale.evaluation.images import CROP, RESIZE, ImageSet, ImageStream, open_images
+from ldm_scale.evaluation.images import CROP, RESIZE, ImageSet, ImageStream, content_sha256, open_images
 from ldm_scale.evaluation.parts import PartFolder, measure_blocks
 from ldm_scale.evaluation.reconstruction import reconstruction_grid
 from ldm_scale.evaluation.results import FORMAT, VERSION, write_result
@@ -47,6 +48,7 @@ from ldm_scale.operations.evaluation_setup import (
     describe_bad,
     describe_machine,
     kept_parts,
+    measured_before,
     open_features,
     progress_bar,
 )
@@ -68,10 +70,12 @@ class _Request(NamedTuple):
     model: LoadedAutoencoder
 
 
-def evaluate_autoencoder(arguments: argparse.Namespace, between: Callable[[], object] | None = None) -> dict[str, Any]:
+def evaluate_autoencoder(
+    arguments: argparse.Namespace, between: Callable[[], object] | None = None, *, reuse: bool = False
+) -> dict[str, Any]:
     """The result document; with --out, also written there with a picture of reconstructions. Nothing on other ranks.
 
-    `between` is that of `measure_blocks`.
+    `between` is that of `measure_blocks`. With `reuse`, a result of this very measurement in --out is taken.
 
     Raises: ConfigError, DataError or CheckpointError for what the command line names; NumericsError for weights whose
     reconstructions are not finite. Collective: all ranks.
@@ -83,13 +87,15 @@ def evaluate_autoencoder(arguments: argparse.Namespace, between: Callable[[], ob
         arguments,
         {
             "model": request.artifact.content_hash,
-            "data": [request.images.digest, request.images.split, stream.wanted],
+            "data": [_content(request.images, stream), request.images.split, stream.wanted],
             "resolution": request.resolution,
             "perceptual": _describe_perceptual(request.instruments.perceptual),
         },
         space,
         device,
     )
+    if reuse and collectives.broadcast_object((before := measured_before(arguments, kept)) is not None):
+        return before or {}
     started = time.monotonic()
     parts = _measure(request, kept, between)
     seconds = time.monotonic() - started
@@ -112,7 +118,7 @@ def evaluate_autoencoder(arguments: argparse.Namespace, between: Callable[[], ob
             "bad_images": describe_bad(stream.bad),
             "machine": describe_machine(device, meter.num_images / seconds),
         }
-        document = complete(document, arguments)
+        document = complete(document, arguments, kept)
         if arguments.out is not None:
             grid = reconstruction_grid(*meter.shown, columns=8)
             picture = png_bytes(Image.fromarray(grid.permute(1, 2, 0).numpy()))
@@ -229,6 +235,11 @@ def _describe_model(source: Path, artifact: Artifact) -> dict[str, Any]:
         "codebook_size": config.codebook_size,
         "parameters": num_elements(artifact.state),
     }
+
+
+def _content(images: ImageSet, stream: ImageStream) -> str:
+    """Hash of what is measured: files in a folder may have been replaced by others of their size."""
+    return images.digest if images.split else content_sha256(images, stream.order)
 
 
 def _describe_perceptual(perceptual: PerceptualLoss) -> dict[str, Any]:

@@ -9,7 +9,6 @@ device meanwhile. What was measured before an interruption, and whole results, a
 from __future__ import annotations
 
 import argparse
-import json
 import shlex
 from collections.abc import Callable
 from pathlib import Path
@@ -19,15 +18,16 @@ import torch
 
 from ldm_scale.config.fit import EVALUATION
 from ldm_scale.config.schema import Config
-from ldm_scale.data import open_unindexed
+from ldm_scale.data import Dataset, open_manifest, open_unindexed
 from ldm_scale.data.manifest import needs_manifest
 from ldm_scale.engine import collectives
-from ldm_scale.engine.agreement import agreed
+from ldm_scale.engine.agreement import EXPECTED
 from ldm_scale.engine.ema import RAW, average_names, canonical_name
+from ldm_scale.engine.preemption import StopAsked
 from ldm_scale.errors import ConfigError, DataError
 from ldm_scale.evaluation.images import chosen_numbers, open_images, open_split
 from ldm_scale.evaluation.results import RESULT_FILE
-from ldm_scale.interchange.load import read_source
+from ldm_scale.operations.diffusion_protocol import check_captions, check_names
 from ldm_scale.operations.evaluate import evaluate_autoencoder
 from ldm_scale.operations.evaluate_diffusion import evaluate_diffusion
 from ldm_scale.operations.evaluation_reference import check_set_request, open_scorer
@@ -76,36 +76,68 @@ class CheckpointEvaluator:
         try:
             if self._config.stage == "autoencoder":
                 images = open_images(arguments.data, arguments.split)
-                chosen_numbers(images.source, images.split, images.num_images, arguments.num_images)
+                numbers = chosen_numbers(images.source, images.split, images.num_images, arguments.num_images)
             else:
                 dataset = open_split(arguments.data, arguments.split)
-                chosen_numbers(str(dataset.manifest_path), dataset.split, dataset.num_samples, arguments.num_images)
+                source = str(dataset.manifest_path)
+                numbers = chosen_numbers(source, dataset.split, dataset.num_samples, arguments.num_images)
                 check_set_request(arguments)
+                self._check_conditioning(dataset)
                 open_scorer(arguments, torch.device("cpu"))
-            open_features(arguments, self._config.data.resolution, torch.device("cpu"))
+            space = open_features(arguments, self._config.data.resolution, torch.device("cpu"))
+            self._check_number(len(numbers), 2 if space.num_components is None else space.num_components + 1)
         except (ConfigError, DataError) as error:
-            message = str(error)  # in words of the command line
-            for option, key in _OPTIONS.items():
-                message = message.replace(f"{option} ", f"{key}=").replace(option, key)
-            raise type(error)(message) from None
+            raise type(error)(_in_keys(error)) from None
+
+    def _check_conditioning(self, dataset: Dataset) -> None:
+        """Nothing, if names and captions mean to the model what they mean in the data that are measured."""
+        config = self._config
+        kinds = [name for name, section in vars(config.conditioning).items() if section is not None]
+        trained_on = config.data.manifest
+        if config.evaluation.manifest and open_unindexed(trained_on) is None:
+            labels = open_manifest(trained_on, config.data.split, False).labels
+            check_names(labels, dataset, kinds)
+        check_captions(config.evaluation.clip_weights, kinds, "the model")
+
+    def _check_number(self, number: int, least: int) -> None:
+        metric = self._config.train.best_metric
+        if metric == f"{EVALUATION}frechet" and number < least:
+            raise ConfigError(
+                f"train.best_metric={metric}: a Frechet distance in these features takes {least} images, and {number} "
+                "are measured; set evaluation.num_images, or another figure"
+            )
 
     def __call__(self, checkpoint: Path, between: Callable[[], object]) -> dict[str, float]:
         """The figures of a checkpoint by their names, the same on all ranks; `between` is that of `measure_blocks`.
 
         Raises: an LdmScaleError on all ranks if it cannot be measured. Collective: all ranks.
         """
-        arguments = self.arguments(checkpoint)
-        here = agreed(lambda: _written(arguments) if collectives.rank() == 0 else None)
-        found = collectives.broadcast_object(here)
-        if found is None:
-            evaluate = evaluate_autoencoder if self._config.stage == "autoencoder" else evaluate_diffusion
-            rounds_to_10_bits = torch.backends.cudnn.allow_tf32  # an evaluation does not; training may
-            try:
-                document = evaluate(arguments, between)
-            finally:
-                torch.backends.cudnn.allow_tf32 = rounds_to_10_bits
-            found = collectives.broadcast_object(_values(document))
-        return found  # type: ignore[no-any-return]
+        evaluate = evaluate_autoencoder if self._config.stage == "autoencoder" else evaluate_diffusion
+        rounds_to_10_bits = torch.backends.cudnn.allow_tf32  # an evaluation does not; training may
+        try:
+            document = evaluate(self.arguments(checkpoint), between, reuse=True)
+        except (ConfigError, DataError) as error:
+            raise type(error)(_in_keys(error)) from None
+        finally:
+            torch.backends.cudnn.allow_tf32 = rounds_to_10_bits
+        return collectives.broadcast_object(_values(document))  # type: ignore[no-any-return]
+
+    def known(self, checkpoint: Path) -> dict[str, float]:
+        """The figures of a checkpoint that was measured before, of the same weights in the same way; {} if it was not.
+
+        Collective: all ranks.
+        """
+        is_there = (self.arguments(checkpoint).out / RESULT_FILE).is_file()
+        if not collectives.broadcast_object(is_there):
+            return {}
+
+        def end() -> None:
+            raise StopAsked("it has to be measured")
+
+        try:
+            return self(checkpoint, end)
+        except EXPECTED:
+            return {}
 
     def arguments(self, checkpoint: Path) -> argparse.Namespace:
         """What `ldm-scale evaluate` makes of the command line that measures the checkpoint, and that line."""
@@ -154,17 +186,12 @@ class CheckpointEvaluator:
         )
 
 
-def _written(arguments: argparse.Namespace) -> dict[str, float] | None:
-    """The figures of a result that the same command has left of the same weights, if there is one."""
-    try:
-        document = json.loads((arguments.out / RESULT_FILE).read_text(encoding="utf-8"))
-        command, weights, values = document["command"], document["model"]["content_sha256"], _values(document)
-    except (OSError, ValueError, KeyError, TypeError):
-        return None  # it is measured once more
-    if command != arguments.command:
-        return None
-    # A run that was begun anew in its old folder passes the same numbers of images with other weights.
-    return values if read_source(arguments.source, arguments.weights).content_hash == weights else None
+def _in_keys(error: Exception) -> str:
+    """The error's message in words of the configuration, in place of the command line's."""
+    message = str(error)
+    for option, key in _OPTIONS.items():
+        message = message.replace(f"{option} ", f"{key}=").replace(option, key)
+    return message
 
 
 def _values(document: dict[str, Any]) -> dict[str, float]:

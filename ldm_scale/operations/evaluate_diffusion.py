@@ -37,7 +37,7 @@ from ldm_scale.evaluation.split import SplitStream
 from ldm_scale.interchange.artifact import Artifact, DiffusionArtifact
 from ldm_scale.interchange.load import LoadedDiffusion, Weights, read_source
 from ldm_scale.interchange.sampling import SampleOptions, chosen_sampling
-from ldm_scale.operations.diffusion_protocol import check_names, describe_model, diffusion_protocol
+from ldm_scale.operations.diffusion_protocol import check_captions, check_names, describe_model, diffusion_protocol
 from ldm_scale.operations.evaluation_ranks import on_main
 from ldm_scale.operations.evaluation_reference import (
     check_set_request,
@@ -55,6 +55,7 @@ from ldm_scale.operations.evaluation_setup import (
     describe_bad,
     describe_machine,
     kept_parts,
+    measured_before,
     open_features,
     progress_bar,
 )
@@ -85,10 +86,13 @@ def evaluate_diffusion(
     arguments: argparse.Namespace,
     between: Callable[[], object] | None = None,
     known: RealFeatures | None = None,
+    *,
+    reuse: bool = False,
 ) -> dict[str, Any]:
     """The result document; with --out, also written there with a picture of samples. Nothing on other ranks.
 
     `between` is that of `measure_blocks`; `known` are features of the same images and autoencoder, where others follow.
+    With `reuse`, a result of this very measurement in --out is taken.
 
     Raises: ConfigError, DataError or CheckpointError for what the command line names; NumericsError for samples that
     are not finite. Collective: all ranks.
@@ -96,7 +100,6 @@ def evaluate_diffusion(
     request = agreed(lambda: _open(arguments))
     device, model, stream, space = request.device, request.model, request.stream, request.space
     reference = _reference(arguments, model.resolution, space, device)
-    model.to(device)
     judge = replace(_judge(request), reference=reference, resamples=arguments.resamples, known=known or RealFeatures())
     protocol = diffusion_protocol(request.dataset, stream, space, model, arguments.seed)
     kept = kept_parts(
@@ -111,6 +114,9 @@ def evaluate_diffusion(
         space,
         device,
     )
+    if reuse and collectives.broadcast_object((before := measured_before(arguments, kept)) is not None):
+        return before or {}
+    agreed(lambda: model.to(device))
     started = time.monotonic()
     parts = _measure(request, judge, arguments.seed, kept, between)
     seconds = time.monotonic() - started
@@ -127,7 +133,7 @@ def _open(arguments: argparse.Namespace) -> _Request:
     model = LoadedDiffusion(artifact)
     kinds = tuple(model.network.conditioner.conditions)
     dataset = open_split(arguments.data, arguments.split)
-    check_names(model, dataset, kinds)
+    check_names(model.labels, dataset, kinds)
     options = sampler_options(arguments)
     sampling = chosen_sampling(model, options)
     annotations = model.conditioning.annotations - {TEXT}
@@ -180,7 +186,7 @@ def _finish(
             request.device, meter.num_images / seconds, sampling_images_per_s=_rate(parts) * ranks
         ),
     }
-    document = complete(document, arguments)
+    document = complete(document, arguments, kept)
     if arguments.out is not None:
         path = write_result(arguments.out, document, {PICTURE_FILE: _picture(parts, model.resolution)})
         kept.remove()
@@ -203,11 +209,7 @@ def read_diffusion(source: Path, weights: Weights | None) -> DiffusionArtifact:
 
 
 def _scorer(arguments: argparse.Namespace, kinds: tuple[str, ...], device: torch.device) -> ClipScorer | None:
-    if arguments.clip_weights is not None and not {"text", "frozen_text"} & set(kinds):
-        raise ConfigError(
-            f"--clip-weights {arguments.clip_weights}: {arguments.source} has no captions for its samples, not being "
-            "conditioned on them; leave --clip-weights and --clip-model out"
-        )
+    check_captions(arguments.clip_weights, kinds, arguments.source)
     return open_scorer(arguments, device)
 
 

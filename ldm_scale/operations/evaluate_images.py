@@ -99,6 +99,7 @@ def evaluate_images(arguments: argparse.Namespace) -> dict[str, Any]:
                 "machine": describe_machine(device, made.images["num_images"] / seconds),
             },
             arguments,
+            kept,
         )
         if arguments.out is not None:
             path = write_result(arguments.out, document)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -28,6 +29,7 @@ from ldm_scale.redaction import public_urls
 from ldm_scale.telemetry.log import shows_progress
 
 EFFICIENTNET_FEATURES = 1280
+MEASUREMENT = "measurement_sha256"  # of a document: the hash of all that its measurement depends on
 
 
 class FrechetSpace(NamedTuple):
@@ -82,10 +84,21 @@ def check_batch(arguments: argparse.Namespace) -> None:
         raise ConfigError(f"--batch {arguments.batch}: must be at least 1")
 
 
-def complete(document: dict[str, Any], arguments: argparse.Namespace) -> dict[str, Any]:
+def complete(document: dict[str, Any], arguments: argparse.Namespace, kept: PartFolder) -> dict[str, Any]:
     """The document with command, versions, and each figure as a record of its own."""
-    document = document | {"command": public_urls(arguments.command), "versions": versions()}
+    document = document | {"command": public_urls(arguments.command), "versions": versions(), MEASUREMENT: kept.key}
     return document | {"records": figure_records(document)}
+
+
+def measured_before(arguments: argparse.Namespace, kept: PartFolder) -> dict[str, Any] | None:
+    """The document of this very measurement in --out, if there is one; None on ranks other than 0."""
+    if arguments.out is None or collectives.rank() != 0:
+        return None
+    try:
+        document: dict[str, Any] = json.loads((arguments.out / RESULT_FILE).read_text(encoding="utf-8"))
+        return document if document[MEASUREMENT] == kept.key and document["records"] else None
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
 
 
 def choose_device(name: str) -> torch.device:

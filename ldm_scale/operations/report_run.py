@@ -213,15 +213,17 @@ def _read_results(run: RunFolder, given: Sequence[Path]) -> None:
     run.results = [read_result(path) for path in given]
     known = {Path(result.source).resolve() for result in run.results}
     found = sorted(path for depth in ("*", "*/*", "*/*/*") for path in run.path.glob(f"{depth}/{RESULT_FILE}"))
-    for path in found[:_MAX_FOUND_RESULTS]:
+    num_found = len(found)
+    found = found[-_MAX_FOUND_RESULTS:]  # the newest of a run's own, which are named by images
+    for path in found:
         if path.resolve() in known:
             continue
         try:
             run.results.append(read_result(path))
         except DataError as error:
             run.missing.append(f"an evaluation: {error}")
-    if len(found) > _MAX_FOUND_RESULTS:
-        run.missing.append(f"{len(found) - _MAX_FOUND_RESULTS} more evaluations; name those to show with --results")
+    if num_found > _MAX_FOUND_RESULTS:
+        run.missing.append(f"{num_found - _MAX_FOUND_RESULTS} older evaluations; name those to show with --results")
 
 
 def series(rows: Sequence[dict[str, Any]]) -> dict[str, list[tuple[float, float | None]]]:

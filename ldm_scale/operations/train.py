@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ldm_scale.config.convert import flat_config
-from ldm_scale.config.fit import batch_plan, check_artifact_fits, check_posterior
+from ldm_scale.config.fit import batch_plan, check_artifact_fits, check_posterior, judges_evaluation
 from ldm_scale.config.origin import process_differences, require_same_networks
 from ldm_scale.config.schema import BatchPlan, Config
 from ldm_scale.data import Dataset, LatentCache, check_moments, open_manifest, open_unindexed, require_images
@@ -152,7 +152,7 @@ def _check_buckets(config: Config, dataset: Dataset) -> None:
 def _check_unindexed(config: Config) -> dict[str, str]:
     """The artifact's digest, if shards without a manifest are enough for the stage, and it is whole."""
     conditioning = config.conditioning
-    if config.train.best_metric is not None:
+    if config.train.best_metric is not None and not judges_evaluation(config.train):
         raise needs_manifest(config.data.manifest, "train.best_metric, a figure of validation,")
     if config.stage == "classifier" or (config.stage == "diffusion" and conditioning.classes is not None):
         raise needs_manifest(config.data.manifest, "training on classes")

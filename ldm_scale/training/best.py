@@ -15,23 +15,24 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from ldm_scale.config.convert import config_to_dict
 from ldm_scale.config.fit import judges_evaluation
-from ldm_scale.config.schema import TrainConfig
+from ldm_scale.config.schema import Config, TrainConfig
 from ldm_scale.engine.rank_files import complete_folders, folder_of, images_of
 from ldm_scale.engine.tensor_file import replace_file
 from ldm_scale.engine.weights import BEST
 from ldm_scale.errors import ConfigError
+from ldm_scale.telemetry.log import get_logger
 from ldm_scale.telemetry.side_files import side_write
 from ldm_scale.training.state import TrainingState
 
 
-def judge(
-    figures: Mapping[str, float], state: TrainingState, train: TrainConfig, *, is_evaluation: bool = False
-) -> bool:
+def judge(figures: Mapping[str, float], state: TrainingState, config: Config, *, is_evaluation: bool = False) -> bool:
     """Whether the figures of a validation, or of an evaluation, are the best so far, which the state then knows.
 
     Raises: ConfigError if train.best_metric should be one of them and is not.
     """
+    train = config.train
     name = train.best_metric
     if name is None or not figures or is_evaluation != judges_evaluation(train):
         return False
@@ -40,6 +41,8 @@ def judge(
             f"train.best_metric={name}: this run's {'evaluation' if is_evaluation else 'validation'} has no such "
             f"figure; it has {', '.join(sorted(figures))}"
         )
+    forget_others(state, config)
+    state.judged_by = judged_by(config)
     value, state.judged_images = figures[name], state.cur_images
     sign = 1.0 if train.best_is == "lowest" else -1.0
     is_known = bool(state.best) and state.best[-1][0] == state.cur_images  # looked at once more, after a stop
@@ -47,6 +50,28 @@ def judge(
         return False
     state.best.append((state.cur_images, value))
     return True
+
+
+def judged_by(config: Config) -> dict[str, Any]:
+    """All that figures must have in common to be compared: their name, which are better, how they are measured."""
+    train, found = config.train, {"metric": config.train.best_metric, "is": config.train.best_is}
+    if not judges_evaluation(train):
+        return found
+    measured = config_to_dict(config.evaluation) | {"sampling": config_to_dict(config.sampling)}
+    return found | {name: value for name, value in measured.items() if name not in ("every_images", "batch")}
+
+
+def forget_others(state: TrainingState, config: Config) -> None:
+    """Nothing; the state holds no best figures that were judged by something else than the configuration says."""
+    now = judged_by(config)
+    if not state.best or state.judged_by == now:
+        return
+    names = [name for name in now | state.judged_by if now.get(name) != state.judged_by.get(name)]
+    get_logger().warning(
+        f"the best checkpoint so far ({int(state.best[-1][0])} images) was told by other figures (another "
+        f"{', '.join(names)}), and counts no more"
+    )
+    state.best, state.judged_images = [], 0
 
 
 def has_ended_early(state: TrainingState, train: TrainConfig) -> bool:

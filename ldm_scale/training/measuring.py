@@ -8,21 +8,31 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Protocol
 
-from ldm_scale.config.fit import EVALUATION
+from ldm_scale.config.fit import EVALUATION, judges_evaluation
 from ldm_scale.config.schema import Config
 from ldm_scale.engine import collectives, phases
+from ldm_scale.engine.agreement import EXPECTED
 from ldm_scale.engine.preemption import Stop, StopAsked, StopRequest
 from ldm_scale.engine.rank_files import folder_of
-from ldm_scale.errors import LdmScaleError
 from ldm_scale.telemetry.log import get_logger
 from ldm_scale.telemetry.tensorboard import ScalarWriter
 from ldm_scale.training import best, resumption
 from ldm_scale.training.saving import Saving
 from ldm_scale.training.state import TrainingState
 
-# A checkpoint's figures by name, equal on all ranks; the function is called between blocks of images, on all of them.
-Evaluator = Callable[[Path, Callable[[], object]], dict[str, float]]
+
+class Evaluator(Protocol):
+    """What measures checkpoints. Collective: all ranks."""
+
+    def __call__(self, checkpoint: Path, between: Callable[[], object]) -> dict[str, float]:
+        """A checkpoint's figures by name, equal on all ranks; `between` is called between blocks of images, on all."""
+        ...
+
+    def known(self, checkpoint: Path) -> dict[str, float]:
+        """Those that were measured before; {} if there are none."""
+        ...
 
 
 class Measuring:
@@ -38,6 +48,15 @@ class Measuring:
     def owes(self, state: TrainingState, falls_due: bool) -> bool:
         """Whether the checkpoint of this very step is still to be measured."""
         return self._evaluator is not None and falls_due and state.measured_images != state.cur_images
+
+    def recall(self, state: TrainingState) -> None:
+        """Nothing; the state knows what was found of the checkpoint that it comes from, which was measured after it.
+
+        Collective: all ranks.
+        """
+        if self._evaluator is not None and judges_evaluation(self._config.train) and state.cur_images:
+            figures = self._evaluator.known(folder_of(self._checkpoints, state.cur_images))
+            best.judge(figures, state, self._config, is_evaluation=True)
 
     def measure(self, writer: ScalarWriter, state: TrainingState, stop: StopRequest) -> Stop:
         """What any of the ranks was asked for meanwhile, which breaks the evaluation off; NONE once it is made.
@@ -59,12 +78,12 @@ class Measuring:
                 figures = self._evaluator(path, between)
             except StopAsked:
                 return max(collectives.gather_objects(stop.kind))  # type: ignore[no-any-return]
-            except LdmScaleError as error:
+            except EXPECTED as error:
                 self._log.error(f"the evaluation at {images} images failed: {error}; training goes on without it")
         else:
             self._log.error(f"{path} could not be written and is not evaluated; training goes on")
         if not resumption.has_figures(self._config, images, EVALUATION, self._is_main):
             writer.add_scalars(figures, images)
-        best.judge(figures, state, self._config.train, is_evaluation=True)
+        best.judge(figures, state, self._config, is_evaluation=True)
         state.measured_images = images
         return Stop.NONE

@@ -36,6 +36,9 @@ def require_same_run(path: Path, saved: dict[str, Any], given: dict[str, Any]) -
     Raises: ConfigError naming the keys that differ.
     """
     before, now = _fixed(saved), _fixed(given)
+    network = "autoencoder" if saved["stage"] == "autoencoder" else "unet"  # keys that no shape tells, such as heads
+    for key in saved[network].keys() & given[network].keys() - TRAINING_KEYS:
+        before[f"{network}.{key}"], now[f"{network}.{key}"] = saved[network][key], given[network][key]
     differences = [
         f"{key}: {before.get(key)} saved, {now.get(key)} given"
         for key in sorted(before | now)

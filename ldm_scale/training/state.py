@@ -14,7 +14,7 @@ from ldm_scale.engine.spikes import SpikeHistory
 from ldm_scale.errors import CheckpointError
 
 # Fields that earlier versions did not write, whose runs had the default.
-_ADDED = {"init", "best", "judged_images", "measured_images"}
+_ADDED = {"init", "best", "judged_by", "judged_images", "measured_images"}
 
 
 @dataclass
@@ -32,6 +32,7 @@ class TrainingState:
     passed_over: list[list[int]] = field(default_factory=list)  # images [from, to) that a rollback left out
     spikes: SpikeHistory = field(default_factory=SpikeHistory)
     best: list[tuple[int, float]] = field(default_factory=list)  # images and figure of each that was the best so far
+    judged_by: dict[str, Any] = field(default_factory=dict)  # what the best are the best by
     judged_images: int = 0  # at the last figure that was looked at for it
     training_s: float = 0.0  # seconds spent in training steps
     data_digest: str = ""  # of the training split's shards: what the position counts in

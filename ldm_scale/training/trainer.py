@@ -275,7 +275,7 @@ class Trainer:
         for finding in self._findings:
             if self.environment.is_main and finding.name not in known:  # the figures are the same on all ranks
                 self.log.warning(f"diagnosis: {finding}")
-        return best.judge(figures, self.state, self.config.train)
+        return best.judge(figures, self.state, self.config)
 
     def _compare_ranks(self, batches: list[Batch]) -> None:
         """Stops all ranks where one is not a replica of the others, or trains on the same images as another."""
@@ -331,6 +331,8 @@ class Trainer:
         resumption.require_same_data(saved.data_digest, self._data_digest, self.config)
         self.state = TrainingState.from_dict(load_checkpoint(path, self.task.trained, verified=True))
         self.task.init = self.state.init
+        best.forget_others(self.state, self.config)
+        self.measuring.recall(self.state)
         self.saving.resumed_at(self.state)
         self._best.update(self.state)
         self.log.info(f"continuing at {self.state.cur_images} images from {path}")

@@ -83,12 +83,13 @@ def trained(config: Config, at: int = 0, event: Callable[[], None] | None = None
     return f"{ending} after {batches}"
 
 
-def scripted(config: Config) -> str:
-    """As `trained`, of a run whose second evaluation is the best."""
-    plain, values = CheckpointEvaluator.__call__, iter((2.0, 1.0, 1.5, 0.5))
+def scripted(config: Config, values: tuple[float, ...], known: float = 0.0) -> str:
+    """As `trained`, of a run whose evaluations find these values; `known` is what was found before its start."""
+    plain, left = CheckpointEvaluator.__call__, iter(values)
 
     def replaced(self: CheckpointEvaluator, checkpoint: Path, between: Callable[[], object]) -> dict[str, float]:
-        return plain(self, checkpoint, between) | {METRIC: next(values)}
+        found = plain(self, checkpoint, between)
+        return found | {METRIC: known if between.__name__ == "end" else next(left)}
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(CheckpointEvaluator, "__call__", replaced)
@@ -242,20 +243,64 @@ def fail() -> None:
     raise NumericsError("the samples are not finite")
 
 
-def test_an_evaluation_that_fails_does_not_end_the_run(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def exhaust() -> None:
+    raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.\nMore")
+
+
+def full() -> None:
+    raise OSError(28, "No space left on device", "somewhere")
+
+
+@pytest.mark.parametrize(
+    ("event", "words"),
+    [
+        (fail, "the samples are not finite"),
+        (exhaust, "2 images at once do not fit into the device's memory (CUDA out of memory. Tried to allocate 2 GiB)"),
+        (full, "No space left on device"),
+    ],
+)
+def test_an_evaluation_that_fails_does_not_end_the_run(
+    event: Callable[[], None], words: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
     config = run_of("diffusion", tmp_path, "failed")
-    assert run_ranks(trained, 1, config, 2, fail) == ["finished after 6"]
+    assert run_ranks(trained, 1, config, 2, event) == ["finished after 6"]
     assert tuple(figures(tmp_path / "failed")) == (24,)
-    assert "evaluation at 16 images failed: the samples are not finite" in capfd.readouterr().err
+    (line,) = [line for line in capfd.readouterr().err.splitlines() if "evaluation at 16 images failed" in line]
+    assert words in line
+    assert "--" not in line
 
 
 def test_the_run_ends_early_by_an_evaluation(tmp_path: Path) -> None:
     config = run_of("diffusion", tmp_path, "early", total_images=64, best_metric=METRIC, patience_images=1)
-    assert run_ranks(scripted, 1, config) == ["finished after 12"]
+    assert run_ranks(scripted, 1, config, (2.0, 1.0, 1.5)) == ["finished after 12"]
     assert tuple(figures(tmp_path / "early")) == (16, 32, 48)
     result = json.loads((tmp_path / "early/result.json").read_text())
     assert (result["images"], result["best"]["images"]) == (48, 32)
     assert "has not been better than" in result["ended_early"]
+
+
+def test_what_the_last_evaluation_found_is_known_when_the_run_goes_on(tmp_path: Path) -> None:
+    keys = {"best_metric": METRIC, "keep_checkpoints": 1, "total_images": 24, "best_is": "highest"}
+    config = run_of("diffusion", tmp_path, "run", **keys)
+    assert run_ranks(scripted, 1, config, (1.0, 3.0)) == ["finished after 8"]
+    folder = tmp_path / "run"
+    assert json.loads((folder / "best.json").read_text())["images"] == 24
+    longer = dataclasses.replace(config, train=dataclasses.replace(config.train, total_images=40))
+    # At 24 images nothing falls due any more; what was found there counts.
+    assert run_ranks(scripted, 1, longer, (2.0, 2.5), 3.0) == ["finished after 8"]
+    assert json.loads((folder / "best.json").read_text())["images"] == 24
+    assert [path.name for path in sorted((folder / "checkpoints").iterdir())] == [
+        "images-0000000024",
+        "images-0000000040",
+    ]
+
+
+def test_a_run_that_ended_early_is_finished(tmp_path: Path) -> None:
+    config = run_of("diffusion", tmp_path, "early", total_images=64, best_metric=METRIC, patience_images=1)
+    assert run_ranks(scripted, 1, config, (2.0, 1.0, 1.5)) == ["finished after 12"]
+    before = (tmp_path / "early/result.json").stat().st_mtime_ns
+    assert run_ranks(scripted, 1, config, (), 1.5) == ["finished after 0"]
+    assert (tmp_path / "early/result.json").stat().st_mtime_ns == before, "there was nothing left to do"
 
 
 @pytest.mark.parametrize(
@@ -267,13 +312,14 @@ def test_the_run_ends_early_by_an_evaluation(tmp_path: Path) -> None:
         ({"features_weights": "nowhere.pth"}, ConfigError, "evaluation.features_weights=nowhere.pth"),
         ({"features": "inception_v3", "features_weights": "nowhere.pth"}, LdmScaleError, "nowhere.pth"),
         ({"clip_model": "RN50"}, ConfigError, "evaluation.clip_model=RN50"),
+        ({}, ConfigError, "takes 33 images, and 7 are measured; set evaluation.num_images"),
         ({"manifest": "nowhere.json"}, DataError, "nowhere.json"),
     ],
 )
 def test_what_an_evaluation_needs_is_looked_for_first(
     change: dict[str, Any], error: type[LdmScaleError], words: str, tmp_path: Path
 ) -> None:
-    config = run_of("diffusion", tmp_path, "run")
+    config = run_of("diffusion", tmp_path, "run", best_metric="evaluation/frechet")
     config = dataclasses.replace(config, evaluation=dataclasses.replace(config.evaluation, **change))
     with pytest.raises(error) as refused:
         CheckpointEvaluator(config).check()
