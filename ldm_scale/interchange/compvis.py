@@ -54,8 +54,8 @@ from ldm_scale.interchange.compvis_read_conditioning import (
     read_conditioning,
     vocabulary_of,
 )
-from ldm_scale.interchange.compvis_section import Section
 from ldm_scale.interchange.compvis_write import CHECKPOINT
+from ldm_scale.interchange.foreign_section import Section
 from ldm_scale.models.autoencoder import LatentStatistics
 
 _EMA = "model_ema."

@@ -10,8 +10,8 @@ from dataclasses import replace
 from ldm_scale.config.networks import check_attention_levels, check_levels, check_unet
 from ldm_scale.config.schema import AutoencoderConfig, DiffusionConfig, UNetConfig
 from ldm_scale.errors import CheckpointError
-from ldm_scale.interchange.compvis_section import Section
 from ldm_scale.interchange.compvis_write import NORM_GROUPS, PREDICTIONS
+from ldm_scale.interchange.foreign_section import Section
 
 DIFFUSION_TARGETS = ("LatentDiffusion", "LatentInpaintDiffusion")
 AUTOENCODER_TARGETS = {

@@ -36,7 +36,7 @@ from ldm_scale.interchange.compvis_conditioning import (
 )
 from ldm_scale.interchange.compvis_names import COND_STAGE, UNET
 from ldm_scale.interchange.compvis_read import class_name
-from ldm_scale.interchange.compvis_section import Section
+from ldm_scale.interchange.foreign_section import Section
 from ldm_scale.interchange.safetensors_io import read_json
 
 # Towers by the names that FrozenCLIPEmbedder downloads: heads; all have OpenAI's activation.

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal
 
 import diffusers
 import torch
@@ -14,7 +15,8 @@ from ldm_scale.config.schema import DiffusionConfig, SamplingConfig
 from ldm_scale.diffusion.process import build_process
 from ldm_scale.diffusion.sampler import Sampler
 from ldm_scale.errors import CheckpointError
-from ldm_scale.interchange.foreign_config import Plain, checked, filled, read_class_config
+from ldm_scale.interchange.foreign_config import Plain, checked, filled_in, read_class_config
+from ldm_scale.interchange.foreign_section import Section
 from ldm_scale.telemetry.log import get_logger
 
 # diffusers ships no types for its constructors.
@@ -22,28 +24,49 @@ _DDIMScheduler: Any = DDIMScheduler
 _EDMEulerScheduler: Any = EDMEulerScheduler
 
 SCHEDULER_CONFIG = "scheduler_config.json"
-ChoiceT = TypeVar("ChoiceT")
 Prediction = Literal["eps", "v", "x0"]
 _PREDICTIONS: dict[Prediction, str] = {"eps": "epsilon", "v": "v_prediction", "x0": "sample"}
 _SCHEDULES: Mapping[str, Literal["linear", "cosine"]] = {"scaled_linear": "linear", "squaredcos_cap_v2": "cosine"}
-# Schedulers of a process with timesteps, and our sampler that follows it as they do; where there is none, ddim.
-_SAMPLERS: dict[str, Sampler] = {
+# Schedulers of a process with timesteps, and our sampler that follows it as they do; None where there is none, which
+# is said, and ddim is taken.
+_SAMPLERS: dict[str, Sampler | None] = {
     "DDIMScheduler": "ddim",
     "DDPMScheduler": "ddpm",
     "DPMSolverMultistepScheduler": "dpmpp_2m",
-    "DPMSolverSinglestepScheduler": "ddim",
-    "EulerAncestralDiscreteScheduler": "ddim",
-    "EulerDiscreteScheduler": "ddim",
-    "HeunDiscreteScheduler": "ddim",
-    "LMSDiscreteScheduler": "ddim",
+    "DPMSolverSinglestepScheduler": None,
+    "EulerAncestralDiscreteScheduler": None,
+    "EulerDiscreteScheduler": "ddim",  # Euler steps in sigma are those of ddim
+    "HeunDiscreteScheduler": None,
+    "LMSDiscreteScheduler": None,
     "PNDMScheduler": "plms",
-    "UniPCMultistepScheduler": "ddim",
+    "UniPCMultistepScheduler": None,
 }
-# What our samplers always do, where a scheduler can do otherwise. Sampling alone: the model is the same.
-_FIXED_SAMPLING = {"clip_sample": False, "thresholding": False, "set_alpha_to_one": False, "steps_offset": 1}
-_EDM_SAMPLING = {"sigma_schedule": "karras", "prediction_type": "epsilon", "final_sigmas_type": "zero"}
+# Keys that say what the network was trained to do: they are read.
+_BETAS = ("beta_schedule", "beta_start", "beta_end", "trained_betas", "rescale_betas_zero_snr")
+_PROCESS = frozenset({"num_train_timesteps", "prediction_type", *_BETAS})
+_EDM_PROCESS = _PROCESS | {"sigma_min", "sigma_max", "sigma_data", "rho"}
+# Keys that make another process or network of it where they say anything else.
+_REQUIRED: dict[str, tuple[object, ...]] = {
+    "trained_betas": (None,),
+    "use_flow_sigmas": (False,),
+    "timestep_type": ("discrete",),
+    "predict_epsilon": (True,),  # of files from before prediction_type
+    "variance_type": (None, "fixed_small", "fixed_small_log", "fixed_large", "fixed_large_log"),
+}
+# Every other key is of sampling alone. Ours does what the default says, except here.
+_FIXED_SAMPLING = {
+    "clip_sample": False,
+    "thresholding": False,
+    "set_alpha_to_one": False,
+    "steps_offset": 1,
+    "skip_prk_steps": True,
+}
+_EDM_SAMPLING = {"sigma_schedule": "karras", "final_sigmas_type": "zero"}
+# Of no effect without clip_sample or thresholding, which are told themselves.
+_IDLE = frozenset({"clip_sample_range", "dynamic_thresholding_ratio", "sample_max_value"})
 # Pipelines, and the caller's own loop, that scale noise and input as EDMEulerScheduler asks.
 _SCALING_PIPELINES = ("StableDiffusionPipeline", "StableDiffusionInpaintPipeline", "LDMPipeline", None)
+_WHO = "the processes here have"
 _CHECKED_STEPS = 20  # enough for "leading" steps, few enough for every table
 
 
@@ -105,26 +128,28 @@ def read_scheduler(folder: Path) -> tuple[DiffusionConfig, SamplingConfig]:
             f"{path}: _class_name={name!r}: its forward process is unknown here; put the model's scheduler of another "
             f"class there, of {', '.join(known)}"
         )
-    try:
-        theirs = filled(getattr(diffusers, name).from_config(given), given, path)
-    except (ValueError, TypeError, NotImplementedError) as error:
-        raise CheckpointError(f"{path}: diffusers cannot build this {name} ({error}); correct the file") from error
+    theirs = filled_in(getattr(diffusers, name).__init__, given, path)
+    section = Section.of_json(path, theirs)
     if name == "EDMEulerScheduler":
-        return _edm(path, theirs)
-    if theirs.get("trained_betas") is not None:
-        raise CheckpointError(f"{path}: trained_betas: a table of betas; schedules here are {', '.join(_SCHEDULES)}")
+        return _edm(path, section)
+    for key, held in _REQUIRED.items():
+        if given.get(key, held[0]) not in held:
+            raise CheckpointError(
+                f"{path}: {key}={_shown(given[key])}: the processes here have {key}={held[0]!r}, anything else is a "
+                "process, or a network's output, of another kind; this model cannot be imported"
+            )
     config = DiffusionConfig(
-        prediction=_choice(path, theirs, "prediction_type", {their: ours for ours, their in _PREDICTIONS.items()}),
-        num_timesteps=theirs["num_train_timesteps"],
-        schedule=_choice(path, theirs, "beta_schedule", _SCHEDULES),
-        beta_start=float(theirs["beta_start"]),
-        beta_end=float(theirs["beta_end"]),
-        zero_terminal_snr=bool(theirs.get("rescale_betas_zero_snr")),
+        prediction=section.choice("prediction_type", {their: ours for ours, their in _PREDICTIONS.items()}, who=_WHO),
+        num_timesteps=section.integer("num_train_timesteps", at_least=1),
+        schedule=section.choice("beta_schedule", _SCHEDULES, who=_WHO),
+        beta_start=section.number("beta_start", above=0, below=1),
+        beta_end=section.number("beta_end", above=0, below=1),
+        zero_terminal_snr=section.boolean("rescale_betas_zero_snr", False),
     )
     checked(path, lambda: build_process(config))
     spacing = "trailing" if config.zero_terminal_snr else "leading"
-    _say_what_differs(path, theirs, _FIXED_SAMPLING | {"timestep_spacing": spacing})
-    return config, SamplingConfig(sampler=_SAMPLERS[name])
+    _say_what_differs(path, name, theirs, _FIXED_SAMPLING | {"timestep_spacing": spacing})
+    return config, SamplingConfig(sampler=_SAMPLERS[name] or "ddim")
 
 
 def require_our_schedule(folder: Path, config: DiffusionConfig) -> None:
@@ -161,32 +186,39 @@ def require_our_schedule(folder: Path, config: DiffusionConfig) -> None:
         )
 
 
-def _edm(path: Path, theirs: Plain) -> tuple[DiffusionConfig, SamplingConfig]:
-    _say_what_differs(path, theirs, _EDM_SAMPLING)
+def _edm(path: Path, section: Section) -> tuple[DiffusionConfig, SamplingConfig]:
+    # v is the negative of what EDM's network gives, which no sampler could set right.
+    section.choice("prediction_type", {"epsilon": "edm"}, who=_WHO)
     config = DiffusionConfig(
         prediction="edm",
-        num_timesteps=theirs["num_train_timesteps"],
-        sigma_min=float(theirs["sigma_min"]),
-        sigma_max=float(theirs["sigma_max"]),
-        sigma_data=float(theirs["sigma_data"]),
-        rho=float(theirs["rho"]),
+        num_timesteps=section.integer("num_train_timesteps", at_least=1),
+        sigma_min=section.number("sigma_min", above=0),
+        sigma_max=section.number("sigma_max", above=0),
+        sigma_data=section.number("sigma_data", above=0),
+        rho=section.number("rho", above=0),
     )
     checked(path, lambda: build_process(config))
+    _say_what_differs(path, "EDMEulerScheduler", dict(section.values), _EDM_SAMPLING)
     return config, SamplingConfig(sampler="euler")
 
 
-def _choice(path: Path, theirs: Plain, key: str, choices: Mapping[str, ChoiceT]) -> ChoiceT:
-    value = theirs.get(key)
-    if not isinstance(value, str) or value not in choices:
-        raise CheckpointError(
-            f"{path}: {key}={value!r}: the processes here have {' and '.join(choices)}; this model cannot be imported"
-        )
-    return choices[value]
-
-
-def _say_what_differs(path: Path, theirs: Plain, ours: Mapping[str, object]) -> None:
-    """Says which options of sampling are others than ours: the same model, drawn along slightly other timesteps."""
-    differing = {key: value for key, value in ours.items() if theirs.get(key, value) != value}
-    others = [f"{key}={theirs[key]!r} (here {value!r})" for key, value in differing.items()]
+def _say_what_differs(path: Path, name: str, theirs: Plain, ours: Mapping[str, object]) -> None:
+    """Says which options of sampling are others than ours: the same model, drawn otherwise or along other timesteps."""
+    parameters = inspect.signature(getattr(diffusers, name).__init__).parameters
+    is_edm, others = name == "EDMEulerScheduler", []
+    if not is_edm and _SAMPLERS[name] is None:
+        others.append(f"_class_name={name!r} (here 'ddim', the nearest)")
+    for key in sorted(theirs.keys() - (_EDM_PROCESS if is_edm else _PROCESS) - _IDLE):
+        here = ours.get(key, parameters[key].default if key in parameters else None)
+        if _plain(theirs[key]) != _plain(here):
+            others.append(f"{key}={_shown(theirs[key])} (here {here!r})")
     if others:
         get_logger().warning(f"{path}: samples will differ from its own pipeline's by {', '.join(others)}")
+
+
+def _plain(value: object) -> object:
+    return list(value) if isinstance(value, tuple) else value
+
+
+def _shown(value: object) -> str:
+    return repr(value) if not isinstance(value, list | tuple) or len(value) < 8 else f"a list of {len(value)}"

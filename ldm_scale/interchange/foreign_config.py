@@ -7,6 +7,7 @@ its name, also one that this program has never heard of.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -34,13 +35,23 @@ def read_class_config(path: Path) -> Plain:
 
 
 def filled(instance: Any, given: Mapping[str, Any], path: Path) -> Plain:
-    """What a model or scheduler of diffusers was built from, defaults included; says once what it does not know."""
-    config = {key: value for key, value in instance.config.items() if not key.startswith("_")}
+    """What a model of diffusers was built from, defaults included; says once what it does not know."""
+    return _known({key: value for key, value in instance.config.items() if not key.startswith("_")}, {}, given, path)
+
+
+def filled_in(constructor: Any, given: Mapping[str, Any], path: Path) -> Plain:
+    """As `filled`, of what was not built: a scheduler computes tables of numbers that nobody has looked at."""
+    parameters = inspect.signature(constructor).parameters.values()
+    defaults = {p.name: p.default for p in parameters if p.name not in ("self", "kwargs")}
+    return _known(defaults, given, given, path)
+
+
+def _known(config: Plain, values: Mapping[str, Any], given: Mapping[str, Any], path: Path) -> Plain:
     unknown = {k: v for k, v in given.items() if not k.startswith("_") and k not in config and v not in (None, False)}
     if unknown:
         listed = ", ".join(f"{key}={value!r}" for key, value in sorted(unknown.items()))
         get_logger().warning(f"{path}: {listed}: unknown to this version of diffusers, which leaves it out")
-    return config
+    return {key: values.get(key, default) for key, default in config.items()}
 
 
 def empty_model(model_class: Any, folder: Path) -> tuple[Plain, nn.Module]:

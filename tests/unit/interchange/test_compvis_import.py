@@ -25,8 +25,8 @@ from ldm_scale.interchange.compvis_conditioning import conditioner_places
 from ldm_scale.interchange.compvis_infer import inferred_model
 from ldm_scale.interchange.compvis_names import FIRST_STAGE, autoencoder_places, to_theirs, unet_places
 from ldm_scale.interchange.compvis_read import diffusion_config, unet_config
-from ldm_scale.interchange.compvis_section import Section
 from ldm_scale.interchange.compvis_write import fill_compvis_folder, written_unet
+from ldm_scale.interchange.foreign_section import Section
 from ldm_scale.models.autoencoder import Autoencoder
 from tests.helpers.compvis import AUTOENCODER, KINDS, SELF, VQ, first_stage, second_stage, theirs
 

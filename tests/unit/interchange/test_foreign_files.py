@@ -17,8 +17,9 @@ from torch import Tensor
 
 from ldm_scale.config.schema import AutoencoderConfig
 from ldm_scale.errors import CheckpointError
-from ldm_scale.interchange.artifact import Artifact, DiffusionArtifact, expected_autoencoder_tensors
+from ldm_scale.interchange.artifact import Artifact, expected_autoencoder_tensors
 from ldm_scale.interchange.diffusers_import import read_foreign_diffusers
+from ldm_scale.interchange.diffusers_scheduler import read_scheduler
 from ldm_scale.interchange.diffusers_unet import empty_unet
 from ldm_scale.interchange.foreign_autoencoder import autoencoder_config_of
 from ldm_scale.interchange.foreign_config import empty_model, filled
@@ -27,7 +28,17 @@ from ldm_scale.interchange.foreign_weights import DIFFUSERS_STEMS, read_foreign_
 from ldm_scale.interchange.load import load_autoencoder
 from ldm_scale.interchange.name_maps import autoencoder_names, restore, unet_names
 from ldm_scale.models.build import build_unet
-from tests.helpers.foreign import autoencoder_kl, byte_pairs, conditional_unet, edit, save, vq_model
+from tests.helpers.foreign import (
+    DDIM,
+    OURS,
+    SCALED_LINEAR,
+    autoencoder_kl,
+    byte_pairs,
+    conditional_unet,
+    edit,
+    save,
+    vq_model,
+)
 
 _diffusers: Any = diffusers
 SAFETENSORS, BIN = "diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.bin"
@@ -227,7 +238,28 @@ REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
     "variances": ("unet/config.json", {"out_channels": 8}, "out_channels=8 with in_channels=4"),
     "middle": ("unet/config.json", {"mid_block_type": "UNetMidBlock2D"}, "mid_block_type='UNetMidBlock2D'"),
     "betas": ("scheduler/scheduler_config.json", {"beta_schedule": "linear"}, "beta_schedule='linear': the processes"),
-    "table": ("scheduler/scheduler_config.json", {"trained_betas": [0.1] * 1000}, "trained_betas: a table"),
+    "table": ("scheduler/scheduler_config.json", {"trained_betas": [0.1] * 1000}, "trained_betas=a list of 1000"),
+    "flow": (
+        "scheduler/scheduler_config.json",
+        {"_class_name": "UniPCMultistepScheduler", "use_flow_sigmas": True},
+        "use_flow_sigmas=True: the processes here have use_flow_sigmas=False",
+    ),
+    "variances of its own": (
+        "scheduler/scheduler_config.json",
+        {"_class_name": "DDPMScheduler", "variance_type": "learned_range"},
+        "variance_type='learned_range': the processes here have",
+    ),
+    "times of another kind": (
+        "scheduler/scheduler_config.json",
+        {"_class_name": "EulerDiscreteScheduler", "timestep_type": "continuous"},
+        "timestep_type='continuous': the processes here have timestep_type='discrete'",
+    ),
+    "edm of v": (
+        "scheduler/scheduler_config.json",
+        {"_class_name": "EDMEulerScheduler", "prediction_type": "v_prediction"},
+        "prediction_type='v_prediction': the processes here have epsilon",
+    ),
+    "text for a number": ("scheduler/scheduler_config.json", {"num_train_timesteps": 10.5}, "num_train_timesteps=10.5"),
     "scheduler": ("scheduler/scheduler_config.json", {"_class_name": "DDIMInverseScheduler"}, "DDIMInverseScheduler"),
     "no betas": ("scheduler/scheduler_config.json", {"beta_start": 0.5}, "must satisfy 0 < beta_start <= beta_end"),
     "activation": ("text_encoder/config.json", {"hidden_act": "relu"}, "hidden_act='relu': text encoders here have"),
@@ -289,18 +321,57 @@ def test_another_tokenizer_is_refused(sd1: Path) -> None:
             (sd1 / "tokenizer" / name).write_bytes(content)
 
 
-def test_a_scheduler_that_draws_otherwise_is_said(sd1: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+DRAWN_OTHERWISE: dict[str, tuple[dict[str, Any], str]] = {
+    "DDIMScheduler": (
+        {"steps_offset": 0, "timestep_spacing": "trailing"},
+        "steps_offset=0 (here 1), timestep_spacing='trailing' (here 'leading')",
+    ),
+    "DPMSolverMultistepScheduler": (
+        {"algorithm_type": "sde-dpmsolver++", "solver_order": 3, "use_karras_sigmas": True},
+        "algorithm_type='sde-dpmsolver++' (here 'dpmsolver++'), solver_order=3 (here 2), timestep_spacing='linspace' "
+        "(here 'leading'), use_karras_sigmas=True (here False)",
+    ),
+    "EulerAncestralDiscreteScheduler": (
+        {"timestep_spacing": "leading"},
+        "samples will differ from its own pipeline's by _class_name='EulerAncestralDiscreteScheduler' (here 'ddim', "
+        "the nearest)",
+    ),
+    "DDPMScheduler": (
+        {"clip_sample": False, "variance_type": "fixed_large", "clip_sample_range": 2.0},
+        "by variance_type='fixed_large' (here 'fixed_small')",
+    ),
+    "EDMEulerScheduler": (
+        {"prediction_type": "epsilon", "sigma_schedule": "exponential"},
+        "by sigma_schedule='exponential' (here 'karras')",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", DRAWN_OTHERWISE)
+def test_a_scheduler_that_draws_otherwise_is_said(tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     said: list[str] = []
     log = type("Log", (), {"warning": lambda self, message: said.append(message)})()
     monkeypatch.setattr("ldm_scale.interchange.diffusers_scheduler.get_logger", lambda: log)
-    before = (sd1 / "scheduler/scheduler_config.json").read_text()
-    edit(sd1 / "scheduler/scheduler_config.json", steps_offset=0, timestep_spacing="trailing")
-    try:
-        assert isinstance(read_foreign_diffusers(sd1), DiffusionArtifact)
-    finally:
-        (sd1 / "scheduler/scheduler_config.json").write_text(before)
+    scheduler = getattr(_diffusers, name)
+    known = scheduler.__init__.__wrapped__.__code__.co_varnames
+    common = {key: value for key, value in (SCALED_LINEAR | OURS).items() if key in known}
+    changes, message = DRAWN_OTHERWISE[name]
+    scheduler(**(common | changes)).save_pretrained(tmp_path)
+    read_scheduler(tmp_path)
     assert len(said) == 1
-    assert "steps_offset=0 (here 1), timestep_spacing='trailing' (here 'leading')" in said[0]
+    assert message in said[0]
+
+
+@pytest.mark.parametrize("name", ["DDIMScheduler", "PNDMScheduler", "EulerDiscreteScheduler"])
+def test_a_scheduler_that_draws_as_ours_is_silent(tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("ldm_scale.interchange.diffusers_scheduler.get_logger", lambda: pytest.fail("said something"))
+    options = {
+        "DDIMScheduler": DDIM,
+        "PNDMScheduler": OURS | {"skip_prk_steps": True},
+        "EulerDiscreteScheduler": {"steps_offset": 1, "timestep_spacing": "leading"},
+    }
+    getattr(_diffusers, name)(**SCALED_LINEAR, **options[name]).save_pretrained(tmp_path)
+    assert read_scheduler(tmp_path)[1].sampler == {"PNDMScheduler": "plms"}.get(name, "ddim")
 
 
 # The published configurations of the UNets of Stable Diffusion 1.5 and 2.1.
