@@ -23,10 +23,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     # The libraries behind the two formats print notices when they are imported; stdout belongs to the result.
     with contextlib.redirect_stdout(sys.stderr):
         # Imported here: torch and the networks take seconds, which --help and a refused command line need not wait for.
+        from ldm_scale.interchange.output_folder import require_apart, require_replaceable
         from ldm_scale.interchange.publish import is_export, out_of_memory, publish
-        from ldm_scale.interchange.safetensors_io import require_replaceable
 
-        require_replaceable(arguments.out, is_export)  # before a large source is read
+        # Before a large source is read.
+        require_replaceable(arguments.out, is_export)
+        if not arguments.random_init:
+            require_apart(arguments.out, Path(arguments.source[0]))
         published = publish(out_of_memory(_read(arguments), arguments.out.parent), arguments.to, arguments.out)
     if arguments.json:
         fields = {"path": str(published.path), "to": published.target, "kind": published.kind}
@@ -80,7 +83,7 @@ def _read(arguments: argparse.Namespace) -> Artifact | DiffusionArtifact:
             raise ConfigError(f"{len(source)} sources given ({', '.join(source)}): export one folder at a time")
         if arguments.seed is not None:
             raise ConfigError(f"--seed {arguments.seed} only chooses the weights of --random-init: leave it out")
-        from ldm_scale.interchange.load import read_source
+        from ldm_scale.interchange.sources import read_source
 
         return read_source(Path(source[0]), arguments.weights)
 

@@ -25,8 +25,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     # Libraries print notices when they are imported; stdout belongs to the result.
     with contextlib.redirect_stdout(sys.stderr):
         # Imported here: torch and the networks take seconds, which --help need not wait for.
-        from ldm_scale.interchange.publish import publish
+        from ldm_scale.interchange.output_folder import require_apart, require_replaceable
+        from ldm_scale.interchange.publish import is_export, publish
 
+        # Before a large source is read.
+        require_replaceable(arguments.out, is_export)
+        require_apart(arguments.out, arguments.path)
         imported = _read(arguments)
         published = publish(imported.artifact, "safetensors", arguments.out, compute=True)
     if arguments.json:
@@ -84,7 +88,7 @@ def _scale(text: str) -> float:
 
 def _read(arguments: argparse.Namespace) -> Imported:
     from ldm_scale.interchange.compvis import Imported, ImportOptions, read_compvis
-    from ldm_scale.interchange.load import FOREIGN_FILES, read_source
+    from ldm_scale.interchange.sources import FOREIGN_FILES, read_source
 
     said = {option.name: getattr(arguments, option.name) for option in dataclasses.fields(ImportOptions)}
     if not any((arguments.path / name).is_file() for name in FOREIGN_FILES):

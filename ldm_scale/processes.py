@@ -11,12 +11,15 @@ import os
 import select
 import signal
 import threading
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from types import FrameType
 
 import psutil
 
 _PR_SET_PDEATHSIG = 1
+_ENDINGS = (signal.SIGTERM, signal.SIGHUP)
 # Of torchrun and of the deepspeed launcher, in their ranks. Slurm ends its tasks by itself; the parent of a rank that
 # somebody else has started (a shell, say) may end before it.
 _LAUNCHERS = ("TORCHELASTIC_RUN_ID", "CROSS_RANK")
@@ -40,6 +43,44 @@ def end_with_launcher() -> None:
     end_with_parent(launcher, signal.SIGTERM)
     if front := _deepspeed_above(launcher):
         threading.Thread(target=_end_with, args=(front,), name="front", daemon=True).start()
+
+
+@contextmanager
+def ending_well() -> Iterator[None]:
+    """A block that a request to end (SIGTERM, SIGHUP) leaves by an exception, so that it can tidy up as after Ctrl-C.
+
+    The process dies of the signal afterwards, as it would have at once. Nothing changes where somebody else handles the
+    signal already (a training run, a block around this one, nohup), or in threads, which get none.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    caught = [number for number in _ENDINGS if signal.getsignal(number) is signal.SIG_DFL]
+
+    def end(number: int, frame: FrameType | None) -> None:
+        for other in caught:
+            signal.signal(other, signal.SIG_IGN)  # a second one does not disturb the tidying
+        raise _Ended(number)
+
+    for number in caught:
+        signal.signal(number, end)
+    try:
+        yield
+    except _Ended as ended:
+        if not caught:
+            raise
+        signal.signal(ended.number, signal.SIG_DFL)
+        os.kill(os.getpid(), ended.number)
+    finally:
+        for number in caught:
+            signal.signal(number, signal.SIG_DFL)
+
+
+class _Ended(BaseException):
+    """A request to end; no error, which somebody would handle."""
+
+    def __init__(self, number: int) -> None:
+        self.number = number
 
 
 def _deepspeed_above(launcher: int) -> psutil.Process | None:

@@ -24,7 +24,8 @@ from ldm_scale.interchange.artifact import (
     artifact_format,
     with_weights,
 )
-from ldm_scale.interchange.safetensors_io import published_folder, tensors_sha256, write_json
+from ldm_scale.interchange.output_folder import published_folder
+from ldm_scale.interchange.safetensors_io import tensors_sha256, write_json
 
 MAX_FILE_BYTES = 16_000_000  # of any file of the results
 SHARD_BYTES = 15_500_000  # of tensors in a file; its header comes on top

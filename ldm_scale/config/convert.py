@@ -177,7 +177,7 @@ def _convert_scalar(value: object, hint: type, key: str) -> object:
     if hint is int and is_number:
         if isinstance(value, int):
             return value
-        fix = f"write {int(value)}" if value == int(value) else "round it"  # type: ignore[call-overload]
+        fix = f"write {value:.0f}" if float(value).is_integer() else "round it"  # type: ignore[arg-type]
         raise ConfigError(f"{key}={value!r}: must be a whole number; {fix}")
     if hint is float and is_number:
         if not math.isfinite(value):  # type: ignore[arg-type]

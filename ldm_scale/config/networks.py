@@ -55,6 +55,30 @@ def check_attention_levels(section: str, network: AutoencoderConfig | UNetConfig
         )
 
 
+def check_kind(autoencoder: AutoencoderConfig) -> None:
+    """The kind's own fields: a codebook for vq alone; the identity's latents are the pixels."""
+    if autoencoder.kind == "vq" and autoencoder.codebook_size is None:
+        raise ConfigError(
+            "autoencoder.codebook_size=null: autoencoder.kind=vq needs the number of its codes; set "
+            "autoencoder.codebook_size=8192, for example"
+        )
+    if autoencoder.kind != "vq" and autoencoder.codebook_size is not None:
+        raise ConfigError(
+            f"autoencoder.codebook_size={autoencoder.codebook_size}: only autoencoder.kind=vq has a codebook, and this "
+            f"is kind={autoencoder.kind}; set autoencoder.codebook_size=null, or autoencoder.kind=vq"
+        )
+    if autoencoder.kind == "identity" and autoencoder.channel_multipliers != (1,):
+        raise ConfigError(
+            f"autoencoder.channel_multipliers={list(autoencoder.channel_multipliers)}: autoencoder.kind=identity has "
+            "f = 1, pixels being the latents; set autoencoder.channel_multipliers=[1]"
+        )
+    if autoencoder.kind == "identity" and autoencoder.latent_channels != 3:
+        raise ConfigError(
+            f"autoencoder.latent_channels={autoencoder.latent_channels}: the latents of autoencoder.kind=identity are "
+            "the pixels, of 3 channels; set autoencoder.latent_channels=3"
+        )
+
+
 def check_unet(unet: UNetConfig) -> None:
     """Nothing, if the UNet's levels can have their norms and heads."""
     check_levels("unet", unet)

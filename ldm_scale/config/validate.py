@@ -16,13 +16,13 @@ from ldm_scale.config.networks import (
     check_attention_levels,
     check_classifier,
     check_context,
+    check_kind,
     check_levels,
     check_spatial,
     check_unet,
 )
 from ldm_scale.config.ranges import check_ranges
 from ldm_scale.config.schema import (
-    AutoencoderConfig,
     BatchPlan,
     Config,
 )
@@ -91,37 +91,13 @@ def _check_autoencoder(config: Config) -> None:
     autoencoder = config.autoencoder
     check_levels("autoencoder", autoencoder)
     check_attention_levels("autoencoder", autoencoder)
-    _check_kind(autoencoder)
+    check_kind(autoencoder)
     f, resolution = autoencoder.downsampling_factor, config.data.resolution
     if resolution % f:
         raise ConfigError(
             f"data.resolution={resolution} does not divide by the autoencoder's f={f} "
             f"({len(autoencoder.channel_multipliers)} levels); set data.resolution to a multiple of {f} "
             f"({neighbours(resolution, f)})"
-        )
-
-
-def _check_kind(autoencoder: AutoencoderConfig) -> None:
-    """The kind's own fields: a codebook for vq alone; the identity's latents are the pixels."""
-    if autoencoder.kind == "vq" and autoencoder.codebook_size is None:
-        raise ConfigError(
-            "autoencoder.codebook_size=null: autoencoder.kind=vq needs the number of its codes; set "
-            "autoencoder.codebook_size=8192, for example"
-        )
-    if autoencoder.kind != "vq" and autoencoder.codebook_size is not None:
-        raise ConfigError(
-            f"autoencoder.codebook_size={autoencoder.codebook_size}: only autoencoder.kind=vq has a codebook, and this "
-            f"is kind={autoencoder.kind}; set autoencoder.codebook_size=null, or autoencoder.kind=vq"
-        )
-    if autoencoder.kind == "identity" and autoencoder.channel_multipliers != (1,):
-        raise ConfigError(
-            f"autoencoder.channel_multipliers={list(autoencoder.channel_multipliers)}: autoencoder.kind=identity has "
-            "f = 1, pixels being the latents; set autoencoder.channel_multipliers=[1]"
-        )
-    if autoencoder.kind == "identity" and autoencoder.latent_channels != 3:
-        raise ConfigError(
-            f"autoencoder.latent_channels={autoencoder.latent_channels}: the latents of autoencoder.kind=identity are "
-            "the pixels, of 3 channels; set autoencoder.latent_channels=3"
         )
 
 

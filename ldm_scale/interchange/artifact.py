@@ -35,10 +35,18 @@ from ldm_scale.config.schema import (
 )
 from ldm_scale.engine.lazy_tensors import LazyTensors, converted
 from ldm_scale.errors import CheckpointError, ConfigError
+from ldm_scale.interchange.content_checks import (
+    AUTOENCODER_SECTIONS,
+    DIFFUSION_SECTIONS,
+    check_autoencoder,
+    check_content,
+    check_diffusion,
+    check_sections,
+)
+from ldm_scale.interchange.output_folder import published_folder
 from ldm_scale.interchange.safetensors_io import (
     describe_difference,
     json_sha256,
-    published_folder,
     read_json,
     read_tensors,
     tensors_sha256,
@@ -148,9 +156,11 @@ def make_artifact(
 ) -> Artifact:
     """The artifact of an autoencoder, in memory; what only training needs of `state` is left out.
 
-    Raises: CheckpointError if the tensors are not those of `config`.
+    Raises: CheckpointError if the tensors are not those of `config`, or the statistics no map.
     """
     assert "resolution" in provenance, "provenance says at which resolution the model was trained"
+    with _naming("the autoencoder cannot be kept"):
+        check_autoencoder(config, statistics)
     state = without_training_parameters(state)
     _require_tensors(expected_autoencoder_tensors(config), state, "the autoencoder's weights")
     content = {
@@ -189,6 +199,8 @@ def make_diffusion_artifact(
     Raises: CheckpointError if the tensors are not those of the configuration.
     """
     assert "resolution" in provenance, "provenance says at which resolution the model was trained"
+    with _naming("the diffusion model cannot be kept"):
+        check_diffusion(unet, conditioning, diffusion, sampling)
     expected = expected_diffusion_tensors(unet, conditioning, autoencoder.config.latent_channels)
     _require_tensors(expected, state, "the diffusion model's weights")
     content = {
@@ -275,19 +287,31 @@ def read_diffusion_artifact(directory: Path) -> DiffusionArtifact:
     return artifact
 
 
+def read_description(folder: Path) -> tuple[Artifact, DiffusionArtifact | None]:
+    """What ldm_scale.json says of the autoencoder, and of the diffusion model if the folder holds one; no weights.
+
+    Raises: CheckpointError that names the key if it cannot be.
+    """
+    path = folder / DESCRIPTION
+    content = read_json(path)
+    check_sections(content, ("autoencoder",), path)
+    first = Artifact(content["autoencoder"], {})
+    check_description(first, path)
+    if "diffusion" not in content:
+        return first, None
+    check_sections(content, ("diffusion",), path)
+    model = DiffusionArtifact(content["diffusion"], {}, first)
+    check_description(model, path)
+    return first, model
+
+
 def check_autoencoder_content(artifact: Artifact, directory: Path) -> None:
     """Nothing, if the parts of the artifact from `directory` fit each other.
 
     Raises: CheckpointError that names the part.
     """
-    if artifact.content.get("pixel_range") != PIXEL_RANGE:
-        raise CheckpointError(
-            f"{directory / CONFIG}: pixel_range is {artifact.content.get('pixel_range')}, this program's pixels are in "
-            f"{PIXEL_RANGE}; use an artifact that was trained on that range"
-        )
-    with _naming(directory):
-        config, _, _ = artifact.config, artifact.statistics, artifact.half_precision
-    _require_tensors(expected_autoencoder_tensors(config), artifact.state, str(directory))
+    check_description(artifact, directory / CONFIG)
+    _require_tensors(expected_autoencoder_tensors(artifact.config), artifact.state, str(directory))
 
 
 def check_diffusion_content(artifact: DiffusionArtifact, directory: Path) -> None:
@@ -298,10 +322,33 @@ def check_diffusion_content(artifact: DiffusionArtifact, directory: Path) -> Non
             f"{directory}: the model was trained on the autoencoder {trained_on}, the one beside it is {found}; "
             "its latents would mean something else: export the model again"
         )
-    with _naming(directory):
-        unet, conditioning, _, _ = artifact.unet, artifact.conditioning, artifact.diffusion, artifact.sampling
-    expected = expected_diffusion_tensors(unet, conditioning, artifact.autoencoder.config.latent_channels)
+    check_description(artifact, directory / CONFIG)
+    channels = artifact.autoencoder.config.latent_channels
+    expected = expected_diffusion_tensors(artifact.unet, artifact.conditioning, channels)
     _require_tensors(expected, artifact.state, str(directory))
+
+
+def check_description(artifact: Artifact | DiffusionArtifact, path: Path) -> None:
+    """Nothing, if what the file at `path` says of the artifact can be: its weights are not looked at.
+
+    Raises: CheckpointError that names the key.
+    """
+    is_autoencoder = isinstance(artifact, Artifact)
+    expected = (AUTOENCODER_FORMAT if is_autoencoder else DIFFUSION_FORMAT, VERSION)
+    if (found := (artifact.content.get("format"), artifact.content.get("version"))) != expected:
+        raise CheckpointError(f"{path} has format and version {found}, expected {expected}; export the model again")
+    check_content(artifact.content, AUTOENCODER_SECTIONS if is_autoencoder else DIFFUSION_SECTIONS, path)
+    if is_autoencoder and artifact.content.get("pixel_range") != PIXEL_RANGE:
+        raise CheckpointError(
+            f"{path}: pixel_range is {artifact.content.get('pixel_range')}, this program's pixels are in "
+            f"{PIXEL_RANGE}; use an artifact that was trained on that range"
+        )
+    with _naming(f"{path} cannot be used"):
+        if isinstance(artifact, Artifact):
+            check_autoencoder(artifact.config, artifact.statistics)
+            _ = artifact.half_precision
+        else:
+            check_diffusion(artifact.unet, artifact.conditioning, artifact.diffusion, artifact.sampling)
 
 
 def expected_autoencoder_tensors(config: AutoencoderConfig) -> dict[str, Tensor]:
@@ -345,12 +392,12 @@ def _read_verified(directory: Path, expected_format: str) -> tuple[dict[str, Any
 
 
 @contextmanager
-def _naming(directory: Path) -> Iterator[None]:
-    """Turns what is wrong inside a section of config.json into an error that names the file."""
+def _naming(what: str) -> Iterator[None]:
+    """Turns what is wrong inside a description into an error that says of what."""
     try:
         yield
-    except (ConfigError, KeyError) as error:
-        raise CheckpointError(f"{directory / CONFIG} cannot be used: {error}; a newer version wrote it") from error
+    except ConfigError as error:
+        raise CheckpointError(f"{what}: {error}") from error
 
 
 def _require_tensors(expected: Mapping[str, Tensor], found: Mapping[str, Tensor], what: str) -> None:

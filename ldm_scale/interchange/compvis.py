@@ -7,6 +7,7 @@ discriminators and averages that were not asked for are left out and said so, an
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -56,6 +57,7 @@ from ldm_scale.interchange.compvis_read_conditioning import (
 )
 from ldm_scale.interchange.compvis_write import CHECKPOINT
 from ldm_scale.interchange.foreign_section import Section
+from ldm_scale.interchange.foreign_tower import GUIDANCE_SCALES
 from ldm_scale.models.autoencoder import LatentStatistics
 
 _EMA = "model_ema."
@@ -76,8 +78,6 @@ _LEFT_OUT = (
     (f"{COND_STAGE}model.attn_mask", "the causal mask"),
 )
 _BETA_TOLERANCE = 1e-3  # relative: some files hold them in half precision
-# What their scripts sample with (txt2img.py of either repository); ours elsewhere.
-_GUIDANCE = {"clip": 7.5, "bert": 5.0}
 
 
 @dataclass(frozen=True)
@@ -154,13 +154,13 @@ def _read_diffusion(path: Path, state: LazyTensors, section: Section, options: I
     reads_words = vocabulary_of(conditioning, given) is not None
     _require_used(options, "this model", num_classes=counted, vocabulary=not reads_words)
     channels = first_config.latent_channels
-    resolution = options.resolution or params.integer("image_size", 0) * first_config.downsampling_factor
+    resolution = options.resolution or params.integer("image_size", 0, at_least=0) * first_config.downsampling_factor
 
     first_places = autoencoder_places(first_config, FIRST_STAGE)
     places = unet_places(
         unet,
         conv_in=conv_in_form(conditioning, channels),
-        heads_first=not unet_section.get("use_new_attention_order", False),
+        heads_first=not unet_section.boolean("use_new_attention_order", False),
     ) | conditioner_places(conditioning, has_null_class(state, conditioning))
     target = expected_diffusion_tensors(unet, conditioning, channels)
     first_target = expected_autoencoder_tensors(first_config)
@@ -184,7 +184,7 @@ def _read_diffusion(path: Path, state: LazyTensors, section: Section, options: I
         unet=unet,
         conditioning=conditioning,
         diffusion=diffusion,
-        sampling=SamplingConfig() if text is None else SamplingConfig(guidance_scale=_GUIDANCE[text.encoder]),
+        sampling=SamplingConfig() if text is None else SamplingConfig(guidance_scale=GUIDANCE_SCALES[text.encoder]),
         provenance=_provenance(path, weights, resolution, first_config, left_out),
     )
     return Imported(replace(artifact, vocabulary=vocabulary_of(conditioning, given)), left_out)
@@ -236,12 +236,19 @@ def _scale(state: Mapping[str, Tensor], params: Section, options: ImportOptions,
     if options.scale_factor is not None:
         return options.scale_factor
     if "scale_factor" in state:
-        return float(state["scale_factor"])
-    if params.get("scale_by_std", False):
+        kept = state["scale_factor"]
+        if kept.numel() != 1 or not 0 < float(kept) < math.inf:
+            shown = f"{float(kept):g}" if kept.numel() == 1 else f"of shape {tuple(kept.shape)}"
+            raise CheckpointError(
+                f"{path}: the tensor scale_factor is {shown}: must be one finite number above 0; give the scale with "
+                "--scale-factor"
+            )
+        return float(kept)
+    if params.boolean("scale_by_std", False):
         raise CheckpointError(
             f"{path} lacks scale_factor, which scale_by_std=true has measured in training; give it with --scale-factor"
         )
-    return params.number("scale_factor", 1.0)
+    return params.number("scale_factor", 1.0, above=0)
 
 
 def _check_betas(state: Mapping[str, Tensor], config: DiffusionConfig, path: Path) -> None:
@@ -250,10 +257,10 @@ def _check_betas(state: Mapping[str, Tensor], config: DiffusionConfig, path: Pat
     expected = alphas_cumprod(config)
     if kept is None or (kept.shape == expected.shape and torch.allclose(kept.double(), expected, rtol=_BETA_TOLERANCE)):
         return
+    ends = f"ends with {float(kept[-1]):.6g} after {len(kept)} steps" if kept.ndim == 1 and len(kept) else "is no row"
     raise CheckpointError(
-        f"{path} was trained with another noise schedule than its configuration says (alphas_cumprod ends with "
-        f"{float(kept[-1]):.6g} after {len(kept)} steps, the configuration's with {float(expected[-1]):.6g} after "
-        f"{len(expected)}); give the YAML that belongs to it"
+        f"{path} was trained with another noise schedule than its configuration says (alphas_cumprod {ends}, the "
+        f"configuration's ends with {float(expected[-1]):.6g} after {len(expected)}); give the YAML that belongs to it"
     )
 
 

@@ -15,7 +15,6 @@ from ldm_scale.config.schema import FrozenTextConditioningConfig, TextConditioni
 from ldm_scale.engine.lazy_tensors import LazyTensors, renamed
 from ldm_scale.errors import CheckpointError
 from ldm_scale.interchange.artifact import (
-    DESCRIPTION,
     VOCABULARY,
     Artifact,
     DiffusionArtifact,
@@ -23,6 +22,7 @@ from ldm_scale.interchange.artifact import (
     check_diffusion_content,
     expected_autoencoder_tensors,
     expected_diffusion_tensors,
+    read_description,
     with_weights,
 )
 from ldm_scale.interchange.comparison import differences, relative_difference, require_small
@@ -31,7 +31,7 @@ from ldm_scale.interchange.compvis_file import read_checkpoint
 from ldm_scale.interchange.compvis_names import FIRST_STAGE, UNET, Places, autoencoder_places, to_ours
 from ldm_scale.interchange.compvis_write import CHECKPOINT, ORIGINALS, diffusion_places
 from ldm_scale.interchange.folding import FOLDED, unfold_kept
-from ldm_scale.interchange.safetensors_io import passing, read_json, tensors_sha256
+from ldm_scale.interchange.safetensors_io import passing, tensors_sha256
 
 CAPTIONS = ("", "a red apple on a white plate")
 
@@ -42,11 +42,11 @@ def read_compvis_folder(folder: Path) -> Artifact | DiffusionArtifact:
     Weights that other software has changed since are taken as they are; the content hash follows them.
     Raises: CheckpointError if the folder is incomplete or does not fit its description.
     """
-    description, path = read_json(folder / DESCRIPTION), folder / CHECKPOINT
+    described, described_model = read_description(folder)
+    path = folder / CHECKPOINT
     theirs = read_checkpoint(path)
-    described = Artifact(description["autoencoder"], {})
     target = expected_autoencoder_tensors(described.config)
-    if "diffusion" not in description:
+    if described_model is None:
         first_state: Mapping[str, Tensor] = to_ours(theirs, autoencoder_places(described.config), target, str(path))
         first = Artifact(with_weights(described.content, first_state), first_state)
         check_autoencoder_content(first, folder)
@@ -58,7 +58,7 @@ def read_compvis_folder(folder: Path) -> Artifact | DiffusionArtifact:
     first = Artifact(with_weights(described.content, first_state), first_state)
     check_autoencoder_content(first, folder)
     vocabulary = folder / VOCABULARY if (folder / VOCABULARY).is_file() else None
-    model = DiffusionArtifact(description["diffusion"], {}, first, vocabulary)
+    model = replace(described_model, autoencoder=first, vocabulary=vocabulary)
     expected = expected_diffusion_tensors(model.unet, model.conditioning, first.config.latent_channels)
     places = diffusion_places(model)
     state = to_ours(_taken(theirs, places, expected), places, expected, str(path))

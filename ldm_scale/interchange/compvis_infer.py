@@ -10,10 +10,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from ldm_scale.errors import CheckpointError
-from ldm_scale.interchange.compvis_names import COND_STAGE, FIRST_STAGE, UNET
+from ldm_scale.interchange.compvis_names import COND_STAGE, FIRST_STAGE, UNET, shaped
 
 _STABLE_WIDTHS = [320, 640, 1280, 1280]
 _CONTEXT = f"{UNET}input_blocks.1.1.transformer_blocks.0.attn2.to_k.weight"
@@ -42,50 +43,54 @@ def inferred_model(
             f"{path} has no YAML beside it, and no tensor shows at which resolution it was trained; give --config "
             "YAML, or --resolution PIXELS (256 for the published ones)"
         )
-    return _autoencoder(state, prefix, resolution)
+    return _autoencoder(state, prefix, resolution, path)
 
 
-def _autoencoder(state: Mapping[str, Tensor], prefix: str, resolution: int) -> dict[str, Any]:
+def _autoencoder(state: Mapping[str, Tensor], prefix: str, resolution: int, path: str) -> dict[str, Any]:
+    def sizes(name: str, num_dims: int = 4) -> torch.Size:
+        return shaped(state, f"{prefix}{name}", num_dims, path).shape
+
     levels = _count(state, f"{prefix}encoder.down.")
-    base = state[f"{prefix}encoder.conv_in.weight"].shape[0]
-    widths = [state[f"{prefix}encoder.down.{i}.block.0.conv2.weight"].shape[0] for i in range(levels)]
+    base, in_channels = sizes("encoder.conv_in.weight")[:2]
+    widths = [sizes(f"encoder.down.{i}.block.0.conv2.weight")[0] for i in range(levels)]
     attended = [i for i in range(levels) if f"{prefix}encoder.down.{i}.attn.0.q.weight" in state]
     has_middle = f"{prefix}encoder.mid.attn_1.q.weight" in state
-    codebook = state.get(f"{prefix}quantize.embedding.weight")
-    z_channels = state[f"{prefix}decoder.conv_in.weight"].shape[1]
-    post_quant = state.get(f"{prefix}post_quant_conv.weight")
+    is_vq = f"{prefix}quantize.embedding.weight" in state
+    z_channels = sizes("decoder.conv_in.weight")[1]
+    has_post_quant = f"{prefix}post_quant_conv.weight" in state
     params: dict[str, Any] = {
-        "embed_dim": z_channels if post_quant is None else post_quant.shape[1],
+        "embed_dim": sizes("post_quant_conv.weight")[1] if has_post_quant else z_channels,
         "ddconfig": {
             "attn_type": "vanilla" if has_middle else "none",
-            "double_z": codebook is None,
+            "double_z": not is_vq,
             "z_channels": z_channels,
             "resolution": resolution,
-            "in_channels": state[f"{prefix}encoder.conv_in.weight"].shape[1],
-            "out_ch": state[f"{prefix}decoder.conv_out.weight"].shape[0],
+            "in_channels": in_channels,
+            "out_ch": sizes("decoder.conv_out.weight")[0],
             "ch": base,
             "ch_mult": [width // base for width in widths],
             "num_res_blocks": _count(state, f"{prefix}encoder.down.0.block."),
             "attn_resolutions": [resolution // 2**i for i in attended],
         },
     }
-    if codebook is not None:
-        params["n_embed"] = codebook.shape[0]
-    name = "AutoencoderKL" if codebook is None else "VQModel"
+    if is_vq:
+        params["n_embed"] = sizes("quantize.embedding.weight", 2)[0]
+    name = "VQModel" if is_vq else "AutoencoderKL"
     return {"target": f"ldm.models.autoencoder.{name}", "params": params}
 
 
 def _stable_diffusion(
     state: Mapping[str, Tensor], path: str, prediction: str | None, resolution: int | None
 ) -> dict[str, Any]:
-    unet = _unet(state)
+    unet = _unet(state, path)
     first, second = _CLIP in state, _OPEN_CLIP in state
     if unet is None or not (first or second):
         raise CheckpointError(
             f"{path} has no YAML beside it, and is not of Stable Diffusion 1 or 2 by its shapes: no tensor shows the "
             "attention heads of other models; give --config YAML"
         )
-    linear = state[f"{UNET}input_blocks.1.1.proj_in.weight"].ndim == 2
+    projection = f"{UNET}input_blocks.1.1.proj_in.weight"
+    linear = projection in state and state[projection].ndim == 2
     if linear != second or unet["context_dim"] != (1024 if second else 768):
         raise CheckpointError(
             f"{path} has no YAML beside it, and mixes parts of Stable Diffusion 1 and 2: give --config YAML"
@@ -105,11 +110,11 @@ def _stable_diffusion(
         stage = {"target": "ldm.modules.encoders.modules.FrozenOpenCLIPEmbedder", "params": params}
     inpaints = unet["in_channels"] == 9
     target = "LatentInpaintDiffusion" if inpaints else "LatentDiffusion"
-    autoencoder = _autoencoder(state, FIRST_STAGE, 256)
+    autoencoder = _autoencoder(state, FIRST_STAGE, 256, path)
     return {
         "target": f"ldm.models.diffusion.ddpm.{target}",
         "params": {
-            **_schedule(state),
+            **_schedule(state, path),
             "parameterization": prediction or "eps",
             "image_size": resolution // 8,
             "conditioning_key": "hybrid" if inpaints else "crossattn",
@@ -124,14 +129,16 @@ def _stable_diffusion(
     }
 
 
-def _unet(state: Mapping[str, Tensor]) -> dict[str, Any] | None:
+def _unet(state: Mapping[str, Tensor], path: str) -> dict[str, Any] | None:
     """Parameters of Stable Diffusion's UNet, if its widths and its context stand there.
 
     All other shapes are compared afterwards, when the tensors are read.
     """
-    conv_in, context = state.get(f"{UNET}input_blocks.0.0.weight"), state.get(_CONTEXT)
-    widths = [state.get(f"{UNET}input_blocks.{1 + 3 * level}.0.out_layers.3.weight") for level in range(4)]
-    if conv_in is None or context is None or [None if w is None else w.shape[0] for w in widths] != _STABLE_WIDTHS:
+    names = [f"{UNET}input_blocks.{1 + 3 * level}.0.out_layers.3.weight" for level in range(4)]
+    if not {f"{UNET}input_blocks.0.0.weight", _CONTEXT, *names} <= state.keys():
+        return None
+    conv_in, context = shaped(state, f"{UNET}input_blocks.0.0.weight", 4, path), shaped(state, _CONTEXT, 2, path)
+    if [shaped(state, name, 4, path).shape[0] for name in names] != _STABLE_WIDTHS:
         return None
     return {
         "in_channels": conv_in.shape[1],
@@ -146,11 +153,12 @@ def _unet(state: Mapping[str, Tensor]) -> dict[str, Any] | None:
     }
 
 
-def _schedule(state: Mapping[str, Tensor]) -> dict[str, Any]:
+def _schedule(state: Mapping[str, Tensor], path: str) -> dict[str, Any]:
     """The published schedule; where the checkpoint keeps its betas, they are compared with it when it is read."""
-    betas = state.get("betas")
-    if betas is None:
+    if "betas" not in state:
         return {"linear_start": 0.00085, "linear_end": 0.012, "timesteps": 1000}
+    shaped(state, "betas", 1, path)
+    betas = state["betas"]
     return {
         "linear_start": round(float(betas[0]), 9),
         "linear_end": round(float(betas[-1]), 9),

@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 
 from ldm_scale.config.schema import AutoencoderConfig, UNetConfig
-from ldm_scale.engine.lazy_tensors import LazyTensors, joined, parts_of, without_values
+from ldm_scale.engine.lazy_tensors import LazyTensors, deferred, joined, parts_of
 from ldm_scale.errors import CheckpointError
-from ldm_scale.interchange.name_maps import TRANSFORMER_BLOCK
+from ldm_scale.interchange.name_maps import TRANSFORMER_BLOCK, require_floating
 from ldm_scale.interchange.safetensors_io import describe_difference
 from ldm_scale.models.unet import cross_attention_channels, num_heads
 
@@ -77,9 +77,7 @@ def to_ours(theirs: Mapping[str, Tensor], places: Places, target: Mapping[str, T
     difference = describe_difference(to_theirs(target, places), theirs)
     if difference:
         raise CheckpointError(f"{what} does not fit its configuration: {difference}; give the two that belong together")
-    whole = [name for name, like in without_values(theirs).items() if not like.is_floating_point()]
-    if whole:
-        raise CheckpointError(f"{what}: {whole[0]} is of type {theirs[whole[0]].dtype}, expected floating numbers")
+    require_floating(theirs, what)
 
     def join(name: str, parts: list[Tensor]) -> Tensor:
         return places[name].form.read(parts[0] if len(parts) == 1 else torch.cat(parts)).float().contiguous()
@@ -162,6 +160,25 @@ def unet_places(config: UNetConfig, *, conv_in: Form = AS_IS, heads_first: bool 
     if config.attention == "transformer":
         places |= _context_projection(config, contexts)
     return places
+
+
+def shaped(state: Mapping[str, Tensor], name: str, num_dims: int, where: str) -> Tensor:
+    """The tensor of that name without its values, of which the sizes are to be read that no configuration says.
+
+    Raises: CheckpointError that names it if `where` lacks it, or it has another number of dimensions or none of a size.
+    """
+    if name not in state:
+        raise CheckpointError(
+            f"{name} is missing in {where}, though the model it is said to be has such a part; give a whole one, or "
+            "the YAML that belongs to it"
+        )
+    like = deferred(state)[name].like if isinstance(state, LazyTensors) else state[name]
+    if like.ndim != num_dims or not like.numel():
+        raise CheckpointError(
+            f"{name} has the shape {tuple(like.shape)} in {where}: must have {num_dims} dimensions, none of them 0; "
+            "give a whole one, or the YAML that belongs to it"
+        )
+    return like
 
 
 def mask_before_image(latent_channels: int) -> Form:

@@ -6,12 +6,14 @@ Keys of their networks that ours have no part for are refused, unknown ones too;
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Literal
 
 from ldm_scale.config.networks import check_attention_levels, check_levels, check_unet
 from ldm_scale.config.schema import AutoencoderConfig, DiffusionConfig, UNetConfig
+from ldm_scale.diffusion.process import build_process
 from ldm_scale.errors import CheckpointError
 from ldm_scale.interchange.compvis_write import NORM_GROUPS, PREDICTIONS
-from ldm_scale.interchange.foreign_section import Section
+from ldm_scale.interchange.foreign_section import MAX_LAYERS, Section
 
 DIFFUSION_TARGETS = ("LatentDiffusion", "LatentInpaintDiffusion")
 AUTOENCODER_TARGETS = {
@@ -20,6 +22,10 @@ AUTOENCODER_TARGETS = {
     "VQModelInterface": "vq",
     "IdentityFirstStage": "identity",
 }
+# Linear in sqrt(beta), as ours of that name.
+_SCHEDULES: dict[str, Literal["linear", "cosine"]] = {"linear": "linear", "cosine": "cosine"}
+_LOSSES: dict[str, Literal["l1", "l2"]] = {"l1": "l1", "l2": "l2"}
+_ATTENTION_TYPES = {"softmax": None, "softmax-xformers": None}  # one function; the other one there is another
 _VANILLA = ("vanilla", "vanilla-xformers")
 
 
@@ -56,24 +62,24 @@ def autoencoder_config(stage: Section) -> AutoencoderConfig:
         )
     params = stage.section("params")
     params.require(remap=None, colorize_nlabels=None)
-    config, embed_dim = _vqgan_config(params.section("ddconfig"), kind == "kl"), params.integer("embed_dim")
+    config, embed_dim = _vqgan_config(params.section("ddconfig"), kind == "kl"), params.integer("embed_dim", at_least=1)
     if config.latent_channels != embed_dim:
         raise CheckpointError(
             f"{params.name}: z_channels={config.latent_channels} and embed_dim={embed_dim}; our autoencoders have one "
             "number for both; not imported"
         )
-    return config if kind == "kl" else replace(config, kind="vq", codebook_size=params.integer("n_embed"))
+    return config if kind == "kl" else replace(config, kind="vq", codebook_size=params.integer("n_embed", at_least=1))
 
 
 def autoencoder_resolution(stage: Section) -> int:
     """Pixels per side in training, or 0 where a first stage does not say."""
-    return stage.section("params").section("ddconfig").integer("resolution", 0)
+    return stage.section("params").section("ddconfig").integer("resolution", 0, at_least=0)
 
 
 def unet_config(section: Section) -> UNetConfig:
     """Architecture of a UNetModel, given with target and params.
 
-    Raises: CheckpointError for what our UNet does not compute; ConfigError for sizes that cannot be.
+    Raises: CheckpointError for what our UNet does not compute, and for sizes that cannot be.
     """
     name = class_name(section.get("target"), section.name)
     if name != "UNetModel":
@@ -90,29 +96,30 @@ def unet_config(section: Section) -> UNetConfig:
         adm_in_channels=None,
     )
     params.require_known(*_UNET_KEYS)
-    num_heads, head_dim = (params.integer(key, -1) for key in ("num_heads", "num_head_channels"))
+    params.choice("spatial_transformer_attn_type", _ATTENTION_TYPES, "softmax")
+    num_heads, head_dim = (params.integer(key, -1, at_least=-1) for key in ("num_heads", "num_head_channels"))
     params.require(num_heads_upsample=num_heads if params.get("num_heads_upsample", -1) != -1 else -1)
-    if num_heads == -1 and head_dim == -1:
+    if num_heads < 1 and head_dim < 1:
         raise CheckpointError(f"{params.name}: neither num_heads nor num_head_channels is given; correct the YAML")
-    multipliers = params.integers("channel_mult")
-    resolutions = params.integers("attention_resolutions")
-    transformer = bool(params.get("use_spatial_transformer", False))
+    multipliers = params.integers("channel_mult", at_least=1)
+    resolutions = params.integers("attention_resolutions", at_least=1)
+    transformer = params.boolean("use_spatial_transformer", False)
     config = UNetConfig(
-        base_channels=params.integer("model_channels"),
+        base_channels=params.integer("model_channels", at_least=1),
         channel_multipliers=multipliers,
-        num_res_blocks=params.same("num_res_blocks"),
+        num_res_blocks=params.same("num_res_blocks", at_most=MAX_LAYERS),
         attention_levels=tuple(level for level in range(len(multipliers)) if 2**level in resolutions),
         attention="transformer" if transformer else "self",
-        transformer_depth=params.same("transformer_depth", 1) if transformer else 1,
-        head_dim=None if head_dim == -1 else head_dim,
-        num_heads=num_heads if head_dim == -1 else None,
-        linear_projection=bool(params.get("use_linear_in_transformer", False)),
+        transformer_depth=params.same("transformer_depth", 1, at_most=MAX_LAYERS) if transformer else 1,
+        head_dim=head_dim if head_dim > 0 else None,
+        num_heads=num_heads if head_dim < 1 else None,
+        linear_projection=params.boolean("use_linear_in_transformer", False),
         norm_groups=NORM_GROUPS,
-        scale_shift_norm=bool(params.get("use_scale_shift_norm", False)),
-        residual_resampling=bool(params.get("resblock_updown", False)),
-        dropout=params.number("dropout", 0.0),
+        scale_shift_norm=params.boolean("use_scale_shift_norm", False),
+        residual_resampling=params.boolean("resblock_updown", False),
+        dropout=params.number("dropout", 0.0, at_least=0, below=1),
     )
-    check_unet(config)
+    section.checked(lambda: check_unet(config))
     return config
 
 
@@ -122,26 +129,23 @@ def diffusion_config(params: Section, prediction: str | None = None) -> Diffusio
     Raises: CheckpointError for processes that ours are not.
     """
     params.require(given_betas=None, cosine_s=8e-3)
-    parameterization = prediction or params.get("parameterization", "eps")
-    if parameterization not in PREDICTIONS:
-        raise CheckpointError(
-            f"{params.name}.parameterization={parameterization!r}: known are {', '.join(PREDICTIONS)}"
+    schedule = params.choice("beta_schedule", _SCHEDULES, "linear", who="ours are")
+    betas = (DiffusionConfig.beta_start, DiffusionConfig.beta_end)
+    if schedule == "linear":
+        betas = (
+            params.number("linear_start", 1e-4, above=0, below=1),
+            params.number("linear_end", 2e-2, above=0, below=1),
         )
-    schedule = params.get("beta_schedule", "linear")
-    if schedule not in ("linear", "cosine"):
-        raise CheckpointError(
-            f"{params.name}.beta_schedule={schedule!r}: ours are linear (in sqrt(beta), as theirs of that name) and "
-            "cosine; not imported"
-        )
-    loss = params.get("loss_type", "l2")
-    return DiffusionConfig(
-        prediction=PREDICTIONS[parameterization],
-        num_timesteps=params.integer("timesteps", 1000),
+    config = DiffusionConfig(
+        prediction=PREDICTIONS[prediction] if prediction else params.choice("parameterization", PREDICTIONS, "eps"),
+        num_timesteps=params.integer("timesteps", 1000, at_least=1),
         schedule=schedule,
-        beta_start=params.number("linear_start", 1e-4) if schedule == "linear" else DiffusionConfig.beta_start,
-        beta_end=params.number("linear_end", 2e-2) if schedule == "linear" else DiffusionConfig.beta_end,
-        loss="l1" if loss == "l1" else "l2",
+        beta_start=betas[0],
+        beta_end=betas[1],
+        loss=params.choice("loss_type", _LOSSES, "l2"),
     )
+    params.checked(lambda: build_process(config))
+    return config
 
 
 _UNET_KEYS = (
@@ -168,18 +172,18 @@ def _vqgan_config(ddconfig: Section, is_kl: bool) -> AutoencoderConfig:
             f"{ddconfig.name}.attn_type={attention!r}: ours is plain attention, or none; not imported"
         )
     has_attention = attention in _VANILLA
-    multipliers, resolution = ddconfig.integers("ch_mult"), ddconfig.integer("resolution")
-    at = ddconfig.integers("attn_resolutions") if has_attention else ()
+    multipliers, resolution = ddconfig.integers("ch_mult", at_least=1), ddconfig.integer("resolution", at_least=1)
+    at = ddconfig.integers("attn_resolutions", at_least=1) if has_attention else ()
     config = AutoencoderConfig(
         kind="kl",
-        base_channels=ddconfig.integer("ch"),
+        base_channels=ddconfig.integer("ch", at_least=1),
         channel_multipliers=multipliers,
-        num_res_blocks=ddconfig.same("num_res_blocks"),
-        latent_channels=ddconfig.integer("z_channels"),
+        num_res_blocks=ddconfig.same("num_res_blocks", at_most=MAX_LAYERS),
+        latent_channels=ddconfig.integer("z_channels", at_least=1),
         norm_groups=NORM_GROUPS,
         mid_attention=has_attention,
         attention_levels=tuple(level for level in range(len(multipliers)) if resolution // 2**level in at),
     )
-    check_levels("autoencoder", config)
-    check_attention_levels("autoencoder", config)
+    ddconfig.checked(lambda: check_levels("autoencoder", config))
+    ddconfig.checked(lambda: check_attention_levels("autoencoder", config))
     return config

@@ -34,12 +34,13 @@ from ldm_scale.interchange.compvis_conditioning import (
     TEXT_FOLDER,
     check_bert_vocabulary,
 )
-from ldm_scale.interchange.compvis_names import COND_STAGE, UNET
+from ldm_scale.interchange.compvis_names import COND_STAGE, UNET, shaped
 from ldm_scale.interchange.compvis_read import class_name
 from ldm_scale.interchange.foreign_section import Section
+from ldm_scale.interchange.foreign_tower import CLIP_ACTIVATION, CLIP_TOKENS, clip_activation, clip_section
 from ldm_scale.interchange.safetensors_io import read_json
 
-# Towers by the names that FrozenCLIPEmbedder downloads: heads; all have OpenAI's activation.
+# Towers by the names that FrozenCLIPEmbedder downloads: heads. All have OpenAI's activation.
 CLIP_HEADS = {CLIP_L: 12, "openai/clip-vit-base-patch32": 8, "openai/clip-vit-base-patch16": 8}
 IMAGENET_ROWS = 1001  # of ClassEmbedder: a thousand classes, and the one that stands for none
 
@@ -72,17 +73,17 @@ def read_conditioning(model: Section, first: AutoencoderConfig, given: Given) ->
         )
     section = Section(stage, f"{params.name}.cond_stage_config")
     name = class_name(section.get("target"), section.name)
-    key = params.get("conditioning_key") or ("concat" if params.get("concat_mode", True) else "crossattn")
+    key = params.get("conditioning_key") or ("concat" if params.boolean("concat_mode", True) else "crossattn")
     inpaints = class_name(model.get("target"), model.name) == "LatentInpaintDiffusion"
     expected = "hybrid" if inpaints else "concat" if name in ("SpatialRescaler", "Identity") else "crossattn"
     if key != expected:
         raise CheckpointError(f"{params.name}.conditioning_key={key!r} with {name}: expected {expected}; not imported")
     if inpaints:
         keys = params.get("concat_keys", ["mask", "masked_image"])
-        if list(keys) != ["mask", "masked_image"]:
+        if keys not in (["mask", "masked_image"], ("mask", "masked_image")):
             raise CheckpointError(f"{params.name}.concat_keys={keys!r}: ours are mask and masked_image; not imported")
         return ConditioningConfig(text=_text(name, section, given), inpainting=InpaintingConditioningConfig())
-    if name == "BERTEmbedder" and not section.section("params").get("use_tokenizer", True):
+    if name == "BERTEmbedder" and not section.section("params").boolean("use_tokenizer", True):
         return ConditioningConfig(layout=_layout(section, given))
     if name == "ClassEmbedder":
         return ConditioningConfig(classes=_classes(given))
@@ -118,41 +119,56 @@ def _text(name: str, section: Section, given: Given) -> TextConditioningConfig:
 
 def _clip(params: Section, given: Given) -> TextConditioningConfig:
     params.require(layer="last", layer_idx=None)
+    params.require_known("version", "device", "max_length", "freeze", "layer", "layer_idx")
     version = params.get("version", CLIP_L)
     tower = given.folder / str(version)
     prefix = f"{COND_STAGE}transformer.text_model."
-    tokens = _tensor(given, f"{prefix}embeddings.token_embedding.weight")
-    positions = _tensor(given, f"{prefix}embeddings.position_embedding.weight")
-    heads, activation = CLIP_HEADS.get(str(version)), "quick_gelu"
+    tokens = _tensor(given, f"{prefix}embeddings.token_embedding.weight", 2)
+    positions = _tensor(given, f"{prefix}embeddings.position_embedding.weight", 2)
+    _require_all_positions(params, len(positions))
+    heads, activation = CLIP_HEADS.get(str(version)), CLIP_ACTIVATION
     if heads is None:
         if not (tower / "config.json").is_file():
             raise CheckpointError(
                 f"{params.name}.version={version!r}: its attention heads and activation are not known here and stand "
                 f"in no tensor; put the tower's config.json into {tower}, as an export has it in {TEXT_FOLDER}/"
             )
-        described = Section(read_json(tower / "config.json"), str(tower / "config.json"))
-        heads, activation = described.integer("num_attention_heads"), str(described.get("hidden_act"))
+        described = clip_section(tower / "config.json", read_json(tower / "config.json"))
+        heads, activation = described.integer("num_attention_heads", 8, at_least=1), clip_activation(described)
     return TextConditioningConfig(
         vocab_size=tokens.shape[0],
         max_tokens=positions.shape[0],
         width=tokens.shape[1],
         depth=_count(given, f"{prefix}encoder.layers."),
         num_heads=heads,
-        activation="quick_gelu" if activation == "quick_gelu" else "gelu",
+        activation=activation,
     )
+
+
+def _require_all_positions(params: Section, positions: int) -> None:
+    """Nothing, if captions are padded to as many tokens as there are positions: ours always are."""
+    length = params.integer("max_length", CLIP_TOKENS, at_least=1)
+    if length != positions:
+        raise CheckpointError(
+            f"{params.name}.max_length={length}: the checkpoint has {positions} positions, and text encoders here read "
+            f"as many tokens as they have positions; not imported"
+        )
 
 
 def _open_clip(params: Section, given: Given) -> TextConditioningConfig:
     import open_clip  # takes seconds, and only such models need it
 
+    params.require_known("arch", "version", "device", "max_length", "freeze", "layer")
     arch, layer = str(params.get("arch", "ViT-H-14")), params.get("layer", "last")
     described = open_clip.get_model_config(arch)
     if described is None or "heads" not in described.get("text_cfg", {}):
         raise CheckpointError(f"{params.name}.arch={arch}: OpenCLIP has no such text tower; correct the YAML")
     if layer not in ("last", "penultimate"):
         raise CheckpointError(f"{params.name}.layer={layer!r}: must be last or penultimate; correct the YAML")
-    tokens = _tensor(given, f"{COND_STAGE}model.token_embedding.weight")
-    positions = _tensor(given, f"{COND_STAGE}model.positional_embedding")
+    tokens = _tensor(given, f"{COND_STAGE}model.token_embedding.weight", 2)
+    positions = _tensor(
+        given, f"{COND_STAGE}model.positional_embedding", 2
+    )  # all of them: max_length is not read there
     layers = int(described["text_cfg"]["layers"])
     return TextConditioningConfig(
         padding="zero",
@@ -202,10 +218,10 @@ def _layout(section: Section, given: Given) -> LayoutConditioningConfig:
 
 def _bert_sizes(given: Given, length: str) -> dict[str, Any]:
     prefix = f"{COND_STAGE}transformer."
-    tokens = _tensor(given, f"{prefix}token_emb.weight")
+    tokens = _tensor(given, f"{prefix}token_emb.weight", 2)
     return {
         "vocab_size": tokens.shape[0],
-        length: _tensor(given, f"{prefix}pos_emb.emb.weight").shape[0],
+        length: _tensor(given, f"{prefix}pos_emb.emb.weight", 2).shape[0],
         "width": tokens.shape[1],
         "depth": _count(given, f"{prefix}attn_layers.layers.") // 2,
         "num_heads": BERT_HEADS,
@@ -214,7 +230,7 @@ def _bert_sizes(given: Given, length: str) -> dict[str, Any]:
 
 
 def _classes(given: Given) -> ClassConditioningConfig:
-    rows, width = _tensor(given, f"{COND_STAGE}embedding.weight").shape
+    rows, width = _tensor(given, f"{COND_STAGE}embedding.weight", 2).shape
     num_classes = given.num_classes
     if num_classes is None and rows != IMAGENET_ROWS:
         raise CheckpointError(
@@ -235,19 +251,19 @@ def _classes(given: Given) -> ClassConditioningConfig:
 
 def _semantic_map(params: Section, first: AutoencoderConfig) -> SemanticMapConditioningConfig:
     params.require(multiplier=0.5, bias=False)
-    stages, f = params.integer("n_stages", 1), first.downsampling_factor
+    stages, f = params.integer("n_stages", 1, at_least=0), first.downsampling_factor
     if params.get("method", "bilinear") not in ("bilinear", "area") or stages != math.log2(f):
         raise CheckpointError(
             f"{params.name}: ours averages maps to the latents' size, which is {int(math.log2(f))} bilinear halvings "
             f"at f={f}, not {stages} by {params.get('method', 'bilinear')}; not imported"
         )
     return SemanticMapConditioningConfig(
-        num_labels=params.integer("in_channels"), channels=params.integer("out_channels")
+        num_labels=params.integer("in_channels", at_least=1), channels=params.integer("out_channels", at_least=1)
     )
 
 
 def _low_resolution(model: Section, first: AutoencoderConfig, given: Given) -> LowResolutionConditioningConfig:
-    channels = _tensor(given, f"{UNET}input_blocks.0.0.weight").shape[1]
+    channels = _tensor(given, f"{UNET}input_blocks.0.0.weight", 4).shape[1]
     if channels != first.latent_channels + 3:
         raise CheckpointError(
             f"{model.name}: the UNet takes {channels} channels, {first.latent_channels} of the latents; a small image "
@@ -256,13 +272,9 @@ def _low_resolution(model: Section, first: AutoencoderConfig, given: Given) -> L
     return LowResolutionConditioningConfig(factor=first.downsampling_factor)
 
 
-def _tensor(given: Given, name: str) -> Tensor:
-    if name not in given.state:
-        raise CheckpointError(
-            f"{name} is missing in the checkpoint, though its configuration has such a part; give the two that belong "
-            "together"
-        )
-    return given.state[name]
+def _tensor(given: Given, name: str, num_dims: int) -> Tensor:
+    """The tensor of that name, without values: only its shape says something of the architecture."""
+    return shaped(given.state, name, num_dims, "the checkpoint")
 
 
 def _count(given: Given, prefix: str) -> int:

@@ -47,8 +47,8 @@ from ldm_scale.interchange.compvis_names import (
     unet_places,
 )
 from ldm_scale.interchange.folding import FOLDED, fold
-from ldm_scale.interchange.load import require_diffusers
 from ldm_scale.interchange.safetensors_io import passing, write_json, write_tensors
+from ldm_scale.interchange.sources import require_diffusers
 
 CHECKPOINT, CONFIG_YAML = "model.ckpt", "config.yaml"
 ORIGINALS = "ldm_scale.safetensors"  # tensors of the autoencoder as they were before statistics were folded into them

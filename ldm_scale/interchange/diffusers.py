@@ -34,6 +34,7 @@ from ldm_scale.interchange.artifact import (
     check_autoencoder_content,
     check_diffusion_content,
     expected_diffusion_tensors,
+    read_description,
 )
 from ldm_scale.interchange.diffusers_autoencoder import (
     WEIGHTS,
@@ -53,7 +54,7 @@ from ldm_scale.interchange.diffusers_scheduler import make_scheduler
 from ldm_scale.interchange.diffusers_unet import empty_unet, our_input_order, their_input_order, unet_class
 from ldm_scale.interchange.frozen_tower import tower_as_text
 from ldm_scale.interchange.name_maps import restore, text_encoder_names, unet_names
-from ldm_scale.interchange.safetensors_io import read_json, read_tensors, tensors_sha256, write_json, write_tensors
+from ldm_scale.interchange.safetensors_io import read_tensors, tensors_sha256, write_json, write_tensors
 from ldm_scale.interchange.text_encoder import (
     TEXT_WEIGHTS,
     fill_text_encoder,
@@ -105,13 +106,11 @@ def read_diffusers(folder: Path) -> Artifact | DiffusionArtifact:
     Weights that other software has changed since are taken as they are; the content hash follows them.
     Raises: CheckpointError if the folder is incomplete or does not fit its description.
     """
-    description = read_json(folder / DESCRIPTION)
-    if "diffusion" not in description:
-        autoencoder = read_autoencoder(folder, description["autoencoder"])
+    first, described = read_description(folder)
+    if described is None:
+        autoencoder = read_autoencoder(folder, first.content)
         check_autoencoder_content(autoencoder, folder)
         return autoencoder
-    first = Artifact(description["autoencoder"], {})
-    described = DiffusionArtifact(description["diffusion"], {}, first)
     text, layout = described.conditioning.text, layout_of(described)
     if text is not None and text.tokenizer == "wordpiece":
         described = replace(described, vocabulary=folder / "tokenizer" / VOCABULARY)

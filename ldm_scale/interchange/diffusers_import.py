@@ -31,11 +31,11 @@ from ldm_scale.interchange.diffusers_unet import our_input_order
 from ldm_scale.interchange.foreign_autoencoder import AUTOENCODER_CLASSES, read_foreign_autoencoder
 from ldm_scale.interchange.foreign_config import CONFIG, Plain, read_class_config
 from ldm_scale.interchange.foreign_text import read_foreign_text
+from ldm_scale.interchange.foreign_tower import GUIDANCE_SCALES
 from ldm_scale.interchange.foreign_unet import ForeignUNet, read_foreign_unet
 from ldm_scale.models.autoencoder import LatentStatistics
 
 MODEL_INDEX = "model_index.json"
-GUIDANCE_SCALE = 7.5  # the default of StableDiffusionPipeline
 PIXELS = AutoencoderConfig(kind="identity", base_channels=1, channel_multipliers=(1,), latent_channels=3, norm_groups=1)
 
 
@@ -94,7 +94,7 @@ def _read_pipeline(folder: Path) -> DiffusionArtifact:
         unet=unet.config,
         conditioning=conditioning,
         diffusion=diffusion,
-        sampling=replace(sampling, guidance_scale=1.0 if text is None else GUIDANCE_SCALE),
+        sampling=replace(sampling, guidance_scale=1.0 if text is None else GUIDANCE_SCALES[text.encoder]),
         provenance=_provenance(
             index, first.provenance["resolution"] if side is None else side * first.config.downsampling_factor
         ),
@@ -134,7 +134,12 @@ def _autoencoder(folder: Path, found: Plain, pipeline: Pipeline | None, latent_s
     resolution = first.resolution
     if resolution is None and latent_side is not None:
         resolution = latent_side * first.config.downsampling_factor
-    return make_artifact(first.state, first.config, statistics, _provenance(found, _side(folder, resolution)))
+    return make_artifact(
+        first.state,
+        first.config,
+        statistics,
+        _provenance(found, _side(folder, resolution, first.config.downsampling_factor)),
+    )
 
 
 def _conditioning(
@@ -186,11 +191,17 @@ def _part(folder: Path, index: Plain, name: str) -> _Part:
     return _Part(folder / name, found[1])
 
 
-def _side(folder: Path, side: int | None) -> int:
+def _side(folder: Path, side: int | None, f: int = 1) -> int:
+    """Pixels a side in training, of `side` pixels or latents of factor f."""
     if side is None:
         raise CheckpointError(
             f"{folder / CONFIG}: sample_size=None: it says at which resolution the model was trained; write it there, "
             "in pixels of an autoencoder or latents of a UNet"
+        )
+    if side % f:
+        raise CheckpointError(
+            f"{folder / CONFIG}: sample_size={side} does not divide by the autoencoder's f={f}; write the resolution "
+            "of training there"
         )
     return side
 

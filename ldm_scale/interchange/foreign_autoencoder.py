@@ -22,9 +22,10 @@ from ldm_scale.interchange.foreign_config import (
     read_class_config,
     require_same,
     require_tensors,
-    required_int,
+    side_of,
     tuples,
 )
+from ldm_scale.interchange.foreign_section import MAX_LAYERS, Section
 from ldm_scale.interchange.foreign_weights import DIFFUSERS_STEMS, read_foreign_tensors
 from ldm_scale.interchange.name_maps import autoencoder_names, modern_attention_names, restore
 from ldm_scale.models.autoencoder import LatentStatistics
@@ -65,31 +66,31 @@ def read_foreign_autoencoder(folder: Path) -> ForeignAutoencoder:
     require_same(path, theirs, dict(held.config), _normal, _FREE)
     state = modern_attention_names(read_foreign_tensors(folder, DIFFUSERS_STEMS))
     require_tensors(path, state, model.state_dict())
-    side = theirs["sample_size"]
     return ForeignAutoencoder(
         config,
         restore(state, autoencoder_names(config), expected_autoencoder_tensors(config), str(folder)),
         _statistics(path, theirs, given),
-        side if isinstance(side, int) else None,
+        side_of(Section.of_json(path, theirs)),
     )
 
 
 def autoencoder_config_of(path: Path, theirs: Plain, class_name: str) -> AutoencoderConfig:
     """Our configuration of the autoencoder that `theirs` describes, as `foreign_unet.unet_config_of`."""
-    base, multiples = multipliers(path, theirs)
+    section = Section.of_json(path, theirs)
+    base, multiples = multipliers(section)
     is_vq = class_name == "VQModel"
     config = AutoencoderConfig(
         kind="vq" if is_vq else "kl",
         base_channels=base,
         channel_multipliers=multiples,
-        num_res_blocks=required_int(path, theirs, "layers_per_block"),
-        latent_channels=required_int(path, theirs, "latent_channels"),
-        norm_groups=required_int(path, theirs, "norm_num_groups"),
-        mid_attention=bool(theirs["mid_block_add_attention"]),
+        num_res_blocks=section.same("layers_per_block", at_most=MAX_LAYERS),
+        latent_channels=section.integer("latent_channels", at_least=1),
+        norm_groups=section.integer("norm_num_groups", at_least=1),
+        mid_attention=section.boolean("mid_block_add_attention"),
         attention_levels=tuple(
-            level for level, block in enumerate(theirs["down_block_types"]) if block.startswith("Attn")
+            level for level, block in enumerate(section.texts("down_block_types")) if block.startswith("Attn")
         ),
-        codebook_size=required_int(path, theirs, "num_vq_embeddings") if is_vq else None,
+        codebook_size=section.integer("num_vq_embeddings", at_least=1) if is_vq else None,
     )
     checked(path, lambda: check_levels("autoencoder", config))
     checked(path, lambda: check_attention_levels("autoencoder", config))
@@ -102,13 +103,12 @@ def _statistics(path: Path, theirs: Plain, given: Plain) -> LatentStatistics:
     Files from before diffusers had the key were read by pipelines that took 0.18215 for a KL autoencoder, which is the
     key's default, and no scale for a VQ one, which today's default spoils.
     """
-    scale = theirs["scaling_factor"]
+    section = Section.of_json(path, theirs)
+    scale = section.number("scaling_factor", above=0)
     if "scaling_factor" not in given:
         scale = 1.0 if "num_vq_embeddings" in theirs else scale
         get_logger().warning(f"{path} has no scaling_factor: it is older than the key; latents are scaled by {scale:g}")
-    if not isinstance(scale, int | float) or not scale > 0:
-        raise CheckpointError(f"{path}: scaling_factor={scale!r}: must be a number above 0; correct the file")
-    return LatentStatistics(shift=float(theirs.get("shift_factor") or 0.0), scale=float(scale))
+    return LatentStatistics(shift=section.number("shift_factor") if theirs.get("shift_factor") else 0.0, scale=scale)
 
 
 def _normal(config: Plain) -> Plain:

@@ -8,14 +8,16 @@ its name, also one that this program has never heard of.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ldm_scale.errors import CheckpointError, ConfigError
+from ldm_scale.errors import CheckpointError, ConfigError, LdmScaleError
+from ldm_scale.interchange.foreign_section import Section
 from ldm_scale.interchange.safetensors_io import describe_difference, read_json
 from ldm_scale.telemetry.log import get_logger
 
@@ -61,16 +63,27 @@ def empty_model(model_class: Any, folder: Path) -> tuple[Plain, nn.Module]:
     """
     path = folder / CONFIG
     given = read_json(path)
+    Section.of_json(path, given).require_possible()
+    with building(path, model_class.__name__), torch.device("meta"):
+        model = model_class.from_config(given)
+    return filled(model, given, path), model
+
+
+@contextmanager
+def building(path: Path, name: str) -> Iterator[None]:
+    """Turns whatever the constructors of diffusers and transformers raise into an error that names the file.
+
+    For a configuration that they do not know they fail wherever they first use it, some without a message.
+    """
     try:
-        with torch.device("meta"):
-            model = model_class.from_config(given)
-    except (ValueError, TypeError, KeyError, IndexError, AttributeError, NotImplementedError) as error:
-        # Its constructors raise any of these for a configuration that they do not know, some without a message.
+        yield
+    except LdmScaleError:
+        raise
+    except Exception as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0][:200]
         raise CheckpointError(
-            f"{path}: diffusers cannot build this {model_class.__name__} ({reason}); is it of another version?"
+            f"{path}: diffusers cannot build this {name} ({reason}); is it of another version?"
         ) from error
-    return filled(model, given, path), model
 
 
 def require_same(
@@ -99,34 +112,37 @@ def require_tensors(path: Path, theirs: Mapping[str, Tensor], expected: Mapping[
         raise CheckpointError(f"the weights in {path.parent} are not those of {path.name}: {difference}")
 
 
-def required_int(path: Path, config: Plain, key: str) -> int:
-    """A whole number of a configuration; of one for each level, the one that they share.
-
-    Raises: CheckpointError if it is something else.
-    """
-    value = config.get(key)
-    if isinstance(value, list | tuple) and len(set(value)) == 1:
-        value = value[0]
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise CheckpointError(
-            f"{path}: {key}={_shown(config.get(key))}: the networks here have one positive number for all levels; this "
-            "model cannot be imported"
-        )
-    return value
-
-
-def multipliers(path: Path, config: Plain) -> tuple[int, tuple[int, ...]]:
+def multipliers(section: Section) -> tuple[int, tuple[int, ...]]:
     """Base width and the levels' multiples of it.
 
     Raises: CheckpointError if there is none.
     """
-    widths = config.get("block_out_channels")
-    if not widths or any(not isinstance(width, int) or width % widths[0] for width in widths):
+    widths = section.integers("block_out_channels", at_least=1)
+    if not widths or any(width % widths[0] for width in widths):
         raise CheckpointError(
-            f"{path}: block_out_channels={_shown(widths)}: levels here are whole multiples of the first one's width; "
-            "this model cannot be imported"
+            f"{section.name}: block_out_channels={list(widths)}: levels here are whole multiples of the first one's "
+            "width; this model cannot be imported"
         )
     return widths[0], tuple(width // widths[0] for width in widths)
+
+
+def side_of(section: Section) -> int | None:
+    """sample_size, of which older files and some classes have two; None where it is not said.
+
+    Raises: CheckpointError if it is no size of a square.
+    """
+    value = section.get("sample_size")
+    if value is None:
+        return None
+    if not isinstance(value, list | tuple):
+        return section.integer("sample_size", at_least=1)
+    sides = section.integers("sample_size", at_least=1)
+    if len(set(sides)) != 1:
+        raise CheckpointError(
+            f"{section.name}: sample_size={list(sides)}: models here are trained on squares, whose side is one number; "
+            "write that one there"
+        )
+    return sides[0]
 
 
 def checked(path: Path, check: Callable[[], object]) -> None:

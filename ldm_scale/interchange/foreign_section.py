@@ -7,13 +7,16 @@ it was looked at. An error names the file, the key, the value, the rule and the 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+import re
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
-from ldm_scale.errors import CheckpointError
+from ldm_scale.errors import CheckpointError, ConfigError
 
 _ABSENT: Any = object()
+MAX_SIZE, MAX_LAYERS = 2**20, 1000  # beyond any network: a number that no memory or patience could follow
+_COUNTS_LAYERS = re.compile("layers|depth|num_res_blocks")
 ChoiceT = TypeVar("ChoiceT")
 
 
@@ -33,7 +36,7 @@ class Section:
     """One mapping of a file; `name` is its path there."""
 
     def __init__(self, values: object, name: str, place: _Place = _YAML) -> None:
-        self._place = place
+        self.place = place
         if not isinstance(values, Mapping):
             raise CheckpointError(f"{name} is {values!r}, expected a section of keys and values; correct {place.what}")
         self.values, self.name = values, name
@@ -49,16 +52,16 @@ class Section:
 
     def section(self, key: str) -> Section:
         """A section within; absent or null is an empty one."""
-        return Section(self.values.get(key) or {}, self._key(key), self._place._replace(joint="."))
+        return Section(self.values.get(key) or {}, self._key(key), self.place._replace(joint="."))
 
-    def integer(self, key: str, default: int = _ABSENT, *, at_least: int | None = None) -> int:
+    def integer(self, key: str, default: int = _ABSENT, *, at_least: int | None = None, at_most: int = MAX_SIZE) -> int:
         """A whole number.
 
-        Raises: CheckpointError if it is missing without a default, no whole number, or too small.
+        Raises: CheckpointError if it is missing without a default, no whole number, or outside of the bounds.
         """
         value = self._given(key, default)
-        if not _is_whole(value, at_least):
-            raise self._wrong(key, f"a whole number{_words(at_least=at_least)}")
+        if not _is_whole(value, at_least, at_most):
+            raise self._wrong(key, f"a whole number{_words(at_least=at_least, at_most=at_most)}")
         return value  # type: ignore[no-any-return]
 
     def number(
@@ -76,7 +79,7 @@ class Section:
         """
         value = self._given(key, default)
         try:
-            is_text = isinstance(value, str) and self._place.numbers_as_text
+            is_text = isinstance(value, str) and self.place.numbers_as_text
             number = float(value) if is_text or type(value) in (int, float) else math.nan
         except (ValueError, OverflowError):
             number = math.nan
@@ -107,14 +110,21 @@ class Section:
             raise CheckpointError(f"{self._key(key)}={_shown(value)}: {who} {', '.join(choices)}; not imported")
         return choices[value]
 
-    def integers(self, key: str, default: tuple[int, ...] = _ABSENT, *, at_least: int | None = None) -> tuple[int, ...]:
+    def integers(
+        self,
+        key: str,
+        default: tuple[int, ...] = _ABSENT,
+        *,
+        at_least: int | None = None,
+        at_most: int = MAX_SIZE,
+    ) -> tuple[int, ...]:
         """A list of whole numbers.
 
         Raises: CheckpointError if it is missing without a default, or anything else.
         """
         value = self._given(key, default)
-        if not isinstance(value, list | tuple) or not all(_is_whole(item, at_least) for item in value):
-            raise self._wrong(key, f"a list of whole numbers{_words(at_least=at_least)}")
+        if not isinstance(value, list | tuple) or not all(_is_whole(item, at_least, at_most) for item in value):
+            raise self._wrong(key, f"a list of whole numbers{_words(at_least=at_least, at_most=at_most)}")
         return tuple(value)
 
     def texts(self, key: str) -> tuple[str, ...]:
@@ -127,15 +137,15 @@ class Section:
             raise self._wrong(key, "a list of texts")
         return tuple(value)
 
-    def same(self, key: str, default: int = _ABSENT, *, at_least: int = 1) -> int:
+    def same(self, key: str, default: int = _ABSENT, *, at_least: int = 1, at_most: int = MAX_SIZE) -> int:
         """A whole number that may be given once for each level, as a list.
 
         Raises: CheckpointError if the levels differ.
         """
         value = self._given(key, default)
         if not isinstance(value, list | tuple):
-            return self.integer(key, default, at_least=at_least)
-        numbers = self.integers(key, at_least=at_least)
+            return self.integer(key, default, at_least=at_least, at_most=at_most)
+        numbers = self.integers(key, at_least=at_least, at_most=at_most)
         if len(set(numbers)) != 1:
             raise CheckpointError(
                 f"{self._key(key)}={list(value)}: our models have one number for all levels; not imported"
@@ -155,6 +165,19 @@ class Section:
                     "not imported"
                 )
 
+    def require_equal(self, who: str, **expected: Any) -> None:
+        """As `require`, of values that `who` has, in the message.
+
+        Raises: CheckpointError that names the key.
+        """
+        for key, value in expected.items():
+            if self.values.get(key, value) != value:
+                raise self.unheld(key, value, who)
+
+    def unheld(self, key: str, value: object, who: str) -> CheckpointError:
+        """The error of a key where `who` has that value."""
+        return CheckpointError(f"{self._key(key)}={_shown(self.get(key))}: {who} {_shown(value)}; not imported")
+
     def require_known(self, *known: str) -> None:
         """Nothing, if there are no other keys: what a network's unknown key means nobody can tell.
 
@@ -164,23 +187,47 @@ class Section:
         if unknown:
             raise CheckpointError(f"{self.name} has {', '.join(unknown)}: not a part that is known here; not imported")
 
+    def require_possible(self) -> None:
+        """Nothing, if no whole number here or in a section within is so large that what is built of it never ends.
+
+        Raises: CheckpointError that names the key.
+        """
+        for key, value in self.values.items():
+            if isinstance(value, Mapping):
+                self.section(key).require_possible()
+                continue
+            for number in value if isinstance(value, list | tuple) else [value]:
+                bound = MAX_LAYERS if _COUNTS_LAYERS.search(str(key)) else MAX_SIZE
+                if type(number) is int and number > bound:
+                    raise self._wrong(key, f"at most {bound}")
+
+    def checked(self, check: Callable[[], object]) -> None:
+        """Nothing, if `check` of the configuration of ours that was made of the section passes.
+
+        Raises: CheckpointError that names the section.
+        """
+        try:
+            check()
+        except ConfigError as error:
+            raise CheckpointError(f"{self.name} describes a model that cannot be built here: {error}") from error
+
     def _key(self, key: str) -> str:
-        return f"{self.name}{self._place.joint}{key}"
+        return f"{self.name}{self.place.joint}{key}"
 
     def _wrong(self, key: str, rule: str) -> CheckpointError:
-        return CheckpointError(f"{self._key(key)}={_shown(self.get(key))}: must be {rule}; correct {self._place.what}")
+        return CheckpointError(f"{self._key(key)}={_shown(self.get(key))}: must be {rule}; correct {self.place.what}")
 
     def _given(self, key: str, default: Any) -> Any:
         value = self.values.get(key, default)
         if value is _ABSENT:
             raise CheckpointError(
-                f"{self._key(key)} is missing in {self._place.what}; give the one that belongs to the checkpoint"
+                f"{self._key(key)} is missing in {self.place.what}; give the one that belongs to the checkpoint"
             )
         return value
 
 
-def _is_whole(value: object, at_least: int | None) -> bool:
-    return type(value) is int and (at_least is None or value >= at_least)
+def _is_whole(value: object, at_least: int | None, at_most: int) -> bool:
+    return type(value) is int and (at_least is None or value >= at_least) and value <= at_most
 
 
 def _shown(value: object) -> str:
@@ -189,4 +236,4 @@ def _shown(value: object) -> str:
 
 
 def _words(**bounds: float | None) -> str:
-    return "".join(f", {word.replace('_', ' ')} {bound:g}" for word, bound in bounds.items() if bound is not None)
+    return "".join(f", {word.replace('_', ' ')} {bound:.9g}" for word, bound in bounds.items() if bound is not None)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from transformers import BertTokenizer, CLIPTextConfig, CLIPTextModel, CLIPTokenizer
@@ -19,7 +19,9 @@ from ldm_scale.config.schema import TextConditioningConfig
 from ldm_scale.engine.lazy_tensors import LazyTensors, renamed
 from ldm_scale.errors import CheckpointError, ConfigError
 from ldm_scale.interchange.artifact import VOCABULARY
-from ldm_scale.interchange.foreign_config import CONFIG, Plain, require_tensors
+from ldm_scale.interchange.foreign_config import CONFIG, Plain, building, require_tensors
+from ldm_scale.interchange.foreign_section import MAX_LAYERS, Section
+from ldm_scale.interchange.foreign_tower import ACTIVATIONS, WHO, clip_activation, clip_section
 from ldm_scale.interchange.foreign_weights import TRANSFORMERS_STEMS, read_foreign_tensors
 from ldm_scale.interchange.name_maps import restore, text_encoder_names
 from ldm_scale.interchange.safetensors_io import read_json
@@ -57,11 +59,14 @@ def read_foreign_text(
             f"{' and '.join(TEXT_CLASSES)}, with CLIPTokenizer or BertTokenizer; this model cannot be imported"
         )
     model_class, config_class = TEXT_CLASSES[class_name]
-    # A configuration of transformers in older files names fewer keys; the constructor knows the others.
-    theirs = config_class(**{k: v for k, v in read_json(path).items() if k != "model_type"}).to_dict()
+    given = {key: value for key, value in read_json(path).items() if key != "model_type"}
+    Section.of_json(path, given).require_possible()
+    with building(path, config_class.__name__):
+        # A configuration of transformers in older files names fewer keys; the constructor knows the others.
+        theirs = config_class(**given).to_dict()
     text = _section(path, theirs, is_clip=class_name == "CLIPTextModel")
     text = _with_tokenizer(text, tokenizer, TOKENIZER_CLASSES[tokenizer_name])
-    with torch.device("meta"):
+    with building(path, class_name), torch.device("meta"):
         expected = published(model_class(config_class(**theirs)).state_dict(), model_class)
         target = TextCondition(text).state_dict()
     found = read_foreign_tensors(encoder, TRANSFORMERS_STEMS)
@@ -73,38 +78,31 @@ def read_foreign_text(
 def _section(path: Path, theirs: Plain, is_clip: bool) -> TextConditioningConfig:
     """The encoder's part of the section."""
     if is_clip:
-        width, ffn = theirs["hidden_size"], theirs["intermediate_size"]
-        fixed = {"layer_norm_eps": 1e-5, "intermediate_size": 4 * width, "use_attention_mask": False}
-        depth, heads, head_dim = theirs["num_hidden_layers"], theirs["num_attention_heads"], None
-        activation = theirs["hidden_act"]
-    else:
-        width, ffn = theirs["d_model"], theirs["encoder_ffn_dim"]
-        fixed = {"encoder_ffn_dim": 4 * width, "scale_embedding": False}
-        depth, heads, head_dim = theirs["encoder_layers"], theirs["encoder_attention_heads"], theirs["head_dim"]
-        activation = theirs["activation_function"]
-    assert ffn == theirs["intermediate_size" if is_clip else "encoder_ffn_dim"]
-    for key, value in fixed.items():
-        _require(path, key, theirs.get(key, value), (value,))
-    activations: tuple[Literal["gelu", "quick_gelu"], ...] = ("gelu", "quick_gelu")
-    _require(path, "hidden_act" if is_clip else "activation_function", activation, activations)
-    return TextConditioningConfig(
-        encoder="clip" if is_clip else "bert",
-        vocab_size=theirs["vocab_size"],
-        max_tokens=theirs["max_position_embeddings"],
-        width=width,
-        depth=depth,
-        num_heads=heads,
-        head_dim=head_dim,
-        activation=activation,
-    )
-
-
-def _require(path: Path, key: str, found: object, held: tuple[object, ...]) -> None:
-    if found not in held:
-        raise CheckpointError(
-            f"{path}: {key}={found!r}: text encoders here have {' or '.join(map(repr, held))}; this model cannot be "
-            "imported"
+        section = clip_section(path, theirs)
+        return TextConditioningConfig(
+            encoder="clip",
+            vocab_size=section.integer("vocab_size", at_least=1),
+            max_tokens=section.integer("max_position_embeddings", at_least=1),
+            width=section.integer("hidden_size", at_least=1),
+            depth=section.integer("num_hidden_layers", at_least=1, at_most=MAX_LAYERS),
+            num_heads=section.integer("num_attention_heads", at_least=1),
+            activation=clip_activation(section),
         )
+    section = Section.of_json(path, theirs)
+    width = section.integer("d_model", at_least=1)
+    if section.integer("encoder_ffn_dim", at_least=1) != 4 * width:
+        raise section.unheld("encoder_ffn_dim", 4 * width, WHO)
+    section.require_equal(WHO, scale_embedding=False)
+    return TextConditioningConfig(
+        encoder="bert",
+        vocab_size=section.integer("vocab_size", at_least=1),
+        max_tokens=section.integer("max_position_embeddings", at_least=1),
+        width=width,
+        depth=section.integer("encoder_layers", at_least=1, at_most=MAX_LAYERS),
+        num_heads=section.integer("encoder_attention_heads", at_least=1),
+        head_dim=section.integer("head_dim", at_least=1),
+        activation=section.choice("activation_function", ACTIVATIONS, who=WHO),
+    )
 
 
 def _with_tokenizer(text: TextConditioningConfig, folder: Path, tokenizer_class: Any) -> TextConditioningConfig:

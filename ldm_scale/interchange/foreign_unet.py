@@ -22,9 +22,10 @@ from ldm_scale.interchange.foreign_config import (
     read_class_config,
     require_same,
     require_tensors,
-    required_int,
+    side_of,
     tuples,
 )
+from ldm_scale.interchange.foreign_section import MAX_LAYERS, Section
 from ldm_scale.interchange.foreign_weights import DIFFUSERS_STEMS, read_foreign_tensors
 from ldm_scale.interchange.name_maps import modern_attention_names, restore, unet_names
 from ldm_scale.models.build import build_unet
@@ -69,14 +70,15 @@ def read_foreign_unet(folder: Path) -> ForeignUNet:
         )
     theirs, model = empty_model(UNET_CLASSES[name], folder)
     config = unet_config_of(path, theirs, is_conditional=name == "UNet2DConditionModel")
-    channels = theirs["out_channels"]
-    spatial = theirs["in_channels"] - channels
+    section = Section.of_json(path, theirs)
+    channels = section.integer("out_channels", at_least=1)
+    spatial = section.integer("in_channels", at_least=1) - channels
     if spatial < 0:
         raise CheckpointError(
             f"{path}: out_channels={channels} with in_channels={theirs['in_channels']}: UNets here give one number for "
             "each latent (no learned variances); this model cannot be imported"
         )
-    context_dim = None if config.attention == "self" else required_int(path, theirs, "cross_attention_dim")
+    context_dim = None if config.attention == "self" else section.same("cross_attention_dim")
     held: Any = empty_unet(config, channels, context_dim, 1, spatial)
     require_same(path, theirs, dict(held.config), _normal, _FREE)
 
@@ -84,14 +86,13 @@ def read_foreign_unet(folder: Path) -> ForeignUNet:
     require_tensors(path, state, model.state_dict())
     with torch.device("meta"):
         target = build_unet(config, channels + spatial, channels, context_dim).state_dict()
-    side = theirs["sample_size"]
     return ForeignUNet(
         config,
         restore(state, unet_names(config), target, str(folder)),
         channels,
         spatial,
         context_dim,
-        side if isinstance(side, int) else None,
+        side_of(section),
     )
 
 
@@ -100,18 +101,18 @@ def unet_config_of(path: Path, theirs: Plain, is_conditional: bool) -> UNetConfi
 
     Raises: CheckpointError for sizes that have no place in ours.
     """
-    base, multiples = multipliers(path, theirs)
-    groups = required_int(path, theirs, "norm_num_groups")
-    blocks = theirs["down_block_types"]
+    section = Section.of_json(path, theirs)
+    base, multiples = multipliers(section)
+    blocks = section.texts("down_block_types")
     levels = tuple(level for level, block in enumerate(blocks) if block.startswith(("CrossAttn", "Attn")))
     common: dict[str, Any] = {
         "base_channels": base,
         "channel_multipliers": multiples,
-        "num_res_blocks": required_int(path, theirs, "layers_per_block"),
+        "num_res_blocks": section.same("layers_per_block", at_most=MAX_LAYERS),
         "attention_levels": levels,
-        "norm_groups": groups,
+        "norm_groups": section.integer("norm_num_groups", at_least=1),
         "scale_shift_norm": theirs["resnet_time_scale_shift"] == "scale_shift",
-        "dropout": float(theirs["dropout"]),
+        "dropout": section.number("dropout", at_least=0, below=1),
     }
     if is_conditional:
         heads, head_dim = _conditional_heads(path, theirs, {*levels, len(blocks) - 1})
@@ -119,11 +120,12 @@ def unet_config_of(path: Path, theirs: Plain, is_conditional: bool) -> UNetConfi
             **common,
             num_heads=heads,
             head_dim=head_dim,
-            transformer_depth=required_int(path, theirs, "transformer_layers_per_block"),
-            linear_projection=theirs["use_linear_projection"],
+            transformer_depth=section.same("transformer_layers_per_block", at_most=MAX_LAYERS),
+            linear_projection=section.boolean("use_linear_projection"),
         )
     else:
-        head_dim = theirs["attention_head_dim"]
+        given = theirs["attention_head_dim"]
+        head_dim = None if given is None else section.integer("attention_head_dim", at_least=1)
         config = UNetConfig(
             **common,
             attention="self",
@@ -140,9 +142,13 @@ def unet_config_of(path: Path, theirs: Plain, is_conditional: bool) -> UNetConfi
 def _conditional_heads(path: Path, theirs: Plain, levels: set[int]) -> tuple[int | None, int | None]:
     """Number or else width of the heads at `levels`; `attention_head_dim` is the number, whatever its name says."""
     given, widths = theirs["attention_head_dim"], theirs["block_out_channels"]
-    if isinstance(given, int):
+    if type(given) is int and given > 0:
         return given, None
-    heads = {level: given[level] for level in levels} if given is not None and len(given) == len(widths) else {}
+    heads = (
+        {level: given[level] for level in levels}
+        if isinstance(given, list | tuple) and len(given) == len(widths)
+        else {}
+    )
     if heads and all(isinstance(number, int) and number > 0 for number in heads.values()):
         dims = {widths[level] / number for level, number in heads.items()}
         if len(dims) == 1 and (dim := dims.pop()).is_integer():
@@ -150,7 +156,7 @@ def _conditional_heads(path: Path, theirs: Plain, levels: set[int]) -> tuple[int
         if len(set(heads.values())) == 1:
             return next(iter(heads.values())), None
     raise CheckpointError(
-        f"{path}: attention_head_dim={list(given) if given is not None else None} with block_out_channels="
+        f"{path}: attention_head_dim={list(given) if isinstance(given, tuple) else given} with block_out_channels="
         f"{list(widths)}: heads here have one number or one width on all levels; this model cannot be imported"
     )
 

@@ -10,7 +10,6 @@ floating types are widened, which is exact for float16 and bfloat16; it is said 
 
 from __future__ import annotations
 
-import pickle
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,8 +17,9 @@ import torch
 from torch import Tensor
 
 from ldm_scale.engine.lazy_tensors import LazyTensors, converted, deferred, without_values
+from ldm_scale.engine.torch_file import read_torch_file, require_plain_tensors
 from ldm_scale.errors import CheckpointError
-from ldm_scale.interchange.safetensors_io import read_json, read_tensors
+from ldm_scale.interchange.safetensors_io import read_places, read_tensors
 from ldm_scale.telemetry.log import get_logger
 
 DIFFUSERS_STEMS = ("diffusion_pytorch_model",)
@@ -82,47 +82,15 @@ def _sources(folder: Path, stem: str, ending: str) -> list[_Source]:
 
 
 def _read_index(index: Path) -> LazyTensors:
-    places = read_json(index).get("weight_map")
-    if not isinstance(places, dict) or not places:
-        raise CheckpointError(f"{index} has no weight_map, which names the file of each tensor; download it again")
-    state = LazyTensors({})
-    for name in sorted(set(places.values())):
-        # The name alone: an index never leads out of its folder.
-        state |= _read_file(index.with_name(Path(str(name)).name))
-    missing = [name for name in places if name not in state]
-    if missing:
-        raise CheckpointError(f"{index} places {missing[0]} in {places[missing[0]]}, which lacks it; download it again")
-    return state
+    return read_places(index, _read_file)
 
 
 def _read_file(path: Path) -> LazyTensors:
     if path.suffix == ".safetensors":
         return read_tensors(path)
-    if not path.is_file():
-        raise CheckpointError(f"{path} is missing: the folder is incomplete; download it again")
-    try:
-        content = _torch_load(path)
-    except pickle.UnpicklingError as error:
-        raise CheckpointError(
-            f"{path} is a pickle of more than tensors ({str(error).splitlines()[0]}), which could run anything: where "
-            "you trust it, open it with torch.load(path, weights_only=False) and save its tensors with "
-            "safetensors.torch.save_file"
-        ) from error
-    except (RuntimeError, EOFError, ValueError, KeyError) as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise CheckpointError(f"{path} cannot be read ({reason}): it is damaged or cut short; copy it again") from error
+    content = read_torch_file(path)
     if not isinstance(content, dict) or not all(isinstance(x, Tensor) for x in content.values()):
         raise CheckpointError(
             f"{path} holds a {type(content).__name__}, expected names and tensors; give a model's file"
         )
-    return LazyTensors(deferred(content))  # pages of the mapped file, not memory
-
-
-def _torch_load(path: Path) -> object:
-    try:
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except RuntimeError as error:
-        if "mmap" not in str(error):
-            raise
-        # Files from before torch 1.6 are no zip files, and cannot be mapped.
-        return torch.load(path, map_location="cpu", weights_only=True)
+    return LazyTensors(deferred(require_plain_tensors({str(name): x for name, x in content.items()}, path)))

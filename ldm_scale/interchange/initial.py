@@ -19,7 +19,7 @@ from ldm_scale.interchange.artifact import (
     DiffusionArtifact,
     artifact_format,
 )
-from ldm_scale.interchange.load import read_source
+from ldm_scale.interchange.sources import read_source
 
 
 def has_begun(config: Config) -> bool:

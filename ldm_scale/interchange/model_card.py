@@ -69,7 +69,7 @@ checkpoint = torch.load("path/of/this/folder/model.ckpt", map_location="cpu", we
 model.load_state_dict(checkpoint["state_dict"], strict=False)
 """
 _OWN_DIFFUSION = """\
-from ldm_scale import load_diffusion
+{imports}from ldm_scale import load_diffusion
 from ldm_scale.conditioning.base import Conditions
 
 y = Conditions({given})
@@ -166,7 +166,8 @@ def _usage(artifact: Artifact | DiffusionArtifact, target: Target) -> str:
             return _OWN_AUTOENCODER
         return _DIFFUSERS_AUTOENCODER.format(model_class="VQModel" if artifact.config.kind == "vq" else "AutoencoderKL")
     if target == "safetensors":
-        return _OWN_DIFFUSION.format(given=", ".join(_GIVEN[kind] for kind in kinds_of(artifact.conditioning)))
+        given = ", ".join(_GIVEN[kind] for kind in kinds_of(artifact.conditioning))
+        return _OWN_DIFFUSION.format(given=given, imports="import torch\n\n" if "torch." in given else "")
     layout, sampling = layout_of(artifact), artifact.sampling
     if layout.pipeline is None:
         return _parts(artifact, layout)

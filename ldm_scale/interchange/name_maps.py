@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ldm_scale.config.schema import AutoencoderConfig, TextConditioningConfig, UNetConfig
-from ldm_scale.engine.lazy_tensors import LazyTensors, joined, parts_of, renamed
+from ldm_scale.engine.lazy_tensors import LazyTensors, joined, parts_of, renamed, without_values
 from ldm_scale.errors import CheckpointError
 from ldm_scale.interchange.safetensors_io import describe_difference
 
@@ -185,6 +185,7 @@ def restore(theirs: Mapping[str, Tensor], names: NameMap, target: Mapping[str, T
             f"{what} does not fit its configuration: {len(absent)} tensors missing ({', '.join(absent[:4])}), "
             f"{len(unknown)} not expected ({', '.join(unknown[:4])})"
         )
+    require_floating(theirs, what)
 
     def join(name: str, parts: list[Tensor]) -> Tensor:
         if len({part.shape[1:] for part in parts}) > 1:
@@ -199,6 +200,18 @@ def restore(theirs: Mapping[str, Tensor], names: NameMap, target: Mapping[str, T
     if difference:
         raise CheckpointError(f"{what} does not fit its configuration: {difference}")
     return ours
+
+
+def require_floating(tensors: Mapping[str, Tensor], what: str) -> None:
+    """Nothing, if all tensors hold floating numbers: others are indices or quantised, and mean something else as such.
+
+    Raises: CheckpointError that names the first that does not.
+    """
+    for name, like in without_values(tensors).items():
+        if not like.is_floating_point():
+            raise CheckpointError(
+                f"{what}: {name} is of type {like.dtype}, expected floating numbers; give the model's own weights"
+            )
 
 
 def _rows(tensor: Tensor, parts: tuple[str, ...], target: Mapping[str, Tensor]) -> tuple[Tensor, ...]:

@@ -21,9 +21,10 @@ from ldm_scale.interchange.artifact import (
     make_diffusion_artifact,
 )
 from ldm_scale.interchange.comparison import differences as compared
-from ldm_scale.interchange.load import read_source, require_diffusers
 from ldm_scale.interchange.model_card import Target, model_card
-from ldm_scale.interchange.safetensors_io import published_folder, spilled
+from ldm_scale.interchange.output_folder import published_folder
+from ldm_scale.interchange.safetensors_io import spilled
+from ldm_scale.interchange.sources import read_source, require_diffusers
 from ldm_scale.models.autoencoder import LatentStatistics
 from ldm_scale.models.build import build_autoencoder, build_seeded
 from ldm_scale.telemetry.log import get_logger

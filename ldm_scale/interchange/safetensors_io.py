@@ -1,12 +1,10 @@
-"""Tensors on disk, their content hash, and folders that appear complete or not at all."""
+"""Tensors on disk and their content hash."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import os
-import shutil
-import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -14,13 +12,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from torch import Tensor
 from tqdm import tqdm
 
 from ldm_scale.engine.lazy_tensors import Deferred, LazyTensors, num_bytes, without_values
 from ldm_scale.engine.tensor_file import TYPES, Described, Stored, file_header, write_stream
-from ldm_scale.errors import CheckpointError
+from ldm_scale.engine.torch_file import damaged
+from ldm_scale.errors import CheckpointError, LdmScaleError
+from ldm_scale.interchange.output_folder import temporary_folder
 from ldm_scale.telemetry.log import shows_progress
 
 _BAR_DELAY_S = 1.0  # what ends before needs no progress bar
@@ -48,14 +48,30 @@ def read_tensors(path: Path) -> LazyTensors:
     """
     index = path.with_name(path.name + ".index.json")
     if not path.is_file() and index.is_file():
-        places = read_json(index).get("weight_map")
-        if not isinstance(places, dict):
-            raise CheckpointError(f"{index} has no weight_map, which names the file of each tensor; copy it again")
-        files = {name: read_tensors(path.with_name(Path(name).name)) for name in sorted(set(places.values()))}
-        missing = [name for name, file in places.items() if name not in files[file]]
-        if missing:
-            raise CheckpointError(f"{index} places {missing[0]} in {places[missing[0]]}, which lacks it; copy it again")
-        return LazyTensors({name: files[file].entries[name] for name, file in places.items()})
+        return read_places(index, _read_file)
+    return _read_file(path)
+
+
+def read_places(index: Path, read: Callable[[Path], LazyTensors]) -> LazyTensors:
+    """All tensors of the files that an index names, each from the file that its `weight_map` names; `read` opens one.
+
+    Raises: CheckpointError if the index is none, or a file lacks what it should hold.
+    """
+    places = read_json(index).get("weight_map")
+    if not isinstance(places, dict) or not places or not all(isinstance(name, str) for name in places.values()):
+        raise CheckpointError(f"{index} has no weight_map, which names the file of each tensor; copy it again")
+    # The name alone: an index never leads out of its folder.
+    files = {name: read(index.with_name(Path(name).name or "nameless")) for name in sorted(set(places.values()))}
+    missing = [name for name, file in places.items() if name not in files[file]]
+    if missing:
+        raise CheckpointError(f"{index} places {missing[0]} in {places[missing[0]]}, which lacks it; copy it again")
+    unplaced = [f"{name} of {file}" for file, tensors in files.items() for name in tensors if name not in places]
+    if unplaced:
+        raise CheckpointError(f"{index} does not place {unplaced[0]}: is it of another model? copy the folder again")
+    return LazyTensors({name: files[file].entries[name] for name, file in places.items()})
+
+
+def _read_file(path: Path) -> LazyTensors:
     if not path.is_file():
         raise CheckpointError(f"{path} is missing: the folder is incomplete; export or copy it again")
     with _naming_damage(path):
@@ -68,8 +84,8 @@ def spilled(tensors: Mapping[str, Tensor], folder: Path) -> LazyTensors:
 
     Raises: OSError that names the folder.
     """
-    with _naming_place(folder), tempfile.TemporaryDirectory(prefix=".", suffix=".tmp", dir=folder) as temporary:
-        path = Path(temporary) / "tensors.safetensors"
+    with temporary_folder(folder) as temporary:
+        path = temporary / "tensors.safetensors"
         write_tensors(path, tensors)
         return read_tensors(path)
 
@@ -155,50 +171,6 @@ def describe_difference(expected: Mapping[str, Tensor], found: Mapping[str, Tens
     return "; ".join(f"{len(names)} {kind} ({_shortened(names)})" for kind, names in kinds.items() if names)
 
 
-def require_replaceable(target: Path, may_replace: Callable[[Path], object]) -> None:
-    """Nothing, if a folder may be written at `target`: nothing is there, or what `may_replace` recognises.
-
-    Raises: CheckpointError.
-    """
-    if target.is_dir():
-        if any(target.iterdir()) and not may_replace(target):
-            raise CheckpointError(
-                f"{target} holds files that this command did not write and will not replace: give another folder, or "
-                "empty that one"
-            )
-    elif target.exists():
-        raise CheckpointError(f"{target} is a file, expected a folder to write: give another path")
-
-
-@contextmanager
-def published_folder(target: Path, may_replace: Callable[[Path], object]) -> Iterator[Path]:
-    """An empty folder beside `target` that takes its place when the block ends, and vanishes if the block fails.
-
-    A target that `may_replace` recognises is replaced. Between two renames it is absent for an instant (there is no
-    portable way to exchange two folders), but it is never seen half-written, and a crash in between leaves the old one
-    under a sibling name.
-    Raises: CheckpointError if there is something else, before the block runs.
-    """
-    require_replaceable(target, may_replace)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".tmp", dir=target.parent))
-    try:
-        with _naming_place(target):
-            # mkdtemp makes it private; what is published follows the user's umask like any other folder.
-            content = temporary / "new"
-            content.mkdir()
-            yield content
-            _sync(content)
-            if target.exists():
-                target.rename(temporary / "old")
-            content.rename(target)
-            _sync(target.parent)
-    finally:
-        if (temporary / "old").exists() and not target.exists():
-            (temporary / "old").rename(target)
-        shutil.rmtree(temporary, ignore_errors=True)
-
-
 def _shortened(names: list[str], limit: int = 4) -> str:
     more = f", and {len(names) - limit} more" if len(names) > limit else ""
     return ", ".join(names[:limit]) + more
@@ -218,24 +190,13 @@ def _stored_in(file: Any, path: Path, name: str) -> Deferred:
 
 
 @contextmanager
-def _naming_place(target: Path) -> Iterator[None]:
-    """Errors of writing there say where."""
-    try:
-        yield
-    except SafetensorError as error:  # of other libraries' writers
-        raise CheckpointError(f"{target} not written ({error}); free space there, or fix its permissions") from error
-    except OSError as error:
-        if error.errno is not None and error.filename is None:  # a full disk's error does not say where
-            error.filename = str(target)
-        raise
-
-
-@contextmanager
 def _naming_damage(path: Path) -> Iterator[None]:
     try:
         yield
-    except SafetensorError as error:
-        raise CheckpointError(f"{path} cannot be read ({error}): it is damaged or cut short; copy it again") from error
+    except (LdmScaleError, OSError):
+        raise
+    except Exception as error:  # the reader's own, and torch's of sizes that no tensor can have
+        raise damaged(path, error) from error
 
 
 def _sync(path: Path) -> None:

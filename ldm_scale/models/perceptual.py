@@ -12,7 +12,6 @@ are folded into the convolutions (in float64) because a frozen norm is an affine
 from __future__ import annotations
 
 import importlib.util
-import pickle
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Self
@@ -22,7 +21,8 @@ from torch import Tensor, nn
 from torch.nn.utils import fuse_conv_bn_eval
 
 from ldm_scale.config.schema import AutoencoderLossConfig
-from ldm_scale.errors import ConfigError
+from ldm_scale.engine.torch_file import read_torch_file
+from ldm_scale.errors import CheckpointError, ConfigError
 
 # Index of the last block of each stage of EfficientNet-Lite0 (strides 2, 4, 8, 16, 16, 32, 32).
 _STAGE_ENDS = (0, 2, 4, 7, 10, 14, 15)
@@ -250,11 +250,11 @@ def _find_vgg16_weights(weights_path: str | Path | None) -> Path:
 
 def _load_vgg16(vgg: nn.Sequential, path: Path) -> None:
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        state = read_torch_file(path)
         prefix = "features."
         state = {k.removeprefix(prefix): v.float() for k, v in state.items() if k.startswith(prefix)}
         vgg.load_state_dict(state, assign=True)
-    except (RuntimeError, AttributeError, EOFError, pickle.UnpicklingError) as error:
+    except (CheckpointError, RuntimeError, AttributeError) as error:
         raise ConfigError(
             f"autoencoder_loss.perceptual_weights: {path} does not hold torchvision's VGG16 weights "
             f"(a state dict with features.0.weight to features.28.bias): {error}"

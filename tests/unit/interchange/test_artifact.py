@@ -25,9 +25,9 @@ from ldm_scale.interchange.artifact import (
     write_artifact,
     write_diffusion_artifact,
 )
+from ldm_scale.interchange.output_folder import published_folder
 from ldm_scale.interchange.safetensors_io import (
     json_sha256,
-    published_folder,
     read_tensors,
     tensors_sha256,
     write_tensors,
@@ -133,6 +133,20 @@ def test_missing_files_are_named(tmp_path: Path, autoencoder_artifact: Artifact,
         (lambda c: c.update(pixel_range=[0.0, 1.0]), r"pixel_range is \[0.0, 1.0\]"),
         (lambda c: c["autoencoder"].update(colour="red"), "colour"),
         (lambda c: c.pop("autoencoder"), "'autoencoder'"),
+        (
+            lambda c: c["latent_statistics"].update(scale=-1.0),
+            r"latent_statistics\.scale=-1\.0: must be a finite",
+        ),
+        (lambda c: c["latent_statistics"].update(scale=0.0), r"latent_statistics\.scale=0\.0: must be a finite"),
+        (lambda c: c["latent_statistics"].update(shift=float("nan")), r"latent_statistics\.shift=nan: must be finite"),
+        (lambda c: c["latent_statistics"].update(channel_std=[1.0]), r"0 values of channel_mean and 1 of channel_std"),
+        (
+            lambda c: c["latent_statistics"].update(channel_mean=[0.0] * 3, channel_std=[1.0, 1.0, -1.0]),
+            r"channel_std=\[1\.0, 1\.0, -1\.0\]",
+        ),
+        (lambda c: c["autoencoder"].update(base_channels=0), r"autoencoder\.base_channels=0: must be at least 1"),
+        (lambda c: c.update(provenance={}), r"provenance\.resolution is missing"),
+        (lambda c: c.update(provenance={"resolution": -16}), r"provenance\.resolution=-16: must be a whole number"),
         (
             lambda c: c["autoencoder"].update(latent_channels=5),
             r"encoder\.conv_out\.bias \(6,\) instead of \(10,\)",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import pickle
 import subprocess
 import sys
@@ -28,7 +29,7 @@ from ldm_scale.interchange.compvis_read import diffusion_config, unet_config
 from ldm_scale.interchange.compvis_write import fill_compvis_folder, written_unet
 from ldm_scale.interchange.foreign_section import Section
 from ldm_scale.models.autoencoder import Autoencoder
-from tests.helpers.compvis import AUTOENCODER, KINDS, SELF, VQ, first_stage, second_stage, theirs
+from tests.helpers.compvis import AUTOENCODER, KINDS, SELF, TEXT_KINDS, VQ, first_stage, second_stage, theirs
 
 NONE = ImportOptions()
 
@@ -42,6 +43,13 @@ def model() -> DiffusionArtifact:
 def folder(tmp_path: Path, model: DiffusionArtifact) -> Path:
     """A checkpoint of a stranger's with its YAML."""
     fill_compvis_folder(tmp_path, model)
+    (tmp_path / "ldm_scale.json").unlink()
+    return tmp_path
+
+
+@pytest.fixture
+def text_folder(tmp_path: Path) -> Path:
+    fill_compvis_folder(tmp_path, second_stage(*TEXT_KINDS["text"]))
     (tmp_path / "ldm_scale.json").unlink()
     return tmp_path
 
@@ -128,6 +136,22 @@ def test_a_measured_scale_stands_above_the_yaml(folder: Path) -> None:
     reconfigured(folder, "scale_by_std", True)
     with pytest.raises(CheckpointError, match="lacks scale_factor, which scale_by_std=true has measured"):
         read_compvis(path, NONE)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("scale_factor", torch.tensor(-1.0), r"model\.ckpt: the tensor scale_factor is -1: must be one finite number"),
+        ("scale_factor", torch.tensor(0.0), r"the tensor scale_factor is 0: .* give the scale with --scale-factor"),
+        ("scale_factor", torch.tensor(float("nan")), r"model\.ckpt: the tensor scale_factor is nan"),
+        ("scale_factor", torch.ones(3), r"the tensor scale_factor is of shape \(3,\)"),
+        ("alphas_cumprod", torch.tensor(0.5), r"another noise schedule .*\(alphas_cumprod is no row"),
+        ("alphas_cumprod", torch.empty(0), r"another noise schedule .*\(alphas_cumprod is no row"),
+    ],
+)
+def test_numbers_beside_the_weights_are_looked_at(folder: Path, name: str, value: Tensor, message: str) -> None:
+    with pytest.raises(CheckpointError, match=message):
+        read_compvis(changed(folder, {name: value}), NONE)
 
 
 UNET_WEIGHT = "model.diffusion_model.input_blocks.2.0.op.weight"
@@ -256,6 +280,25 @@ def test_yaml_that_cannot_be_used(folder: Path, content: str, message: str) -> N
         ("parameterization", "mu", r"parameterization='mu': known are eps, x0, v"),
         ("beta_schedule", "sqrt", "beta_schedule='sqrt': ours are linear"),
         ("linear_end", 0.02, r"another noise schedule than its configuration says \(alphas_cumprod ends with"),
+        ("scale_factor", -3.0, r"scale_factor=-3\.0: must be a number, above 0; correct the YAML"),
+        ("scale_factor", 0, r"scale_factor=0: must be a number, above 0"),
+        ("scale_factor", float("nan"), r"scale_factor=nan: must be a number, above 0"),
+        ("scale_factor", True, r"scale_factor=True: must be a number"),
+        ("scale_by_std", "no", r"scale_by_std='no': must be true or false"),
+        ("loss_type", "huber", r"loss_type='huber': known are l1, l2; not imported"),
+        ("image_size", -16, r"image_size=-16: must be a whole number, at least 0"),
+        ("timesteps", 10**12, r"timesteps=1000000000000: must be a whole number, at least 1"),
+        ("linear_start", 0.5, r"must satisfy 0 < beta_start <= beta_end"),
+        ("unet_config.params.spatial_transformer_attn_type", "linear", r"attn_type='linear': known are softmax"),
+        ("unet_config.params.model_channels", 0, r"model_channels=0: must be a whole number, at least 1"),
+        ("unet_config.params.model_channels", 33, r"norm_groups=32 does not divide the 33 channels"),
+        (
+            "unet_config.params.channel_mult",
+            [0, 32],
+            r"channel_mult=\[0, 32\]: must be a list of whole numbers, at least",
+        ),
+        ("unet_config.params.use_spatial_transformer", "yes", "use_spatial_transformer='yes': must be true or false"),
+        ("first_stage_config.params.ddconfig.resolution", 0, "resolution=0: must be a whole number, at least 1"),
         ("linear_end", "many", r"linear_end='many': must be a number"),
         ("image_size", 0, "for which resolution the model was trained; give --resolution"),
         ("cond_stage_config", "__is_first_stage__", "take masks of -1 and 1 and black holes"),
@@ -350,6 +393,49 @@ def test_an_autoencoder_shows_what_it_is(tmp_path: Path, config: AutoencoderConf
     artifact = read_compvis(path, ImportOptions(resolution=32)).artifact
     assert isinstance(artifact, Artifact)
     assert artifact.config == config
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("encoder.down.0.block.0.conv2.weight", None, r"conv2\.weight is missing in .*model\.ckpt, though"),
+        ("encoder.conv_in.weight", torch.zeros(3), r"conv_in\.weight has the shape \(3,\) .* must have 4 dimensions"),
+        ("encoder.conv_in.weight", torch.zeros(0, 3, 3, 3), r"has the shape \(0, 3, 3, 3\)"),
+        ("decoder.conv_out.weight", None, r"decoder\.conv_out\.weight is missing"),
+        ("quantize.embedding.weight", torch.zeros(()), r"embedding\.weight has the shape \(\)"),
+    ],
+)
+def test_an_autoencoder_that_does_not_show_what_it_is(
+    tmp_path: Path, name: str, value: Tensor | None, message: str
+) -> None:
+    alone(tmp_path, AUTOENCODER)
+    with pytest.raises(CheckpointError, match=message):
+        read_compvis(changed(tmp_path, {name: value}), ImportOptions(resolution=32))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"hidden_act": "relu"}, r"config\.json: hidden_act='relu': text encoders here have gelu, quick_gelu"),
+        ({"layer_norm_eps": 1e-6}, r"layer_norm_eps=1e-06: text encoders here have 1e-05"),
+        ({"intermediate_size": 48}, r"intermediate_size=48: text encoders here have 64"),
+        ({"num_attention_heads": 0}, r"num_attention_heads=0: must be a whole number, at least 1"),
+        ({"text_config": {"hidden_act": "tanh"}}, r"hidden_act='tanh': text encoders here have"),
+    ],
+)
+def test_a_text_tower_that_ours_is_not(text_folder: Path, change: dict[str, Any], message: str) -> None:
+    path = text_folder / "text_encoder" / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    with pytest.raises(CheckpointError, match=message):
+        read_compvis(text_folder, NONE)
+
+
+def test_captions_of_another_length_are_refused(text_folder: Path) -> None:
+    reconfigured(text_folder, "cond_stage_config.params.max_length", 50)
+    with pytest.raises(CheckpointError, match=r"max_length=50: the checkpoint has 77 positions"):
+        read_compvis(text_folder, NONE)
+    reconfigured(text_folder, "cond_stage_config.params.max_length", 77)
+    assert isinstance(read_compvis(text_folder, NONE).artifact, DiffusionArtifact)
 
 
 def test_other_models_need_their_yaml(folder: Path) -> None:

@@ -12,10 +12,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from ldm_scale.conditioning.base import Conditions
-from ldm_scale.config.schema import AutoencoderConfig, ConditioningConfig
+from ldm_scale.config.schema import AutoencoderConfig, ClassConditioningConfig, ConditioningConfig
 from ldm_scale.errors import CheckpointError, ConfigError
 from ldm_scale.export import main
-from ldm_scale.interchange import load, verify
+from ldm_scale.interchange import load, sources, verify
 from ldm_scale.interchange import publish as publish_module
 from ldm_scale.interchange.artifact import (
     AUTOENCODER_FORMAT,
@@ -35,6 +35,7 @@ from ldm_scale.interchange.load import read_source
 from ldm_scale.interchange.model_card import _GIVEN
 from ldm_scale.interchange.publish import publish
 from ldm_scale.models.autoencoder import Autoencoder, LatentStatistics
+from tests.helpers.models import tiny_model
 from tests.helpers.weights import random_state
 
 
@@ -340,9 +341,26 @@ def test_safetensors_that_are_not_read_back_fail_the_export(
 def test_missing_libraries_are_named(
     tmp_path: Path, autoencoder_artifact: Artifact, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(load, "find_spec", lambda name: None)
+    monkeypatch.setattr(sources, "find_spec", lambda name: None)
     with pytest.raises(ConfigError, match=r"needs diffusers and transformers.*ldm-scale\[interchange\]"):
         publish(autoencoder_artifact, "diffusers", tmp_path / "out")
+
+
+def test_an_export_does_not_replace_what_it_is_made_of(tmp_path: Path, autoencoder_artifact: Artifact) -> None:
+    publish(autoencoder_artifact, "safetensors", tmp_path / "out")
+    with pytest.raises(ConfigError, match=r"out is .*out, which is read and would be replaced: give another"):
+        main([str(tmp_path / "out"), "--to", "diffusers", "--out", f"{tmp_path}/out/"])
+    assert read_source(tmp_path / "out").content_hash == autoencoder_artifact.content_hash
+
+
+def test_what_the_card_of_a_class_conditional_model_shows_runs(tmp_path: Path) -> None:
+    model = tiny_model(tmp_path, ConditioningConfig(classes=ClassConditioningConfig(num_classes=3, width=16)))
+    publish(sources.read_source(model), "safetensors", tmp_path / "out")
+    card = (tmp_path / "out" / "README.md").read_text()
+    code = card.split("```python\n")[1].split("```")[0].replace("path/of/this/folder", str(tmp_path / "out"))
+    shown: dict[str, Any] = {}
+    exec(code, shown)
+    assert shown["images"].shape == (1, 3, 16, 16)
 
 
 def test_the_card_of_every_kind_shows_fields_that_conditions_have() -> None:

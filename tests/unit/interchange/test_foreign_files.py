@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import copy
+import io
 import json
 import shutil
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import diffusers
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -18,15 +21,18 @@ from torch import Tensor
 from ldm_scale.config.schema import AutoencoderConfig
 from ldm_scale.errors import CheckpointError
 from ldm_scale.interchange.artifact import Artifact, expected_autoencoder_tensors
+from ldm_scale.interchange.compvis_file import read_checkpoint
 from ldm_scale.interchange.diffusers_import import read_foreign_diffusers
 from ldm_scale.interchange.diffusers_scheduler import read_scheduler
 from ldm_scale.interchange.diffusers_unet import empty_unet
-from ldm_scale.interchange.foreign_autoencoder import autoencoder_config_of
+from ldm_scale.interchange.foreign_autoencoder import autoencoder_config_of, read_foreign_autoencoder
 from ldm_scale.interchange.foreign_config import empty_model, filled
-from ldm_scale.interchange.foreign_unet import unet_config_of
+from ldm_scale.interchange.foreign_text import read_foreign_text
+from ldm_scale.interchange.foreign_unet import read_foreign_unet, unet_config_of
 from ldm_scale.interchange.foreign_weights import DIFFUSERS_STEMS, read_foreign_tensors
 from ldm_scale.interchange.load import load_autoencoder
 from ldm_scale.interchange.name_maps import autoencoder_names, restore, unet_names
+from ldm_scale.interchange.safetensors_io import read_tensors
 from ldm_scale.models.build import build_unet
 from tests.helpers.foreign import (
     DDIM,
@@ -39,8 +45,10 @@ from tests.helpers.foreign import (
     save,
     vq_model,
 )
+from tests.helpers.mutations import mutate
 
 _diffusers: Any = diffusers
+JUNK: tuple[Any, ...] = (None, -1, 0, "x", [], {}, True, float("nan"), [[]], 10**30, [0, 32])
 SAFETENSORS, BIN = "diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.bin"
 
 
@@ -159,6 +167,15 @@ def damages() -> dict[str, tuple[Callable[[Path], object], str]]:
         state["post_quant_conv.bias"] = torch.zeros(9)
         save_file(state, folder / SAFETENSORS)
 
+    def integers(folder: Path) -> None:
+        state = load_file(folder / SAFETENSORS)
+        save_file(state | {"quant_conv.weight": state["quant_conv.weight"].long()}, folder / SAFETENSORS)
+
+    def sparse(folder: Path) -> None:
+        state = load_file(folder / SAFETENSORS)
+        (folder / SAFETENSORS).unlink()
+        torch.save(state | {"quant_conv.weight": state["quant_conv.weight"].to_sparse()}, folder / BIN)
+
     return {
         "pickle": (pickled, r"is a pickle of more than tensors .*weights_only=False.*save_file"),
         "cut": (cut, r"cannot be read .*damaged or cut short"),
@@ -169,6 +186,14 @@ def damages() -> dict[str, tuple[Callable[[Path], object], str]]:
         "variants": (variants, r"as the variants fp16 and non_ema, none of them the plain one"),
         "no map": (lambda f: write_index(f, []), r"index\.json has no weight_map"),
         "no shard": (lambda f: write_index(f, {"a": "../x-00001-of-00002.safetensors"}), r"vae/x-00001.* is missing"),
+        "index of itself": (
+            lambda f: write_index(f, {"a": f"{SAFETENSORS}.index.json"}),
+            r"index\.json cannot be read .*damaged",
+        ),
+        "number for a shard": (lambda f: write_index(f, {"a": 5}), r"index\.json has no weight_map"),
+        "list for a shard": (lambda f: write_index(f, {"a": ["x"]}), r"index\.json has no weight_map"),
+        "integers": (integers, r"quant_conv\.weight is of type torch\.int64, expected floating"),
+        "sparse": (sparse, r"quant_conv\.weight is torch\.sparse_coo, expected plain values"),
         "tensors": (
             other_tensors,
             r"are not those of config\.json: 1 missing \(quant_conv\.bias\); 1 not expected \(extra\.weight\); "
@@ -191,8 +216,66 @@ def damages() -> dict[str, tuple[Callable[[Path], object], str]]:
         ),
         "groups": (lambda f: edit(f / "config.json", norm_num_groups=3), "diffusers cannot build|norm_groups=3"),
         "scale": (lambda f: edit(f / "config.json", scaling_factor=-1.0), "scaling_factor=-1.0: must be"),
-        "size": (lambda f: edit(f / "config.json", sample_size=[16, 8]), "sample_size"),
+        "size": (
+            lambda f: edit(f / "config.json", sample_size=[16, 8]),
+            r"sample_size=\[16, 8\]: .* on squares",
+        ),
+        "negative size": (
+            lambda f: edit(f / "config.json", sample_size=-16),
+            "sample_size=-16: must be a whole",
+        ),
+        "uneven size": (lambda f: edit(f / "config.json", sample_size=15), "sample_size=15 does not divide by .* f=2"),
+        "true scale": (lambda f: edit(f / "config.json", scaling_factor=True), "scaling_factor=True: must be a number"),
+        "text shift": (lambda f: edit(f / "config.json", shift_factor="x"), "shift_factor='x': must be a number"),
+        "no widths": (
+            lambda f: edit(f / "config.json", block_out_channels=[0, 32]),
+            r"diffusers cannot build|block_out_channels=\[0, 32\]: must be a list of whole numbers, at least 1",
+        ),
+        "endless": (lambda f: edit(f / "config.json", layers_per_block=10**9), "layers_per_block=1000000000: must be"),
+        "huge": (lambda f: edit(f / "config.json", latent_channels=10**12), "latent_channels=1000000000000: must be"),
     }
+
+
+def test_an_index_in_the_place_of_our_own_file_does_not_lead_to_itself(vae: Path) -> None:
+    for places in ({"a": SAFETENSORS}, {"a": 5}, {"a": ["x"]}):
+        (vae / SAFETENSORS).unlink(missing_ok=True)
+        (vae / f"{SAFETENSORS}.index.json").write_text(json.dumps({"weight_map": places}))
+        with pytest.raises(CheckpointError, match=r"index\.json has no weight_map|safetensors is missing"):
+            read_tensors(vae / SAFETENSORS)
+
+
+def test_a_shard_with_more_than_the_index_places_is_refused(vae: Path) -> None:
+    resave(vae, "sharded")
+    index = vae / f"{SAFETENSORS}.index.json"
+    places = json.loads(index.read_text())["weight_map"]
+    del places["quant_conv.bias"]
+    index.write_text(json.dumps({"weight_map": places}))
+    with pytest.raises(CheckpointError, match=r"index\.json does not place quant_conv\.bias of diffusion"):
+        tensors(vae)
+
+
+@pytest.mark.parametrize("is_zip", [True, False])
+@pytest.mark.parametrize("read", [read_checkpoint, lambda path: read_foreign_tensors(path.parent, DIFFUSERS_STEMS)])
+def test_a_damaged_pickle_is_one_line(tmp_path: Path, is_zip: bool, read: Callable[[Path], dict[str, Tensor]]) -> None:
+    """Whatever its reader fails in; what it holds is read or refused, and never run."""
+    path = tmp_path / BIN
+    torch.save({"a.weight": torch.ones(3, 4), "b": torch.zeros(2)}, path, _use_new_zipfile_serialization=is_zip)
+    whole = path.read_bytes()
+    rng, refused = np.random.default_rng(0), []
+    for _ in range(150):
+        if is_zip:
+            with zipfile.ZipFile(io.BytesIO(whole)) as before, zipfile.ZipFile(path, "w", zipfile.ZIP_STORED) as after:
+                for name in before.namelist():
+                    data = before.read(name)
+                    after.writestr(name, mutate(data, whole, rng) if name.endswith("data.pkl") else data)
+        else:
+            path.write_bytes(mutate(whole, whole, rng))
+        try:
+            dict(read(path))
+        except CheckpointError as error:
+            refused.append(str(error))
+    assert len(refused) > 50
+    assert not [message for message in refused if "\n" in message or "\x1b" in message]
 
 
 @pytest.mark.parametrize("name", damages())
@@ -203,6 +286,11 @@ def test_what_cannot_be_read_is_one_line(vae: Path, name: str, capsys: pytest.Ca
         read_foreign_diffusers(vae)
     assert "\n" not in str(raised.value)
     assert "must never run" not in capsys.readouterr().out
+
+
+def test_a_size_of_two_equal_sides_is_one(vae: Path) -> None:
+    edit(vae / "config.json", sample_size=[32, 32])
+    assert read_foreign_diffusers(vae).provenance["resolution"] == 32
 
 
 def test_a_codebook_of_another_width_is_refused(tmp_path: Path) -> None:
@@ -372,6 +460,35 @@ def test_a_scheduler_that_draws_as_ours_is_silent(tmp_path: Path, name: str, mon
     }
     getattr(_diffusers, name)(**SCALED_LINEAR, **options[name]).save_pretrained(tmp_path)
     assert read_scheduler(tmp_path)[1].sampler == {"PNDMScheduler": "plms"}.get(name, "ddim")
+
+
+@pytest.mark.parametrize("part", ["vae", "unet", "scheduler", "text_encoder"])
+def test_whatever_a_configuration_says_is_used_or_refused(sd1: Path, part: str) -> None:
+    """Each key with things that it may not hold, three of them a key."""
+    path = sd1 / part / ("scheduler_config.json" if part == "scheduler" else "config.json")
+    readers: dict[str, Callable[[Path], object]] = {
+        "vae": read_foreign_autoencoder,
+        "unet": read_foreign_unet,
+        "scheduler": read_scheduler,
+        "text_encoder": lambda folder: read_foreign_text(
+            folder, "CLIPTextModel", sd1 / "nowhere", "CLIPTokenizer"
+        ),  # refused there at the latest: opening a tokenizer takes a second
+    }
+    before, escaped, number = path.read_text(), {}, 0
+    try:
+        for key in json.loads(before):
+            for _ in range(3):
+                number += 1
+                path.write_text(json.dumps(json.loads(before) | {key: JUNK[number % len(JUNK)]}))
+                try:
+                    readers[part](path.parent)
+                except CheckpointError:
+                    continue
+                except Exception as error:
+                    escaped[key, repr(JUNK[number % len(JUNK)])] = f"{type(error).__name__}: {error}"
+    finally:
+        path.write_text(before)
+    assert escaped == {}
 
 
 # The published configurations of the UNets of Stable Diffusion 1.5 and 2.1.

@@ -108,6 +108,9 @@ def test_what_surrounds_the_networks(artifacts: dict[str, DiffusionArtifact]) ->
     assert artifacts["celebahq"].diffusion == DiffusionConfig(beta_start=0.0015, beta_end=0.0195)
     assert artifacts["pixels"].diffusion == DiffusionConfig(schedule="cosine", beta_start=0.0001, beta_end=0.02)
     assert (sd1.sampling.sampler, sd2.sampling.sampler) == ("plms", "ddim")
+    # The script of the LDM text model guides less than Stable Diffusion's; CompVis' checkpoints say the same.
+    guidance = {kind: artifacts[kind].sampling.guidance_scale for kind in ("sd1", "sd2", "text_to_image", "celebahq")}
+    assert guidance == {"sd1": 7.5, "sd2": 7.5, "text_to_image": 5.0, "celebahq": 1.0}
     assert sd1.provenance["resolution"] == 16
     assert artifacts["inpainting"].conditioning.inpainting == InpaintingConditioningConfig()
     assert artifacts["super_resolution"].conditioning.low_resolution == LowResolutionConditioningConfig(factor=2)
