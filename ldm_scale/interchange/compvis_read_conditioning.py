@@ -166,9 +166,7 @@ def _open_clip(params: Section, given: Given) -> TextConditioningConfig:
     if layer not in ("last", "penultimate"):
         raise CheckpointError(f"{params.name}.layer={layer!r}: must be last or penultimate; correct the YAML")
     tokens = _tensor(given, f"{COND_STAGE}model.token_embedding.weight", 2)
-    positions = _tensor(
-        given, f"{COND_STAGE}model.positional_embedding", 2
-    )  # all of them: max_length is not read there
+    positions = _tensor(given, f"{COND_STAGE}model.positional_embedding", 2)  # their max_length is not read
     layers = int(described["text_cfg"]["layers"])
     return TextConditioningConfig(
         padding="zero",

@@ -464,7 +464,7 @@ def test_a_scheduler_that_draws_as_ours_is_silent(tmp_path: Path, name: str, mon
 
 @pytest.mark.parametrize("part", ["vae", "unet", "scheduler", "text_encoder"])
 def test_whatever_a_configuration_says_is_used_or_refused(sd1: Path, part: str) -> None:
-    """Each key with things that it may not hold, three of them a key."""
+    """Each key with things that it may not hold; of the UNet, which takes longest to build, one a key."""
     path = sd1 / part / ("scheduler_config.json" if part == "scheduler" else "config.json")
     readers: dict[str, Callable[[Path], object]] = {
         "vae": read_foreign_autoencoder,
@@ -477,7 +477,7 @@ def test_whatever_a_configuration_says_is_used_or_refused(sd1: Path, part: str) 
     before, escaped, number = path.read_text(), {}, 0
     try:
         for key in json.loads(before):
-            for _ in range(3):
+            for _ in range(1 if part == "unet" else 3):
                 number += 1
                 path.write_text(json.dumps(json.loads(before) | {key: JUNK[number % len(JUNK)]}))
                 try:
