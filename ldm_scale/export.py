@@ -24,11 +24,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     with contextlib.redirect_stdout(sys.stderr):
         # Imported here: torch and the networks take seconds, which --help and a refused command line need not wait for.
         from ldm_scale.interchange.output_folder import require_apart, require_replaceable
-        from ldm_scale.interchange.publish import is_export, out_of_memory, publish
+        from ldm_scale.interchange.publish import is_export, out_of_memory, publish, target_of
 
         # Before a large source is read.
         require_replaceable(arguments.out, is_export)
-        if not arguments.random_init:
+        # Written anew in its own layout it stays what it is.
+        if not arguments.random_init and target_of(arguments.out) != arguments.to:
             require_apart(arguments.out, Path(arguments.source[0]))
         published = publish(out_of_memory(_read(arguments), arguments.out.parent), arguments.to, arguments.out)
     if arguments.json:

@@ -38,7 +38,8 @@ class _StandIn:
 def read_torch_file(path: Path) -> Any:
     """What the file holds, on the CPU: tensors (pages of the mapped file, where its format allows) and plain values.
 
-    Raises: CheckpointError if the file is absent, damaged, or asks for anything to be run.
+    Raises: CheckpointError if the file is absent, damaged, or asks for anything to be run; OSError if it cannot be
+    opened.
     """
     if not path.is_file():
         raise CheckpointError(f"{path} is missing: the folder is incomplete; copy it again")
@@ -53,6 +54,8 @@ def read_torch_file(path: Path) -> Any:
     except LdmScaleError:
         raise
     except Exception as error:
+        if isinstance(error, OSError) and error.filename is not None:
+            raise  # not the content: the path
         # A damaged pickle is a program with errors: it fails in whatever its reader does at its word.
         text = _COLOURS.sub("", str(error))
         if isinstance(error, pickle.UnpicklingError) and (found := _WANTED.search(text)):

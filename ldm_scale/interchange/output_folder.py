@@ -7,9 +7,10 @@ take it away; only a kill or a power cut leaves it, under a name that begins wit
 from __future__ import annotations
 
 import shutil
+import stat
 import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from safetensors import SafetensorError
@@ -120,7 +121,8 @@ def _entries(folder: Path) -> dict[str, tuple[int, int]]:
     """What lies in a folder, by its path there: size and time of the last change; {} where there is none."""
     found = {}
     for path in folder.rglob("*") if folder.is_dir() else ():
-        state = path.lstat()
-        is_folder = path.is_dir() and not path.is_symlink()
-        found[str(path.relative_to(folder))] = (0, 0) if is_folder else (state.st_size, state.st_mtime_ns)
+        with suppress(FileNotFoundError):  # taken away meanwhile
+            state = path.lstat()
+            is_folder = stat.S_ISDIR(state.st_mode)
+            found[str(path.relative_to(folder))] = (0, 0) if is_folder else (state.st_size, state.st_mtime_ns)
     return found

@@ -23,7 +23,7 @@ from ldm_scale.interchange.artifact import (
 from ldm_scale.interchange.comparison import differences as compared
 from ldm_scale.interchange.model_card import Target, model_card
 from ldm_scale.interchange.output_folder import published_folder
-from ldm_scale.interchange.safetensors_io import spilled
+from ldm_scale.interchange.safetensors_io import read_json, spilled
 from ldm_scale.interchange.sources import read_source, require_diffusers
 from ldm_scale.models.autoencoder import LatentStatistics
 from ldm_scale.models.build import build_autoencoder, build_seeded
@@ -98,6 +98,15 @@ def out_of_memory(artifact: Artifact | DiffusionArtifact, folder: Path) -> Artif
 def is_export(folder: Path) -> bool:
     """Whether `publish` wrote the folder (and not a training run, whose artifact must not be replaced by mistake)."""
     return (folder / CARD).is_file() and ((folder / DESCRIPTION).is_file() or artifact_format(folder) is not None)
+
+
+def target_of(folder: Path) -> Target | None:
+    """The layout in which `publish` wrote the folder; None if it did not."""
+    if not is_export(folder):
+        return None
+    if artifact_format(folder) is not None:
+        return "safetensors"
+    return "compvis" if read_json(folder / DESCRIPTION).get("layout") == "compvis" else "diffusers"
 
 
 def untrained_artifact(config: Config, seed: int) -> Artifact | DiffusionArtifact:
