@@ -14,7 +14,7 @@ from pathlib import Path
 from ldm_scale.config.convert import config_from_dict, config_to_dict
 from ldm_scale.engine.checkpoint import latest_checkpoint
 from ldm_scale.engine.ema import canonical_name
-from ldm_scale.engine.rank_files import MANIFEST, read_manifest
+from ldm_scale.engine.rank_files import MANIFEST, complete_folders, read_manifest
 from ldm_scale.engine.weights import BEST, default_weights, read_full_tensors
 from ldm_scale.errors import CheckpointError, ConfigError
 from ldm_scale.interchange.artifact import (
@@ -60,7 +60,7 @@ def read_source(path: Path, weights: Weights | None = None, option: str = "--wei
 
 def _read_folder(path: Path, weights: Weights | None) -> Artifact | DiffusionArtifact:
     if path.name == BEST and path.is_file():
-        return _read_checkpoint(path.parent / str(read_json(path).get("checkpoint")), weights)
+        return _read_checkpoint(_best_checkpoint(path), weights)
     if not path.is_dir():
         raise CheckpointError(f"{path} is no folder: give an artifact, an export, a run folder or a checkpoint")
     found = artifact_format(path)
@@ -113,6 +113,19 @@ def _read_run(run_dir: Path, weights: Weights | None) -> Artifact | DiffusionArt
             f"{run_dir} holds no artifact, export or complete checkpoint: give the run_dir of a run that has saved one"
         )
     return _read_checkpoint(checkpoint, weights)
+
+
+def _best_checkpoint(path: Path) -> Path:
+    """The checkpoint that a run's best.json names."""
+    named = read_json(path).get("checkpoint")
+    checkpoint = path.parent / str(named)
+    if not isinstance(named, str) or not (checkpoint / MANIFEST).is_file():
+        others = ", ".join(folder.name for folder in complete_folders(path.parent / "checkpoints")) or "none"
+        raise CheckpointError(
+            f"{path} names the checkpoint {named}, which is not there (there: {others}): put it back, or give the run "
+            "or another checkpoint"
+        )
+    return checkpoint
 
 
 def _read_checkpoint(checkpoint: Path, weights: Weights | None) -> Artifact | DiffusionArtifact:

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
+import shutil
 import signal
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from ldm_scale.engine import env
 from ldm_scale.engine.rank_files import complete_folders, images_of, read_manifest
-from ldm_scale.errors import Restart
+from ldm_scale.errors import CheckpointError, Restart
+from ldm_scale.interchange.initial import read_initial
 from ldm_scale.interchange.load import read_source
 from ldm_scale.operations.train import train
 from ldm_scale.training.diffusion_step import DiffusionTask
@@ -72,6 +77,8 @@ def test_a_run_ends_early_and_keeps_its_best(tmp_path: Path) -> None:
     best = read_source(tmp_path / "unbroken" / "best.json")
     assert best.provenance["images"] == 16
     assert read_source(tmp_path / "unbroken").provenance["images"] == 32
+    begins = dataclasses.replace(unbroken, init=str(tmp_path / "unbroken" / "best.json"), run_dir=str(tmp_path / "new"))
+    assert read_initial(begins).content_hash == best.content_hash
     assert run_ranks(attempt, 1, unbroken, 0, "") == ["finished"], "again: nothing is left to do"
     assert left(tmp_path / "unbroken") == found
 
@@ -86,3 +93,7 @@ def test_a_run_ends_early_and_keeps_its_best(tmp_path: Path) -> None:
         assert rank.end() == 9
     assert run_ranks(attempt, 1, killed, 0, "") == ["finished"]
     assert left(tmp_path / "killed") == found
+
+    shutil.rmtree(tmp_path / "killed" / found["named"]["checkpoint"])
+    with pytest.raises(CheckpointError, match=r"best\.json names .*0016, which is not there \(there: .*32\): put"):
+        read_source(tmp_path / "killed" / "best.json")

@@ -16,12 +16,14 @@ from ldm_scale.config.convert import config_to_dict
 from ldm_scale.config.schema import Config, DiffusionConfig
 from ldm_scale.diffusion.process import build_process
 from ldm_scale.evaluation.noise_levels import NUM_BINS, log_snr_ranges
+from ldm_scale.evaluation.results import write_result
 from ldm_scale.operations.report_charts import MAX_COLUMNS, Chart, Line, draw, number_text
 from ldm_scale.operations.report_curves import groups
 from ldm_scale.operations.report_html import details, escaped, table, tag
 from ldm_scale.operations.report_pictures import MAX_PICTURE_BYTES, MAX_SIDE_PX, Album, figures
-from ldm_scale.operations.report_run import read_run
+from ldm_scale.operations.report_run import RunFolder, _read_results, read_run
 from ldm_scale.telemetry.events import EventPicture
+from tests.helpers.evaluations import RESULT
 from tests.helpers.reported import CANARY, Page
 
 
@@ -192,3 +194,12 @@ def test_attempts_that_were_killed_end_with_their_last_figure(tmp_path: Path) ->
     assert [attempt.images for attempt in run.attempts] == [64, 128, 160]
     assert run.attempts[0].reason.startswith("killed")
     assert (run.status, run.images, run.total_images) == ("failed", 160, None)
+
+
+def test_of_many_evaluations_the_newest_are_shown(tmp_path: Path) -> None:
+    for images in range(25):
+        write_result(tmp_path / "evaluations" / f"images-{images:010d}", RESULT)
+    run = RunFolder(tmp_path)
+    _read_results(run, ())
+    assert [Path(result.source).parent.name[-2:] for result in run.results] == [f"{n:02d}" for n in range(5, 25)]
+    assert run.missing == ["5 older evaluations; name those to show with --results"]

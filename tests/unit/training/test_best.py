@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
-from ldm_scale.config.schema import TrainConfig
+from ldm_scale.config.schema import Config, EvaluationConfig, SamplingConfig, TrainConfig
 from ldm_scale.engine.checkpoint import retire_older
 from ldm_scale.engine.folder_write import remove_folder, write_folder
 from ldm_scale.engine.rank_files import Piece, complete_folders, folder_of, images_of
 from ldm_scale.errors import ConfigError
-from ldm_scale.training.best import BestRecord, found, has_ended, has_ended_early, judge, summary
+from ldm_scale.training.best import BestRecord, forget_others, found, has_ended, has_ended_early, judge, summary
 from ldm_scale.training.state import TrainingState
 
 LOWEST = TrainConfig(best_metric="loss", patience_images=20, total_images=1000)
@@ -25,7 +27,7 @@ def judged(values: list[float], train: TrainConfig) -> tuple[list[bool], Trainin
     state, answers = TrainingState(), []
     for value in values:
         state.cur_images += 10
-        answers.append(judge({"loss": value, "other": 0.0}, state, train))
+        answers.append(judge({"loss": value, "other": 0.0}, state, Config(train=train)))
     return answers, state
 
 
@@ -60,13 +62,51 @@ def test_the_state_comes_back_from_json() -> None:
 
 def test_a_validation_that_is_made_again_changes_nothing() -> None:
     state = judged([2.0], LOWEST)[1]
-    assert not judge({"loss": 1.9999}, state, LOWEST)
+    assert not judge({"loss": 1.9999}, state, Config(train=LOWEST))
     assert state.best == [(10, 2.0)]
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({"train": TrainConfig(best_metric="evaluation/b", patience_images=20)}, "metric"),
+        ({"train": TrainConfig(best_metric="evaluation/a", best_is="highest", patience_images=20)}, "is"),
+        ({"evaluation": EvaluationConfig(every_images=10, num_images=9)}, "num_images"),
+        ({"sampling": SamplingConfig(num_steps=3)}, "sampling"),
+        ({"evaluation": EvaluationConfig(every_images=20, batch=2)}, ""),
+    ],
+)
+def test_figures_of_another_kind_are_not_compared(
+    change: dict[str, Any], named: str, capfd: pytest.CaptureFixture[str]
+) -> None:
+    train = TrainConfig(best_metric="evaluation/a", patience_images=20)
+    config = Config(train=train, evaluation=EvaluationConfig(every_images=10))
+    figures, state = {"evaluation/a": 1.0, "evaluation/b": 5.0}, TrainingState(cur_images=10)
+    assert judge(figures, state, config, is_evaluation=True)
+    state = TrainingState.from_dict(json.loads(json.dumps(state.to_dict())))
+    forget_others(state, config)
+    assert state.best == [(10, 1.0)]
+    other, state.cur_images = dataclasses.replace(config, **change), 30
+    forget_others(state, other)
+    assert state.best == ([] if named else [(10, 1.0)])
+    assert not has_ended_early(state, other.train), "unlike figures end nothing"
+    assert (f"another {named})" in capfd.readouterr().err) == bool(named)
+    assert judge(figures, state, other, is_evaluation=True) == bool(named)
+
+
+def test_validation_does_not_judge_evaluations_nor_they_it() -> None:
+    config, state = Config(train=TrainConfig(best_metric="evaluation/a")), TrainingState(cur_images=1)
+    assert not judge({"validation/a": 1.0}, state, config)
+    assert judge({"evaluation/a": 1.0}, state, config, is_evaluation=True)
+    of_validation = Config(train=TrainConfig(best_metric="validation/a"))
+    assert not judge({"evaluation/a": 1.0}, TrainingState(), of_validation, is_evaluation=True)
+    with pytest.raises(ConfigError, match="this run's evaluation has no such figure; it has evaluation/b"):
+        judge({"evaluation/b": 1.0}, TrainingState(), config, is_evaluation=True)
 
 
 def test_a_figure_that_is_not_there_is_a_mistake() -> None:
     with pytest.raises(ConfigError, match=r"train\.best_metric=fid: this run's validation .*; it has a, b"):
-        judge({"b": 1.0, "a": 2.0}, TrainingState(), TrainConfig(best_metric="fid"))
+        judge({"b": 1.0, "a": 2.0}, TrainingState(), Config(train=TrainConfig(best_metric="fid")))
 
 
 def test_the_best_that_is_there_stays_and_is_named(tmp_path: Path) -> None:

@@ -29,6 +29,7 @@ def given(*overrides: str) -> dict[str, Any]:
         "diffusion.schedule=cosine",
         "diffusion.beta_end=0.5",
         "conditioning.text.max_tokens=64",
+        "unet.head_dim=8",
         "conditioning.text.activation=quick_gelu",
     ],
 )
@@ -54,8 +55,12 @@ def test_what_changes_no_meaning_may_change() -> None:
         "conditioning.text.drop_probability=0.5",
         "diffusion.weighting=min_snr",
         "zero.stage=2",
+        "unet.dropout=0.25",
     )
     require_same_run(CHECKPOINT, given(), changed)
+    older = given()
+    del older["unet"]["dropout"], older["unet"]["head_dim"]  # keys that came later
+    require_same_run(CHECKPOINT, older, given())
 
 
 def test_another_autoencoder_is_refused() -> None:
