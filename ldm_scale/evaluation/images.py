@@ -34,7 +34,7 @@ from ldm_scale.data.order import shuffled
 from ldm_scale.data.pictures import Picture
 from ldm_scale.data.policy import BadRecord, BadSample
 from ldm_scale.data.shards import Dataset, open_manifest
-from ldm_scale.data.sources.image_folder import PICTURE_EXTENSIONS, list_images
+from ldm_scale.data.sources.image_folder import PICTURE_EXTENSIONS, file_caption, list_images
 from ldm_scale.errors import ConfigError, DataError
 from ldm_scale.evaluation.blocks import Block, MeasuredImages, pixel_digest, stacked_digests
 from ldm_scale.telemetry.log import shows_progress
@@ -266,14 +266,15 @@ def _file_reader(folder: Path, names: list[str]) -> Callable[[int], tuple[str, b
 
 
 def _file_captions(folder: Path, names: list[str]) -> Callable[[int], str]:
-    """As `ldm-scale prepare image-folder` reads them: NAME.txt beside NAME.png; "" where there is none."""
+    """As `ldm-scale prepare image-folder` reads them, but "" where the folder's own name would be the caption."""
 
     def read(number: int) -> str:
+        name = names[number]
         try:
-            return (folder / names[number]).with_suffix(".txt").read_text(encoding="utf-8").strip()
-        except FileNotFoundError:
-            return ""
-        except (OSError, ValueError) as error:
+            if "/" not in name and not (folder / name).with_suffix(".txt").is_file():
+                return ""
+            return file_caption(folder, name)
+        except (BadSample, OSError) as error:
             raise DataError(
                 f"{folder / names[number]}: its caption cannot be read ({error}); save it as UTF-8"
             ) from None

@@ -112,13 +112,14 @@ def sample_name(relative: str) -> str:
     return f"{words}-{digest('image', relative, size=5).hex()}"
 
 
-def _caption(folder: Path, relative: str, class_name: str) -> str:
-    """The caption of an image.
+def file_caption(folder: Path, relative: str) -> str:
+    """The caption of an image: NAME.txt beside NAME.png, or else the name of its class in words.
 
     Raises: BadSample if its text file is not UTF-8.
     """
     text = (folder / relative).with_suffix(".txt")
     if not text.is_file():
+        class_name = class_of(relative, folder.name)
         return " ".join(re.split(r"[\s_-]+", class_name)).strip()
     try:
         return text.read_text("utf-8").strip()
@@ -144,7 +145,7 @@ def _make_sample(relative: str, request: FolderRequest, class_numbers: dict[str,
     """The sample of one image file, or why there is none."""
     class_name, path = class_of(relative, request.folder.name), request.folder / relative
     try:
-        caption = _caption(request.folder, relative, class_name)
+        caption = file_caption(request.folder, relative)
         objects = _objects(path.with_suffix(".json"), request.object_classes) if request.object_classes else None
         label_map = None
         if request.map_labels:

@@ -114,3 +114,25 @@ def test_eight_bits_are_what_a_file_gives_back() -> None:
     expected = [0, 0, 0, 128, 191, 255, 255]  # 127.5 rounds to the even 128, 191.25 to 191
     torch.testing.assert_close(eight_bits(pixels), torch.tensor(expected) / 127.5 - 1, rtol=0, atol=0)
     torch.testing.assert_close(eight_bits(eight_bits(pixels)), eight_bits(pixels), rtol=0, atol=0)
+
+
+def test_captions_are_those_that_prepare_reads(tmp_path: Path) -> None:
+    for name in ("a.png", "b.png", "red-apples/c.png", "red-apples/d.png"):
+        path = tmp_path / name
+        path.parent.mkdir(exist_ok=True)
+        Image.new("RGB", (4, 4)).save(path)
+    (tmp_path / "b.txt").write_text(" a ball\n")
+    (tmp_path / "red-apples" / "d.txt").write_text("two apples")
+    images = open_images(tmp_path)
+    assert images.caption is not None
+    keys = [images.read(number)[0] for number in range(4)]
+    captions = dict(zip(keys, map(images.caption, range(4)), strict=True))
+    assert captions == {
+        "a.png": "",
+        "b.png": "a ball",
+        "red-apples/c.png": "red apples",
+        "red-apples/d.png": "two apples",
+    }
+    (tmp_path / "a.txt").write_bytes(b"\xff")
+    with pytest.raises(DataError, match=r"a\.png: its caption cannot be read .*save it as UTF-8"):
+        images.caption(keys.index("a.png"))
