@@ -3,7 +3,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -12,46 +11,24 @@ import pytest
 import torch
 from PIL import Image
 
-import ldm_scale
 from ldm_scale import load_diffusion
 from ldm_scale.__main__ import main
 from ldm_scale.config.schema import (
-    ClassConditioningConfig,
     ClassifierConfig,
-    ConditioningConfig,
     Config,
-    InpaintingConditioningConfig,
-    LayoutConditioningConfig,
-    LowResolutionConditioningConfig,
-    SemanticMapConditioningConfig,
 )
 from ldm_scale.interchange.classifier import LoadedClassifier
 from ldm_scale.interchange.load import LoadedDiffusion
 from ldm_scale.models.build import build_seeded
 from ldm_scale.models.classifier import LatentClassifier
-from tests.helpers.disks import full_disk
-from tests.helpers.models import SIDE, tiny_model
-from tests.helpers.runs import TEXT, UNET, set_random_outputs
-
-LAYOUT = LayoutConditioningConfig(num_classes=3, num_tokens=64, max_objects=2, width=16, depth=1, num_heads=2)
-CLASSES = ClassConditioningConfig(num_classes=3, width=16)
-KINDS = {
-    "text": ConditioningConfig(text=TEXT),
-    "nothing": ConditioningConfig(),
-    "classes": ConditioningConfig(classes=CLASSES),
-    "layout": ConditioningConfig(layout=LAYOUT),
-    "map": ConditioningConfig(semantic_map=SemanticMapConditioningConfig(num_labels=4)),
-    "small": ConditioningConfig(low_resolution=LowResolutionConditioningConfig(factor=4)),
-    "fill": ConditioningConfig(text=TEXT, inpainting=InpaintingConditioningConfig()),
-}
-LABELS = {"classes": ["red", "green", "blue"], "object_classes": ["apple", "ball", "cat"]}
+from tests.helpers.models import SIDE
+from tests.helpers.runs import UNET, set_random_outputs
+from tests.helpers.sampling import LABELS, make_models, refusal, sampled, write_inputs
 
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    return {
-        name: tiny_model(tmp_path_factory.mktemp(name), conditioning, LABELS) for name, conditioning in KINDS.items()
-    }
+    return make_models(tmp_path_factory.mktemp("models"))
 
 
 @pytest.fixture(scope="module")
@@ -61,66 +38,14 @@ def model(models: dict[str, Path]) -> Path:
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    """A picture, its mask, a map, a layout and others, by name."""
-    folder = tmp_path_factory.mktemp("files")
-    generator = np.random.default_rng(0)
-
-    def save(name: str, array: np.ndarray) -> None:
-        Image.fromarray(array.astype(np.uint8)).save(folder / name)
-
-    mask = np.zeros((SIDE, SIDE))
-    mask[4:12, 2:9] = 255
-    labels = np.zeros((SIDE, SIDE))
-    labels[:, 8:] = 2
-    save("picture.png", generator.integers(0, 256, (SIDE, SIDE, 3)))
-    save("wide.png", generator.integers(0, 256, (SIDE, 2 * SIDE, 3)))
-    save("odd.png", generator.integers(0, 256, (SIDE, 21, 3)))
-    save("small.png", generator.integers(0, 256, (SIDE // 4, SIDE // 4, 3)))
-    save("mask.png", mask)
-    save("map.png", labels)
-    save("unknown.png", labels + 7)
-    apple = {"class": "apple", "box": [0, 0, 32, 32]}
-    layouts: dict[str, Any] = {
-        "layout.json": {"objects": [apple, {"class": 1, "box": [32, 32, 32, 32]}], "size": [64, 64]},
-        "fractions.json": {"objects": [{"class": "apple", "box": [0.7, 0.1, 0.3, 0.9]}]},
-        "outside.json": {"objects": [{"class": "apple", "box": [40, 0, 32, 32]}], "size": [64, 64]},
-        "flat.json": {"objects": [{"class": "apple", "box": [4, 4, 0, 9]}], "size": [64, 64]},
-        "dog.json": {"objects": [{"class": "dog", "box": [0, 0, 1, 1]}]},
-        "list.json": [1, 2],
-    }
-    for name, layout in layouts.items():
-        (folder / name).write_text(json.dumps(layout))
-    return {path.name: str(path) for path in folder.iterdir()}
-
-
-def _images(folder: Path) -> list[np.ndarray]:
-    return [np.asarray(Image.open(path)).astype(int) for path in sorted(folder.glob("*.png"))]
-
-
-def _sample(source: Path, folder: Path, *arguments: str) -> list[np.ndarray]:
-    """The images that the command writes."""
-    common = ["sample", str(source), "--device", "cpu", "--out", str(folder / "grid.png")]
-    assert main([*common, *arguments, "--images-dir", str(folder / "images")]) == 0
-    return _images(folder / "images")
-
-
-def _refusal(capsys: pytest.CaptureFixture[str], source: Path, folder: Path, *arguments: str) -> str:
-    """The one line that the command prints when it refuses its arguments."""
-    capsys.readouterr()
-    assert main(["sample", str(source), "--device", "cpu", *arguments, "--out", str(folder / "x.png")]) == 2
-    output, errors = capsys.readouterr()
-    assert output == ""
-    (line,) = [line for line in errors.splitlines() if line.startswith("error:")]
-    assert "Traceback" not in errors
-    assert not (folder / "x.png").exists()
-    return line
+    return write_inputs(tmp_path_factory.mktemp("files"))
 
 
 @pytest.mark.parametrize("options", [[], ["--eta", "1"], ["--sampler", "ddpm"], ["--sampler", "plms"]])
 def test_image_i_depends_on_its_own_seed_and_prompt_only(model: Path, tmp_path: Path, options: list[str]) -> None:
     together = ["--prompt", "red", "--prompt", "a blue thing", "--num-images", "3", "--seed", "7", "--batch", "2"]
-    first, second, third = _sample(model, tmp_path / "a", *options, *together)
-    (single,) = _sample(model, tmp_path / "b", *options, "--prompt", "a blue thing", "--seed", "8")
+    first, second, third = sampled(model, tmp_path / "a", *options, *together)
+    (single,) = sampled(model, tmp_path / "b", *options, "--prompt", "a blue thing", "--seed", "8")
     assert np.abs(second - single).max() <= 1  # a batch of another size may round differently
     assert np.abs(first - third).max() > 1, "same prompt, other seed: the images should differ"
     with Image.open(tmp_path / "a" / "grid.png") as grid:
@@ -164,7 +89,7 @@ def test_image_i_depends_on_its_own_seed_and_prompt_only(model: Path, tmp_path: 
 def test_bad_arguments_are_one_line(
     model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], message: str
 ) -> None:
-    assert re.search(message, _refusal(capsys, model, tmp_path, *arguments))
+    assert re.search(message, refusal(capsys, model, tmp_path, *arguments))
 
 
 @pytest.mark.parametrize(
@@ -204,7 +129,7 @@ def test_what_does_not_fit_the_model_is_one_line(
     message: str,
 ) -> None:
     given = [files.get(argument, argument) for argument in arguments]
-    assert message in _refusal(capsys, models[kind], tmp_path, *given)
+    assert message in refusal(capsys, models[kind], tmp_path, *given)
 
 
 def test_an_autoencoder_is_not_sampled(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -215,7 +140,7 @@ def test_an_autoencoder_is_not_sampled(model: Path, tmp_path: Path, capsys: pyte
 
 def test_prompts_come_from_a_file(model: Path, tmp_path: Path) -> None:
     (tmp_path / "prompts.txt").write_text("eins\n\nzwei\n", encoding="utf-8")
-    images = _sample(model, tmp_path, "--prompts-file", str(tmp_path / "prompts.txt"), "--steps", "1")
+    images = sampled(model, tmp_path, "--prompts-file", str(tmp_path / "prompts.txt"), "--steps", "1")
     assert len(images) == 2
     assert [path.stem.partition("-")[2] for path in sorted((tmp_path / "images").glob("*.png"))] == ["eins", "zwei"]
     assert torch.is_grad_enabled()
@@ -224,7 +149,7 @@ def test_prompts_come_from_a_file(model: Path, tmp_path: Path) -> None:
 def test_json_says_what_was_made(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     long = "word " * 40
     arguments = ["--prompt", "x", "--prompt", long, "--steps", "4", "--guidance", "3", "--guidance-interval", "0", "1"]
-    _sample(model, tmp_path, *arguments, "--json", "--seed", "5")
+    sampled(model, tmp_path, *arguments, "--json", "--seed", "5")
     document = json.loads(capsys.readouterr().out)
     assert [image["seed"] for image in document["images"]] == [5, 6]
     assert all(Path(image["path"]).is_file() for image in document["images"])
@@ -233,7 +158,7 @@ def test_json_says_what_was_made(model: Path, tmp_path: Path, capsys: pytest.Cap
     # Timesteps 999, 749, 499, 249: sigma / alpha is below 1 at the last one alone, which takes two passes an image.
     assert document["unet_passes"] == 2 * (3 * 1 + 1 * 2)
     capsys.readouterr()
-    _sample(model, tmp_path, "--prompt", "x", "--guidance", "0", "--steps", "1", "--json")
+    sampled(model, tmp_path, "--prompt", "x", "--guidance", "0", "--steps", "1", "--json")
     document = json.loads(capsys.readouterr().out)
     assert (document["unet_passes"], document["truncated"]) == (1, 0)
 
@@ -242,9 +167,9 @@ def test_guidance_that_cannot_be_is_neither_told_nor_taken(
     models: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     capsys.readouterr()
-    _sample(models["nothing"], tmp_path, "--steps", "2", "--json")
+    sampled(models["nothing"], tmp_path, "--steps", "2", "--json")
     assert json.loads(capsys.readouterr().out)["guidance_scale"] == 1.0
-    line = _refusal(capsys, models["nothing"], tmp_path / "b", "--guidance-interval", "0.1", "2")
+    line = refusal(capsys, models["nothing"], tmp_path / "b", "--guidance-interval", "0.1", "2")
     assert "guidance_interval with a guidance scale of 1" in line
 
 
@@ -256,18 +181,18 @@ def test_each_kind_is_heard(models: dict[str, Path], files: dict[str, str], tmp_
     }
     # A mask's 255 is "unknown", its 0 the first label: another map.
     for kind, variants in calls.items():
-        images = [_sample(models[kind], tmp_path / f"{kind}{i}", *given)[0] for i, given in enumerate(variants)]
+        images = [sampled(models[kind], tmp_path / f"{kind}{i}", *given)[0] for i, given in enumerate(variants)]
         for other in images[1:]:
             assert np.abs(images[0] - other).max() > 0, kind
-    named = _sample(models["classes"], tmp_path / "named", "--class", "GREEN")
-    numbered = _sample(models["classes"], tmp_path / "numbered", "--class", "1")
+    named = sampled(models["classes"], tmp_path / "named", "--class", "GREEN")
+    numbered = sampled(models["classes"], tmp_path / "numbered", "--class", "1")
     assert np.array_equal(named, numbered)
-    assert len(_sample(models["nothing"], tmp_path / "nothing", "--num-images", "3")) == 3
+    assert len(sampled(models["nothing"], tmp_path / "nothing", "--num-images", "3")) == 3
 
 
 def test_inpainting_keeps_what_is_known(models: dict[str, Path], files: dict[str, str], tmp_path: Path) -> None:
     arguments = ["--image", files["picture.png"], "--mask", files["mask.png"]]
-    red, blue = _sample(models["fill"], tmp_path, *arguments, "--prompt", "red", "--prompt", "blue")
+    red, blue = sampled(models["fill"], tmp_path, *arguments, "--prompt", "red", "--prompt", "blue")
     picture = np.asarray(Image.open(files["picture.png"])).astype(int)
     known = np.asarray(Image.open(files["mask.png"])) == 0
     assert np.array_equal(red[known], picture[known])
@@ -276,16 +201,16 @@ def test_inpainting_keeps_what_is_known(models: dict[str, Path], files: dict[str
 
 
 def test_super_resolution_enlarges(models: dict[str, Path], files: dict[str, str], tmp_path: Path) -> None:
-    (image,) = _sample(models["small"], tmp_path, "--image", files["small.png"])
+    (image,) = sampled(models["small"], tmp_path, "--image", files["small.png"])
     assert image.shape == (SIDE, SIDE, 3)
-    (large,) = _sample(models["small"], tmp_path / "large", "--image", files["wide.png"], "--tile", "32")
+    (large,) = sampled(models["small"], tmp_path / "large", "--image", files["wide.png"], "--tile", "32")
     assert large.shape == (4 * SIDE, 8 * SIDE, 3)
 
 
 def test_little_strength_stays_near_the_image(model: Path, files: dict[str, str], tmp_path: Path) -> None:
     arguments = ["--prompt", "x", "--init-image", files["picture.png"], "--steps", "10"]
-    little = _sample(model, tmp_path / "little", *arguments, "--strength", "0.1")[0]
-    much = _sample(model, tmp_path / "much", *arguments, "--strength", "1")[0]
+    little = sampled(model, tmp_path / "little", *arguments, "--strength", "0.1")[0]
+    much = sampled(model, tmp_path / "much", *arguments, "--strength", "1")[0]
     opened = load_diffusion(model)
     pixels = torch.from_numpy(np.asarray(Image.open(files["picture.png"])).copy()).permute(2, 0, 1)[None] / 127.5 - 1
     kept = opened.autoencoder.decode(opened.autoencoder.encode(pixels)).clamp(-1, 1)[0].permute(1, 2, 0).numpy()
@@ -294,13 +219,13 @@ def test_little_strength_stays_near_the_image(model: Path, files: dict[str, str]
 
 
 def test_sizes_and_tiles(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    (whole,) = _sample(model, tmp_path / "whole", "--prompt", "x", "--size", "32x48")
+    (whole,) = sampled(model, tmp_path / "whole", "--prompt", "x", "--size", "32x48")
     assert whole.shape == (32, 48, 3)
-    (one,) = _sample(model, tmp_path / "one", "--prompt", "x", "--size", "32x48", "--tile", "48")
+    (one,) = sampled(model, tmp_path / "one", "--prompt", "x", "--size", "32x48", "--tile", "48")
     assert np.abs(whole - one).max() <= 1
     capsys.readouterr()
     tiled = ["--size", "32x48", "--tile", "16", "--tile-batch", "3", "--steps", "1", "--guidance", "1"]
-    _sample(model, tmp_path / "tiled", "--prompt", "x", *tiled, "--json")
+    sampled(model, tmp_path / "tiled", "--prompt", "x", *tiled, "--json")
     document = json.loads(capsys.readouterr().out)
     # Windows of 8 latents, 2 of overlap, on 16 x 24: 3 x 4 of them.
     assert (document["height"], document["width"], document["unet_passes"]) == (32, 48, 12)
@@ -319,15 +244,15 @@ def test_a_batch_beyond_the_memory_says_what_fits(
         return plain(self, y, seeds, **options)
 
     monkeypatch.setattr(LoadedDiffusion, "sample", limited)
-    line = _refusal(capsys, model, tmp_path, "--prompt", "x", "--num-images", "20", "--batch", "12")
+    line = refusal(capsys, model, tmp_path, "--prompt", "x", "--num-images", "20", "--batch", "12")
     assert "a batch of 12 does not fit in memory, one of 1 does: give --batch 1" in line
-    assert len(_sample(model, tmp_path, "--prompt", "x", "--num-images", "3", "--batch", "2", "--steps", "1")) == 3
+    assert len(sampled(model, tmp_path, "--prompt", "x", "--num-images", "3", "--batch", "2", "--steps", "1")) == 3
 
     def none(self: LoadedDiffusion, y: Any, seeds: Any, **options: Any) -> torch.Tensor:
         raise MemoryError
 
     monkeypatch.setattr(LoadedDiffusion, "sample", none)
-    assert "not even one image" in _refusal(capsys, model, tmp_path, "--prompt", "x", "--batch", "2")
+    assert "not even one image" in refusal(capsys, model, tmp_path, "--prompt", "x", "--batch", "2")
 
 
 def test_a_classifier_of_latents_guides_towards_each_images_class(
@@ -348,164 +273,20 @@ def test_a_classifier_of_latents_guides_towards_each_images_class(
     known = LoadedClassifier(config, state, autoencoder.content_hash, LABELS["classes"], "run")
     monkeypatch.setattr("ldm_scale.operations.sample_guides.load_classifier", lambda path, weights: known)
     arguments = ["--classifier", "run", "--guide-scale", "300", "--num-images", "2", "--batch", "1", "--seed", "3"]
-    mixed = _sample(models["nothing"], tmp_path / "mixed", *arguments, "--class", "red", "--class", "blue")
-    blue = _sample(models["nothing"], tmp_path / "blue", *arguments, "--class", "blue")
+    mixed = sampled(models["nothing"], tmp_path / "mixed", *arguments, "--class", "red", "--class", "blue")
+    blue = sampled(models["nothing"], tmp_path / "blue", *arguments, "--class", "blue")
     assert np.array_equal(mixed[1], blue[1])
     assert np.abs(mixed[0] - blue[0]).max() > 1
-    assert "--classifier needs classes: give --class" in _refusal(capsys, models["nothing"], tmp_path, *arguments)
+    assert "--classifier needs classes: give --class" in refusal(capsys, models["nothing"], tmp_path, *arguments)
     known.autoencoder_hash = "another"
-    line = _refusal(capsys, models["nothing"], tmp_path, *arguments, "--class", "red")
+    line = refusal(capsys, models["nothing"], tmp_path, *arguments, "--class", "red")
     assert "knows latents of the autoencoder another" in line
 
 
 def test_a_classifier_of_pictures_guides_an_unconditional_model(models: dict[str, Path], tmp_path: Path) -> None:
-    plain = _sample(models["nothing"], tmp_path / "plain")[0]
+    plain = sampled(models["nothing"], tmp_path / "plain")[0]
     guide = ["--imagenet-guidance", "goldfish", "--guide-scale", "20"]
-    guided = _sample(models["nothing"], tmp_path / "guided", *guide)[0]
-    off = _sample(models["nothing"], tmp_path / "off", "--imagenet-guidance", "1", "--guide-scale", "0")[0]
+    guided = sampled(models["nothing"], tmp_path / "guided", *guide)[0]
+    off = sampled(models["nothing"], tmp_path / "off", "--imagenet-guidance", "1", "--guide-scale", "0")[0]
     assert np.array_equal(plain, off)
     assert np.abs(plain - guided).max() > 1
-
-
-def _settings(line: str) -> dict[str, str]:
-    """`Name: value, Name: value` taken apart, values quoted as JSON included."""
-    found, rest = {}, line
-    while rest:
-        name, _, rest = rest.partition(": ")
-        if rest.startswith('"'):
-            found[name], end = json.JSONDecoder().raw_decode(rest)
-            rest = rest[end:].removeprefix(", ")
-        else:
-            found[name], _, rest = rest.partition(", ")
-    return found
-
-
-def test_every_picture_says_how_it_was_made(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    named = Path(shutil.copytree(model, tmp_path / "model, v2: mine"))
-    prompts = ["a red, round apple", "cr\u00e8me br\u00fbl\u00e9e \u2603"]
-    arguments = [part for prompt in prompts for part in ("--prompt", prompt)]
-    arguments += ["--seed", "7", "--steps", "2", "--eta", "0.5", "--guidance", "1.5", "--negative-prompt", "blue"]
-    capsys.readouterr()
-    _sample(named, tmp_path, *arguments, "--json")
-    document = json.loads(capsys.readouterr().out)
-    assert document["model_hash"] == load_diffusion(model).content_hash
-    for i, image in enumerate(document["images"]):
-        texts = Image.open(image["path"]).text  # type: ignore[attr-defined]
-        assert texts["prompt"] == prompts[i]
-        assert (texts["negative_prompt"], texts["seed"], texts["sampler"]) == ("blue", str(7 + i), "ddim")
-        assert (texts["steps"], texts["eta"], texts["guidance"]) == ("2", "0.5", "1.5")
-        assert texts["model_hash"] == document["model_hash"]
-        assert texts["Software"] == f"ldm-scale {ldm_scale.__version__}"
-        assert not {"strength", "weights", "guidance_interval"} & texts.keys(), "nobody gave them"
-        prompt, negative, line = texts["parameters"].split("\n")
-        assert (prompt, negative) == (prompts[i], "Negative prompt: blue")
-        assert _settings(line) == {
-            "Steps": "2",
-            "Sampler": "ddim",
-            "CFG scale": "1.5",
-            "Seed": str(7 + i),
-            "Size": f"{SIDE}x{SIDE}",
-            "Model hash": document["model_hash"][:10],
-            "Model": "model, v2: mine",
-            "Eta": "0.5",
-            "Version": f"ldm-scale {ldm_scale.__version__}",
-        }
-    texts = Image.open(document["grid"]).text  # type: ignore[attr-defined]
-    assert (texts["seed"], texts["prompt"]) == ("7 to 8", "; ".join(prompts))
-
-
-@pytest.mark.parametrize("batch", ["1", "16"])
-def test_a_strip_shows_the_way_to_the_first_images(
-    model: Path, tmp_path: Path, batch: str, capsys: pytest.CaptureFixture[str]
-) -> None:
-    capsys.readouterr()
-    arguments = ["--prompt", "red", "--num-images", "5", "--steps", "12", "--batch", batch, "--json"]
-    images = _sample(model, tmp_path, *arguments, "--strip", str(tmp_path / "strip.png"))
-    assert json.loads(capsys.readouterr().out)["strip"] == str(tmp_path / "strip.png")
-    with Image.open(tmp_path / "strip.png") as picture:
-        assert picture.text["seed"] == "0 to 3"  # type: ignore[attr-defined]
-        strip = np.asarray(picture).astype(int)
-    side, margin = 96, 12
-    assert strip.shape[1] == 9 * (side + margin) + margin
-    step = (strip.shape[0] - margin) // 4
-
-    def tile(row: int, column: int) -> np.ndarray:
-        top, left = margin + row * step, margin + column * (side + margin)
-        return strip[top : top + side : side // SIDE, left : left + side : side // SIDE]
-
-    for row in range(4):
-        assert np.array_equal(tile(row, 8), images[row]), "the image itself stands at the end"
-        near = [np.abs(tile(row, column) - images[row]).mean() for column in range(8)]
-        assert near[-1] < near[0], "predictions come nearer to it"
-        assert near[0] > 0.1
-
-
-def test_a_strip_of_fewer_steps_than_columns_and_of_tall_images(model: Path, tmp_path: Path) -> None:
-    arguments = ["--prompt", "red", "--steps", "2", "--size", "32x16", "--tile", "16"]
-    _sample(model, tmp_path, *arguments, "--strip", str(tmp_path / "strip.png"))
-    with Image.open(tmp_path / "strip.png") as picture:
-        assert picture.width == 3 * (96 + 12) + 12
-
-
-def test_pictures_say_all_that_they_were_made_of(
-    models: dict[str, Path], files: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    prompt = "a\nNegative prompt: b\nSteps: 9, Seed: 1"
-    odd = Path(shutil.copytree(models["fill"], tmp_path / "\udce9 model"))
-    arguments = ["--prompt", prompt, "--image", files["picture.png"], "--mask", files["mask.png"], "--tile", "16"]
-    _sample(odd, tmp_path, *arguments, "--steps", "1", "--imagenet-guidance", "1", "--guide-scale", "0.5")
-    (image,) = (tmp_path / "images").iterdir()
-    for path in (image, tmp_path / "grid.png"):
-        texts = Image.open(path).text  # type: ignore[attr-defined]
-        assert texts["prompt"] == prompt
-        assert (texts["image"], texts["mask"], texts["tile"]) == ("picture.png", "mask.png", "16")
-        assert (texts["imagenet_guidance"], texts["guide_scale"]) == ("1", "0.5")
-        assert texts["model"] == r"\udce9 model"
-        first, settings = texts["parameters"].split("\n")
-        assert first == "a Negative prompt: b Steps: 9, Seed: 1", "a prompt stays a prompt"
-        assert _settings(settings)["Steps"] == "1"
-    classes = ["--class", "0", "--class", "green", "--num-images", "3", "--steps", "1"]
-    _sample(models["classes"], tmp_path / "classes", *classes)
-    told = [Image.open(path).text["class"] for path in sorted((tmp_path / "classes" / "images").iterdir())]  # type: ignore[attr-defined]
-    assert told == ["0", "green", "0"]
-    assert Image.open(tmp_path / "classes" / "grid.png").text["class"] == "0; green"  # type: ignore[attr-defined]
-
-
-def test_places_are_tried_before_the_model_is_opened(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """There is no model at all, which would be the next thing to be said."""
-    (tmp_path / "file").touch()
-    for arguments, expected in (
-        (["--images-dir", str(tmp_path / "file")], f"--images-dir {tmp_path / 'file'}: nothing can be written there"),
-        (["--strip", str(tmp_path / "file" / "s.png")], "s.png: nothing can be written there"),
-        (["--strip", str(tmp_path / "s.jpg")], "s.jpg: the picture is a PNG; give a name that ends in .png"),
-        (["--seed", "-7"], "--seed -7: must be from 0"),
-        (["--prompt", "caf\udce9"], r"--prompt 'caf\udce9': holds bytes that are not UTF-8"),
-        (["--negative-prompt", "\udce9"], r"--negative-prompt '\udce9': holds bytes"),
-    ):
-        assert expected in _refusal(capsys, tmp_path / "none", tmp_path, *arguments)
-    assert main(["sample", str(tmp_path / "none"), "--out", "/proc/a/b.png"]) == 2
-    assert "--out /proc/a/b.png: nothing can be written there" in capsys.readouterr().err.splitlines()[-1]
-    assert [path.name for path in tmp_path.iterdir()] == ["file"]
-
-
-def test_pictures_are_whole_or_not_there(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    (tmp_path / "folder").mkdir()
-    line = _refusal(capsys, model, tmp_path, "--prompt", "x", "--strip", str(tmp_path / "folder"))
-    assert "--strip" in line
-    assert "is a folder; give the name of a picture" in line
-    command = [
-        "sample",
-        str(model),
-        "--device",
-        "cpu",
-        "--prompt",
-        "x",
-        "--steps",
-        "1",
-        "--out",
-        str(tmp_path / "g.png"),
-    ]
-    with full_disk():
-        assert main([*command, "--images-dir", str(tmp_path / "images")]) == 1
-    assert "g.png" in capsys.readouterr().err
-    assert [path.name for path in tmp_path.rglob("*") if path.is_file()] == []
