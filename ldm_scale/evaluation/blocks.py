@@ -68,12 +68,13 @@ def stacked_digests(digests: list[Tensor]) -> Tensor:
 class MeasuredImages(ABC, Generic[ImagesT]):
     """Images in blocks. Iterable once over the images of all blocks in their order.
 
-    What came is known once all blocks' censuses were taken: `bad` is what was left out, `num_images` what came,
-    `numbers` the places of these in the order, `pixels_digest` a hash of their pixels.
+    What came is known once all blocks' censuses were taken: `bad` is what was left out, `num_images` what came
+    (`num_kept` of them from an earlier start), `numbers` the places of these in the order, `pixels_digest` a hash of
+    their pixels.
     """
 
     def __init__(self, order: list[int], batch_size: int, settings: DecodeSettings, asked: str | None = None) -> None:
-        self.num_images = 0
+        self.num_images = self.num_kept = 0
         self._asked = asked  # the option that asked for so many images, with its value
         self.numbers: list[int] = []
         self.bad = BadSampleLog()
@@ -123,10 +124,11 @@ class MeasuredImages(ABC, Generic[ImagesT]):
                 f"{self._asked.split()[0]} out to measure what can be used"
             )
 
-    def take(self, census: Part) -> None:
+    def take(self, census: Part, was_kept: bool = False) -> None:
         """Nothing; counts what came of a block, of which all before it were counted."""
         numbers = census.tensors["images.numbers"].tolist()
         self.num_images += len(numbers)
+        self.num_kept += len(numbers) * was_kept
         self.numbers += numbers
         self.bad.add(BadRecord(key, reason) for key, reason in census.values["bad"])
         self._hash.update(census.tensors["images.digests"].numpy().tobytes())

@@ -160,8 +160,8 @@ def measure_blocks(
     if collectives.rank() != 0:
         return []
     parts = [found[number] for number in range(stream.num_blocks)]
-    for part in parts:
-        stream.take(part)
+    for number, part in enumerate(parts):
+        stream.take(part, was_kept=number not in missing)
     return parts
 
 

@@ -116,7 +116,7 @@ def evaluate_autoencoder(
             "protocol": _protocol(request),
             "figures": meter.figures(),
             "bad_images": describe_bad(stream.bad),
-            "machine": describe_machine(device, meter.num_images / seconds),
+            "machine": describe_machine(device, stream, seconds),
         }
         document = complete(document, arguments, kept)
         if arguments.out is not None:

@@ -182,9 +182,7 @@ def _finish(
         "figures": figures,
         "truncated": truncated,
         "bad_images": describe_bad(stream.bad),
-        "machine": describe_machine(
-            request.device, meter.num_images / seconds, sampling_images_per_s=_rate(parts) * ranks
-        ),
+        "machine": describe_machine(request.device, stream, seconds, sampling_images_per_s=_rate(parts) * ranks),
     }
     document = complete(document, arguments, kept)
     if arguments.out is not None:

@@ -96,7 +96,7 @@ def evaluate_images(arguments: argparse.Namespace) -> dict[str, Any]:
                 "protocol": _protocol(arguments, stream, request.resolution, space, reference, scorer),
                 "figures": {"samples": figures},
                 "bad_images": describe_bad(stream.bad),
-                "machine": describe_machine(device, made.images["num_images"] / seconds),
+                "machine": describe_machine(device, stream, seconds),
             },
             arguments,
             kept,

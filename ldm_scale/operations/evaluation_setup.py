@@ -168,11 +168,14 @@ def describe_bad(bad: BadSampleLog) -> dict[str, Any]:
     return {"count": bad.counts.total(), "reasons": dict(bad.counts), "names": bad.names}
 
 
-def describe_machine(device: torch.device, images_per_s: float, **speeds: float) -> dict[str, Any]:
-    """Where it ran and how fast, for a document."""
+def describe_machine(
+    device: torch.device, stream: MeasuredImages[Any], seconds: float, **speeds: float
+) -> dict[str, Any]:
+    """Where it ran and how fast, for a document; of what was measured in these seconds, if anything was."""
+    measured = stream.num_images - stream.num_kept
     return {
         "device": torch.cuda.get_device_name() if device.type == "cuda" else "cpu",
         "torch": torch.__version__,
-        "images_per_s": images_per_s,
+        "images_per_s": measured / seconds if measured else None,
         **speeds,
     }

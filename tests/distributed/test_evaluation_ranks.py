@@ -166,6 +166,7 @@ def test_what_was_measured_before_an_interruption_is_kept(model: Path, data: Pat
     assert sum(rank.sampled for rank in ranks) == NUM_BLOCKS - 3
     assert sum(rank.err.count("is damaged") for rank in ranks) == 2
     found = result(ranks)
+    assert found["machine"]["images_per_s"] > 0
     require_same(found["figures"], expected["figures"])
     assert found["protocol"] == expected["protocol"]
     assert not (tmp_path / "out" / "parts").exists()
