@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import functools
 import io
 import json
 import os
@@ -25,13 +24,13 @@ from ldm_scale.config.validate import validate
 from ldm_scale.engine import env
 from ldm_scale.errors import ConfigError, DataError, LdmScaleError, NumericsError, Restart
 from ldm_scale.evaluate import _parser
-from ldm_scale.evaluation.features import EfficientNetFeatures
-from ldm_scale.operations import evaluate_diffusion, evaluation_setup
+from ldm_scale.operations import evaluate_diffusion
 from ldm_scale.operations.evaluate_checkpoints import CheckpointEvaluator
 from ldm_scale.operations.train import train
 from tests.helpers.cases import rarely
 from tests.helpers.ranks import run_ranks, started_ranks
 from tests.helpers.resumptions import BATCH, Setting, config_of, left_by, logged
+from tests.helpers.small_features import taken_for_evaluation
 
 STEPS, EVERY = 3, 2  # of a run; between evaluations
 MEASURED = (16, 24)
@@ -39,17 +38,9 @@ NUM_IMAGES = 7
 METRIC = "evaluation/samples.kernel"
 
 
-@functools.cache
-def small_features(device: torch.device, resolution: int) -> EfficientNetFeatures:
-    """Of smaller pictures, for speed, and opened once."""
-    return EfficientNetFeatures(device, resolution=32)
-
-
 @pytest.fixture(scope="module", autouse=True)
 def one_network() -> Iterator[None]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(evaluation_setup, "EfficientNetFeatures", small_features)
-        small_features(torch.device("cpu"), 16)
+    with taken_for_evaluation():
         yield
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 import io
 import json
 from collections.abc import Callable, Iterator
@@ -11,18 +10,17 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
-import torch
 from torch import Tensor
 
 from ldm_scale.__main__ import main
 from ldm_scale.config.schema import ConditioningConfig, LayoutConditioningConfig
 from ldm_scale.data import open_manifest
-from ldm_scale.evaluation.features import EfficientNetFeatures
-from ldm_scale.operations import evaluate_diffusion, evaluation_setup
+from ldm_scale.operations import evaluate_diffusion
 from tests.helpers.models import SIDE, tiny_model
 from tests.helpers.ranks import run_ranks
 from tests.helpers.runs import TEXT
 from tests.helpers.scenes import make_squares
+from tests.helpers.small_features import taken_for_evaluation
 
 NUM_IMAGES, BATCH = 36, 4
 NUM_BLOCKS = NUM_IMAGES // BATCH
@@ -41,17 +39,9 @@ class Ended(NamedTuple):
     sampled: int  # batches
 
 
-@functools.cache
-def small_features(device: torch.device, resolution: int) -> EfficientNetFeatures:
-    """Of smaller pictures, for speed, and opened once."""
-    return EfficientNetFeatures(device, resolution=32)
-
-
 @pytest.fixture(scope="module", autouse=True)
 def one_network() -> Iterator[None]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(evaluation_setup, "EfficientNetFeatures", small_features)
-        small_features(torch.device("cpu"), SIDE)
+    with taken_for_evaluation():
         yield
 
 

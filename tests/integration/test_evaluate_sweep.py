@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import functools
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,21 +16,15 @@ from ldm_scale.__main__ import main
 from ldm_scale.config.schema import ClassConditioningConfig, ConditioningConfig
 from ldm_scale.data import open_manifest
 from ldm_scale.evaluation.features import EfficientNetFeatures
-from ldm_scale.operations import evaluate_sweep, evaluation_setup
+from ldm_scale.operations import evaluate_sweep
 from tests.helpers.models import SIDE, tiny_model
 from tests.helpers.scenes import make_squares
-
-
-@functools.cache
-def small_features(device: torch.device, resolution: int) -> EfficientNetFeatures:
-    """Of smaller pictures, for speed, and opened once."""
-    return EfficientNetFeatures(device, resolution=32)
+from tests.helpers.small_features import taken_for_evaluation
 
 
 @pytest.fixture(scope="module", autouse=True)
 def one_network() -> Iterator[None]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(evaluation_setup, "EfficientNetFeatures", small_features)
+    with taken_for_evaluation():
         yield
 
 
