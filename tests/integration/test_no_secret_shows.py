@@ -144,7 +144,7 @@ def test_no_secret_shows(place: Place) -> None:
     said = [indexed, place.run("train", *training)]
     said += [
         place.run("encode", str(folder / "artifact"), str(manifest), "--out", str(cache)),
-        place.run("sample", str(run), "--out", str(folder / "samples"), "--prompt", "a"),
+        place.run("sample", str(run), "--out", str(folder / "samples.png"), "--prompt", "a"),
         place.run("export", str(run), "--to", "safetensors", "--out", str(folder / "export")),
     ]
     measured = ["--data", str(manifest), "--split", "train", "--out", str(folder / "measured")]

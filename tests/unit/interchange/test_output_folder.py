@@ -18,6 +18,8 @@ WRITER = """
 import signal, sys, time
 from pathlib import Path
 from ldm_scale.interchange.output_folder import published_folder, temporary_folder
+for number in (signal.SIGINT, signal.SIGHUP):  # where tests run in the background, all ignore one of them
+    signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
 with published_folder(Path(sys.argv[1]), may_replace=bool) as folder, temporary_folder(folder.parent.parent):
     (folder / "part").write_text("half")
     print("writing", flush=True)
