@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 from torch import Tensor
 
 from ldm_scale.conditioning.latent_diffusion import LatentDiffusion
@@ -24,6 +25,7 @@ from ldm_scale.config.schema import (
     UNetConfig,
 )
 from ldm_scale.interchange.artifact import Artifact, DiffusionArtifact, make_artifact, make_diffusion_artifact
+from ldm_scale.interchange.compvis_write import fill_compvis_folder
 from ldm_scale.models.autoencoder import Autoencoder, LatentStatistics
 from tests.helpers.weights import random_state
 
@@ -118,3 +120,29 @@ def theirs(checkpoint: Path) -> dict[str, Tensor]:
     content: dict[str, Any] = torch.load(checkpoint, map_location="cpu", weights_only=True)
     state: dict[str, Tensor] = content["state_dict"]
     return state
+
+
+def strangers_folder(folder: Path, model: DiffusionArtifact) -> Path:
+    """The folder, with a checkpoint as another program leaves it, and its YAML."""
+    fill_compvis_folder(folder, model)
+    (folder / "ldm_scale.json").unlink()
+    return folder
+
+
+def changed(folder: Path, change: dict[str, Tensor | None], **beside: Any) -> Path:
+    """The checkpoint with other tensors (None: without one), and with other things beside them."""
+    state: dict[str, Any] = {**theirs(folder / "model.ckpt"), **change}
+    state = {name: tensor for name, tensor in state.items() if tensor is not None}
+    torch.save({"state_dict": state, **beside}, folder / "model.ckpt")
+    return folder / "model.ckpt"
+
+
+def reconfigured(folder: Path, path: str, value: Any) -> None:
+    """Nothing; the YAML has another value there."""
+    content = yaml.safe_load((folder / "config.yaml").read_text())
+    section = content["model"]["params"]
+    *parts, last = path.split(".")
+    for part in parts:
+        section = section[part]
+    section[last] = value
+    (folder / "config.yaml").write_text(yaml.safe_dump(content))
