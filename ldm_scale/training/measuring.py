@@ -39,11 +39,11 @@ class Measuring:
     """The evaluations of a run; without an `evaluator` there are none."""
 
     def __init__(
-        self, config: Config, evaluator: Evaluator | None, saving: Saving, checkpoints: Path, is_main: bool
+        self, config: Config, evaluator: Evaluator | None, saving: Saving, checkpoints: Path, rank: int
     ) -> None:
         self._config, self._evaluator, self._saving = config, evaluator, saving
-        self._checkpoints, self._is_main = checkpoints, is_main
-        self._log = get_logger(0 if is_main else 1)
+        self._checkpoints, self._is_main = checkpoints, rank == 0
+        self._log = get_logger(rank)
 
     def owes(self, state: TrainingState, falls_due: bool) -> bool:
         """Whether the checkpoint of this very step is still to be measured."""

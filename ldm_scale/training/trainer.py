@@ -86,7 +86,7 @@ class Trainer:
         self.log = get_logger(environment.rank)
         self._best = best.BestRecord(self.run_dir, config.train, environment.is_main)
         self.saving = Saving(config, self.checkpoints, environment.rank)
-        self.measuring = Measuring(config, evaluator, self.saving, self.checkpoints, environment.is_main)
+        self.measuring = Measuring(config, evaluator, self.saving, self.checkpoints, environment.rank)
         self.account = Account(config, self.plan, environment)
         self._kernels_described = False
         self._ranks_compared = False
