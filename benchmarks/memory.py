@@ -11,6 +11,7 @@ plan is the sum of both. What a GPU needs is another figure: kernels, allocator 
 from __future__ import annotations
 
 import argparse
+import ctypes
 import json
 import os
 import subprocess
@@ -47,6 +48,7 @@ BATCH, STEPS = 4, 2
 LIVE = 5_000_000  # elements, where less is kept gathered
 FAR = 0.15  # off the plan: to be explained
 MARK = "result: "
+M_MMAP_THRESHOLD = -3  # of malloc.h
 
 
 @dataclass(frozen=True)
@@ -112,6 +114,7 @@ def measure(config: Config) -> list[dict[str, int]]:
     plan = batch_plan(config, here.world_size)
     _import_all(here)
     collectives.barrier()
+    _give_back_freed()
     _set_back_high_water()
     before = _status("VmRSS")
     model = build_seeded(lambda: LatentDiffusion(config.unet, config.conditioning, LATENT[0]), 0)
@@ -175,8 +178,7 @@ def _run(setting: Setting) -> list[dict[str, int]]:
     """What the ranks of a setting report, in processes of their own."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(setting.ranks)]
     command += ["-m", "benchmarks.memory", "--one", json.dumps(asdict(setting))]
-    # Else glibc keeps what was freed, and the mark is of that: half as much again as is in use.
-    variables = {"OMP_NUM_THREADS": "1", "MALLOC_MMAP_THRESHOLD_": "65536"}
+    variables = {"OMP_NUM_THREADS": "1"}
     output = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True, env=os.environ | variables).stdout
     (line,) = [line for line in output.splitlines() if line.startswith(MARK)]
     found: list[dict[str, int]] = json.loads(line.removeprefix(MARK))
@@ -193,6 +195,17 @@ def _import_all(here: env.Environment) -> None:
     from ldm_scale.engine.zero import import_deepspeed
 
     import_deepspeed(here)
+
+
+def _give_back_freed() -> None:
+    """Nothing; what glibc holds of freed memory goes back to the system, and what is freed later goes at once.
+
+    Else the marks are of what it keeps: half as much again as is in use, or too little where a network moves into
+    memory that was resident before.
+    """
+    libc = ctypes.CDLL(None)
+    libc.mallopt(M_MMAP_THRESHOLD, 65536)
+    libc.malloc_trim(0)
 
 
 def _set_back_high_water() -> None:

@@ -9,13 +9,19 @@ from tests.helpers.ranks import run_ranks
 
 
 def test_a_rank_reports_what_its_network_takes() -> None:
+    # Ranks inherit freed memory that the system still counts as resident: it is none of their network's.
+    large = bytearray(30_000_000)  # whose end raises glibc's bound of what goes back at once
+    del large
+    blocks = [bytearray(1_000_000) for _ in range(300)]
+    _between = blocks[::25]
+    del blocks
     small = dataclasses.replace(UNET, base_channels=128)
     reports = run_ranks(measure, 2, Setting(2, 2).config(small))
     assert reports[0] == reports[1]
     assert len(reports[0]) == 2
     for report in reports[0]:
         parameters = 4_000_000  # about
-        assert 4 * parameters < report["peak_of_steps_bytes"] < 100 * parameters
+        assert 12 * parameters < report["peak_of_steps_bytes"] < 100 * parameters
         assert report["before_bytes"] > 50e6
 
 
