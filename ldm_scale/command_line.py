@@ -41,7 +41,10 @@ EXAMPLES = {
     "ldm-scale prepare mix": (
         "ldm-scale prepare mix data/a/manifest.json=3 data/b/manifest.json=1 --out data/mixed.json",
     ),
-    "ldm-scale plan": ("ldm-scale plan experiment=sd2 data.resolution=256 --ranks 8",),
+    "ldm-scale plan": (
+        "ldm-scale plan experiment=sd2 data.resolution=256 --ranks 8",
+        "ldm-scale plan experiment=sd2 conditioning=frozen_openclip_h --gpu h100 --nodes 4 --cached",
+    ),
     "ldm-scale encode": ("ldm-scale encode runs/ae/artifact data/mine/manifest.json --out data/mine_latents",),
     "ldm-scale train": (
         "ldm-scale train experiment=openmoji_text artifact=runs/ae/artifact run_dir=runs/ldm zero.stage=2",

@@ -1,7 +1,8 @@
-"""`ldm-scale plan experiment=NAME [key=value ...] [--json]`: what a configuration amounts to, before anything runs."""
+"""`ldm-scale plan experiment=NAME [--gpu GPU ...] [--json]`: what a configuration amounts to, before anything runs."""
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import json
 from collections.abc import Sequence
@@ -11,7 +12,12 @@ from ldm_scale.config.compose import load_config
 from ldm_scale.config.fit import batch_plan
 from ldm_scale.config.schema import Config
 from ldm_scale.config.validate import validate_architecture
+from ldm_scale.errors import ConfigError
+from ldm_scale.planning.cluster import GB, GPUS, Cluster, find_gpu
+from ldm_scale.planning.cluster_plan import plan_on_cluster
+from ldm_scale.planning.cluster_table import cluster_dict, cluster_table
 from ldm_scale.planning.flops import NetworkSize, RunSize, measure_run
+from ldm_scale.planning.jobs import ranks_of
 from ldm_scale.planning.memory import FP32, MemoryPlan, plan_memory
 
 # What the sections of `conditioning` are called in the table.
@@ -28,24 +34,108 @@ _PARTS = {
 
 def main(argv: Sequence[str]) -> int:
     """0, after printing the table or, with --json, one JSON object."""
-    parser = Parser(prog="ldm-scale plan", description="Parameters, forward FLOPs and memory of a configuration.")
+    parser = Parser(
+        prog="ldm-scale plan",
+        description="Parameters, forward FLOPs and memory of a configuration; with --gpu, a run on a cluster.",
+    )
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="such as experiment=sd2 data.resolution=256")
-    parser.add_argument("--ranks", type=int, default=1, help="that share the memory under ZeRO (1)")
+    parser.add_argument("--ranks", type=int, help="that share the memory under ZeRO (1)")
+    add_cluster_options(parser)
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of the table")
     arguments = parser.parse_intermixed_args(argv)
     config = load_config(arguments.overrides)
     validate_architecture(config)
-    if arguments.ranks < 1:
+    if arguments.ranks is not None and arguments.ranks < 1:
         parser.error(f"--ranks {arguments.ranks}: must be at least 1")
-    batches = batch_plan(config, arguments.ranks)
+    cluster = read_cluster(arguments)
+    ranks = (arguments.ranks or 1) if cluster is None else ranks_of(cluster, config)
+    batches = batch_plan(config, ranks)
     size = measure_run(config)
-    memory = plan_memory(config, batches, arguments.ranks, size.latent_shape)
+    if cluster is not None:
+        plan = plan_on_cluster(
+            config,
+            size,
+            cluster,
+            precision=arguments.precision,
+            cached=arguments.cached,
+            images=arguments.images,
+            watts=arguments.watts,
+            price_per_gpu_hour=arguments.price_per_gpu_hour,
+        )
+        if arguments.json:
+            on_cluster = {"memory": memory_dict(plan.memory), "cluster": cluster_dict(plan)}
+            print(json.dumps(plan_dict(config, size) | on_cluster))
+        else:
+            print(plan_table(config, size))
+            print(cluster_table(plan))
+        return 0
+    memory = plan_memory(config, batches, ranks, size.latent_shape)
     if arguments.json:
         print(json.dumps(plan_dict(config, size) | {"memory": memory_dict(memory)}))
     else:
         print(plan_table(config, size))
         print(memory_table(memory, batches.micro_batch))
     return 0
+
+
+# What only a cluster needs: without --gpu these options would be ignored.
+_OF_A_CLUSTER = (
+    "gpus_per_node",
+    "nodes",
+    "intra_gbs",
+    "inter_gbs",
+    "storage_gbs",
+    "images",
+    "price_per_gpu_hour",
+    "watts",
+)
+
+
+def add_cluster_options(parser: Parser) -> None:
+    """Nothing; the parser takes a cluster."""
+    group = parser.add_argument_group("a cluster", "with --gpu: time, scaling, cost and a recommendation")
+    group.add_argument("--gpu", help=f"one of {', '.join(GPUS)}")
+    group.add_argument("--gpus-per-node", type=int, help="(8)")
+    group.add_argument("--nodes", type=int, help="(1)")
+    group.add_argument("--intra-gbs", type=float, help="GB/s one way from a GPU to others of its node (the GPU's)")
+    group.add_argument("--inter-gbs", type=float, help="GB/s one way from a GPU to other nodes (the GPU's usual node)")
+    group.add_argument("--storage-gbs", type=float, help="GB/s that all nodes together read (2 a node)")
+    group.add_argument("--precision", choices=("auto", "bf16", "fp32"), default="auto", help="(the configuration's)")
+    group.add_argument("--cached", action="store_true", help="latents and frozen text come from `ldm-scale encode`")
+    group.add_argument("--images", type=int, help="of the whole run (train.total_images)")
+    group.add_argument("--price-per-gpu-hour", type=float, help="in any currency; without it no price is told")
+    group.add_argument("--watts", type=float, help="of a GPU and its share of the machine (1.35 times the GPU's)")
+
+
+def read_cluster(arguments: argparse.Namespace) -> Cluster | None:
+    """The cluster of the options; None without --gpu.
+
+    Raises: ConfigError if a number is out of range, the GPU unknown, or an option would be ignored.
+    """
+    given = {name: getattr(arguments, name) for name in _OF_A_CLUSTER if getattr(arguments, name) is not None}
+    if arguments.gpu is None:
+        others = {"cached": arguments.cached, "precision": arguments.precision != "auto"}
+        names = [*given, *(name for name, is_given in others.items() if is_given)]
+        if names:
+            raise ConfigError(f"{_option(names[0])} is about a cluster; name its GPU with --gpu")
+        return None
+    if arguments.ranks is not None:
+        raise ConfigError("--ranks and --gpu: a cluster has a rank for each GPU; leave --ranks out")
+    for name, value in given.items():
+        if not value > 0:
+            raise ConfigError(f"{_option(name)} {value:g}: must be above 0; leave it out for the default")
+    return Cluster(
+        find_gpu(arguments.gpu),
+        given.get("gpus_per_node", 8),
+        given.get("nodes", 1),
+        GB * given.get("intra_gbs", 0.0),
+        GB * given.get("inter_gbs", 0.0),
+        GB * given.get("storage_gbs", 0.0),
+    )
+
+
+def _option(name: str) -> str:
+    return f"--{name.replace('_', '-')}"
 
 
 def plan_dict(config: Config, size: RunSize) -> dict[str, object]:

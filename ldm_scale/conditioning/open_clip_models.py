@@ -56,6 +56,22 @@ def load_open_clip(model: str, weights: str, model_key: str, weights_key: str) -
     return network.eval().requires_grad_(False)
 
 
+def text_tower_size(model: str) -> tuple[int, int]:
+    """Layers and width of the text tower of an OpenCLIP architecture; no weights are opened.
+
+    Raises: ConfigError if there is no such model.
+    """
+    import open_clip
+
+    config = open_clip.get_model_config(model)
+    if config is None or "layers" not in config.get("text_cfg", {}):
+        raise ConfigError(
+            f"conditioning.frozen_text.model={model}: OpenCLIP has no text tower of that name with a known size; "
+            "`python -c 'import open_clip; print(open_clip.list_models())'` lists its models"
+        )
+    return int(config["text_cfg"]["layers"]), int(config["text_cfg"]["width"])
+
+
 @contextmanager
 def _quietly() -> Iterator[None]:
     """Without the warnings and log lines of what the error then says in one."""

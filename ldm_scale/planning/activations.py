@@ -2,28 +2,72 @@
 
 Nothing is computed and nothing allocated, so a change of a network, or recomputation, changes the count by itself.
 Gradients are let go as ZeRO does, when a bucket is full, after a moment in which the bucket lies side by side for the
-reduction. Operations are the plain ones; fused kernels keep less.
+reduction. Operations are the plain ones unless fused kernels are asked for, which keep less.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 from unittest import mock
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
+from ldm_kernels.common import tuning
 from ldm_scale.conditioning.base import Inputs
 from ldm_scale.conditioning.latent_diffusion import LatentDiffusion
 from ldm_scale.config.schema import Config
 from ldm_scale.models.classifier import LatentClassifier
 from ldm_scale.planning.live_bytes import LiveBytes
 
+Arguments = tuple[Tensor | Inputs, ...]  # of a forward pass
+
 
 def backward_peak(
-    config: Config, micro_batch: int, latent_shape: tuple[int, int, int], dtype: torch.dtype, bucket_elements: int
+    config: Config,
+    micro_batch: int,
+    latent_shape: tuple[int, int, int],
+    dtype: torch.dtype,
+    bucket_elements: int,
+    fused: bool = False,
 ) -> int:
     """Most bytes beside weights and optimizer at once, of a forward and backward pass of stage 2 or the classifier."""
+    live, bucket = LiveBytes("meta"), _Bucket(bucket_elements)
+    network, arguments = make_network(config, micro_batch, latent_shape, dtype)
+    run_backward(network, arguments, fused, live, bucket.add, on_end=bucket.reduce)
+    return int(live.peak)
+
+
+def run_backward(
+    network: nn.Module,
+    arguments: Arguments,
+    fused: bool,
+    watcher: TorchDispatchMode,
+    on_gradient: Callable[[nn.Parameter], None],
+    on_backward: Callable[[], None] = lambda: None,
+    on_end: Callable[[], None] = lambda: None,
+) -> None:
+    """Nothing, after a forward and backward pass on the meta device that `watcher` saw.
+
+    `fused`: what Triton's kernels do and keep, in place of plain operations. `on_gradient` hears of each parameter once
+    its gradient is whole, `on_backward` of the end of the forward pass.
+    """
+    for parameter in network.parameters():
+        parameter.register_post_accumulate_grad_hook(on_gradient)  # type: ignore[no-untyped-call]
+    with as_on_a_gpu(fused), watcher:
+        loss = network(*arguments).float().square().mean()
+        on_backward()
+        loss.backward()
+        on_end()
+
+
+def make_network(
+    config: Config, micro_batch: int, latent_shape: tuple[int, int, int], dtype: torch.dtype
+) -> tuple[nn.Module, Arguments]:
+    """What is trained, and its inputs, on the meta device."""
     recomputed = config.train.activation_checkpointing
     with torch.device("meta"):
         z = torch.empty(micro_batch, *latent_shape, dtype=dtype)
@@ -31,23 +75,27 @@ def backward_peak(
         if config.stage == "classifier":
             classifier = LatentClassifier(config.unet, config.classifier, latent_shape[0])
             classifier.body.checkpoint_activations = recomputed
-            network: nn.Module = classifier.to(dtype)
-            arguments: tuple[Tensor | Inputs, ...] = (z, t)
-        else:
-            model = LatentDiffusion(config.unet, config.conditioning, latent_shape[0])
-            model.unet.checkpoint_activations = recomputed
-            network = model.to(dtype)
-            parts = model.conditioner.conditions.items()
-            inputs = {name: part.example(micro_batch, latent_shape[1:]) for name, part in parts}
-            arguments = (z, t, {name: x.to(dtype) if x.is_floating_point() else x for name, x in inputs.items()})
-    bucket = _Bucket(bucket_elements)
-    for parameter in network.parameters():
-        parameter.register_post_accumulate_grad_hook(bucket.add)  # type: ignore[no-untyped-call]
-    # On the meta device torch would write attention out, with a matrix of tokens by tokens that no device keeps.
-    with mock.patch.object(nn.functional, "scaled_dot_product_attention", _attention), LiveBytes("meta") as live:
-        network(*arguments).float().square().mean().backward()
-        bucket.reduce()
-    return int(live.peak)
+            return classifier.to(dtype), (z, t)
+        model = LatentDiffusion(config.unet, config.conditioning, latent_shape[0])
+        model.unet.checkpoint_activations = recomputed
+        parts = model.conditioner.conditions.items()
+        inputs = {name: part.example(micro_batch, latent_shape[1:]) for name, part in parts}
+        whole = {name: x.to(dtype) if x.is_floating_point() else x for name, x in inputs.items()}
+        return model.to(dtype), (z, t, whole)
+
+
+@contextmanager
+def as_on_a_gpu(fused: bool) -> Iterator[None]:
+    """Operations of meta tensors take the path that a GPU takes; `fused`: with Triton's kernels.
+
+    On the meta device torch would write attention out, with a matrix of tokens by tokens that no device keeps.
+    """
+    with mock.patch.object(nn.functional, "scaled_dot_product_attention", _attention):
+        if not fused:
+            yield
+            return
+        with mock.patch.object(tuning, "serves", lambda tensor: tensor.is_meta):
+            yield
 
 
 def _attention(q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tensor:
@@ -62,10 +110,10 @@ class _Bucket:
 
     def __init__(self, elements: int) -> None:
         self._elements = elements
-        self._held: list[Tensor] = []
+        self._held: list[nn.Parameter] = []
         self._count = 0
 
-    def add(self, parameter: Tensor) -> None:
+    def add(self, parameter: nn.Parameter) -> None:
         if self._count + parameter.numel() > self._elements:
             self.reduce()
         self._held.append(parameter)

@@ -19,6 +19,7 @@ frozen text encoders and perceptual nets, what allocators keep in reserve. Of st
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -26,7 +27,7 @@ import torch
 from torch import nn
 
 from ldm_scale.conditioning.latent_diffusion import LatentDiffusion
-from ldm_scale.config.schema import BatchPlan, Config, ZeroConfig
+from ldm_scale.config.schema import AutoencoderConfig, BatchPlan, Config, ZeroConfig
 from ldm_scale.models.build import build_autoencoder
 from ldm_scale.models.classifier import LatentClassifier
 from ldm_scale.models.discriminator import PatchDiscriminator
@@ -68,33 +69,58 @@ class MemoryPlan:
     host: Memory = field(default_factory=Memory)
 
 
-def plan_memory(config: Config, plan: BatchPlan, ranks: int, latent_shape: tuple[int, int, int]) -> MemoryPlan:
+# ZeRO's stage, elements of each parameter, and whether they are averaged, of all networks that are trained.
+NetworkSizes = list[tuple[int, list[int], bool]]
+
+
+def plan_memory(
+    config: Config,
+    plan: BatchPlan,
+    ranks: int,
+    latent_shape: tuple[int, int, int],
+    backward: int | None = None,
+    networks: NetworkSizes | None = None,
+) -> MemoryPlan:
     """What one of so many ranks holds. Nothing is allocated.
 
-    train.precision=auto counts as bf16, as on CUDA, unless train.device is cpu.
+    train.precision=auto counts as bf16, as on CUDA, unless train.device is cpu. `backward` is the peak of a backward
+    pass and `networks` those that are trained, where they are known already.
     """
     precision, on_cpu = config.train.precision, config.train.device == "cpu"
     compute = FP32 if precision == "fp32" or (precision == "auto" and on_cpu) else 2
     averages = len(config.ema.power_stds) + (config.ema.half_life_images > 0)
     result = MemoryPlan(ranks, config.zero.stage, compute, activations_are_missing=config.stage == "autoencoder")
-    for stage, network, is_averaged in _networks(config, latent_shape[0]):
-        sizes = [parameter.numel() for parameter in network.parameters()] or [0]  # an identity has none
+    for stage, sizes, is_averaged in networks or network_sizes(config, latent_shape[0]):
         zero, accumulates = config.zero, plan.accumulation_steps > 1
         _add_states(result, sizes, stage, zero, averages if is_averaged else 0, accumulates)
         _add_buffers(result, sizes, stage, zero, accumulates, on_cpu)
     if config.stage != "autoencoder":
-        with torch.device("meta"):
-            frozen = build_autoencoder(config.autoencoder)
-        _add(result.device.held, "autoencoder", compute * sum(p.numel() for p in frozen.parameters()))
+        _add(result.device.held, "autoencoder", compute * _autoencoder_parameters(config.autoencoder))
         bucket = STAGE_0_BUCKET if config.zero.stage == 0 else config.zero.bucket_elements
         dtype = torch.float32 if compute == FP32 else torch.bfloat16
-        peak = backward_peak(config, plan.micro_batch, latent_shape, dtype, bucket)
-        _add(result.device.backward, "activations and gradients", peak)
+        if backward is None:
+            backward = backward_peak(config, plan.micro_batch, latent_shape, dtype, bucket)
+        _add(result.device.backward, "activations and gradients", backward)
     if config.train.async_checkpoints:
         states = ("masters", "moments", "averages")
         copied = sum(place.held.get(name, 0) for place in (result.device, result.host) for name in states)
         _add(result.host.held, "copy that is written", copied)
     return result
+
+
+@functools.cache
+def _autoencoder_parameters(config: AutoencoderConfig) -> int:
+    with torch.device("meta"):
+        return sum(parameter.numel() for parameter in build_autoencoder(config).parameters())
+
+
+def network_sizes(config: Config, latent_channels: int) -> NetworkSizes:
+    """Of all networks that are trained."""
+    return [
+        # an identity has no parameters
+        (stage, [parameter.numel() for parameter in network.parameters()] or [0], is_averaged)
+        for stage, network, is_averaged in _networks(config, latent_channels)
+    ]
 
 
 def _networks(config: Config, latent_channels: int) -> list[tuple[int, nn.Module, bool]]:

@@ -1,0 +1,183 @@
+"""A configuration as the work of one rank: its recorded step, what runs frozen before it, and what is read for it."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass, field
+
+import torch
+
+from ldm_scale.conditioning.open_clip_models import text_tower_size
+from ldm_scale.config.schema import BatchPlan, Config, Recomputation
+from ldm_scale.errors import ConfigError
+from ldm_scale.models.build import build_autoencoder
+from ldm_scale.planning.cluster import Cluster
+from ldm_scale.planning.memory import FP32, STAGE_0_BUCKET, MemoryPlan, NetworkSizes, network_sizes, plan_memory
+from ldm_scale.planning.step_time import Job, Precision
+from ldm_scale.planning.trace import Amount, Operation, Trace, trace_forward, trace_step
+
+# benchmarks/README.md, "loader": one core of an Intel Xeon makes 280 images/s of 512 px JPEGs of 90 kB ready, and
+# 22,241 cached latents/s of 8x32x32.
+DECODED_PER_S = 280.0 * 512**2  # pixels
+LATENTS_PER_S = 22_241.0 * 8 * 32 * 32 * 2  # bytes
+JPEG_BYTES = 90_000 / 512**2  # of a pixel
+
+
+@dataclass
+class Workload:
+    """A configuration, recorded once for every micro-batch, number of ranks and ZeRO stage that is asked about."""
+
+    config: Config
+    latent_shape: tuple[int, int, int]
+    precision: Precision
+    cached: bool  # latents, and contexts of a frozen text encoder, come from a cache
+    fused: bool = True  # Triton's kernels, where the configuration does not forbid them
+    sizes: NetworkSizes = field(default_factory=list)
+    _traces: dict[Recomputation, Trace] = field(default_factory=dict)
+    _frozen: tuple[tuple[str, Trace], ...] | None = None
+
+    def __post_init__(self) -> None:
+        if self.config.stage == "autoencoder":
+            raise ConfigError(
+                "stage=autoencoder: --gpu plans the steps of stage 2 and of classifiers, not those of stage 1; leave "
+                "--gpu out, or name an experiment of stage 2"
+            )
+        kernels = self.config.kernels
+        self.fused = self.fused and "reference" not in (kernels.group_norm_silu, kernels.geglu)
+        self.sizes = network_sizes(self.config, self.latent_shape[0])
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of weights and activations."""
+        return torch.bfloat16 if self.precision == "bf16" else torch.float32
+
+    @property
+    def parameters(self) -> int:
+        """That are trained."""
+        return sum(sum(sizes) for _, sizes, _ in self.sizes)
+
+    @property
+    def averages(self) -> int:
+        """Of the weights."""
+        return len(self.config.ema.power_stds) + (self.config.ema.half_life_images > 0)
+
+    def trace(self, recomputed: Recomputation) -> Trace:
+        """The recorded step."""
+        if recomputed not in self._traces:
+            train = dataclasses.replace(self.config.train, activation_checkpointing=recomputed)
+            config = dataclasses.replace(self.config, train=train)
+            self._traces[recomputed] = trace_step(config, self.latent_shape, self.dtype, self.fused)
+        return self._traces[recomputed]
+
+    def frozen(self) -> tuple[tuple[str, Trace], ...]:
+        """What runs before each micro-batch because it is not cached."""
+        if self._frozen is None:
+            traces = []
+            if not self.cached and self.config.autoencoder.kind != "identity":
+                traces.append(("first stage", _encoder(self.config, self.dtype, self.fused)))
+            text = self.config.conditioning.frozen_text
+            if not self.cached and text is not None and self.config.stage == "diffusion":
+                layers, width = text_tower_size(text.model)
+                compute_bytes = 2 if self.precision == "bf16" else 4
+                layers -= text.layer == "penultimate"
+                traces.append(("text encoder", transformer_trace(layers, width, text.max_tokens, compute_bytes)))
+            self._frozen = tuple(traces)
+        return self._frozen
+
+    def memory(self, plan: BatchPlan, ranks: int, stage: int, recomputed: Recomputation) -> MemoryPlan:
+        """What a rank holds."""
+        zero = dataclasses.replace(self.config.zero, stage=stage)
+        train = dataclasses.replace(self.config.train, precision=self.precision, activation_checkpointing=recomputed)
+        if train.device == "cpu":
+            train = dataclasses.replace(train, device="auto")
+        config = dataclasses.replace(self.config, zero=zero, train=train)
+        compute = 2 if self.precision == "bf16" else FP32
+        peak = self.trace(recomputed).peak(plan.micro_batch, compute, bucket_elements(self.config, stage))
+        networks = [(stage, sizes, is_averaged) for _, sizes, is_averaged in self.sizes]
+        return plan_memory(config, plan, ranks, self.latent_shape, peak, networks)
+
+    def job(self, plan: BatchPlan, stage: int, recomputed: Recomputation) -> Job:
+        """The work of a rank in a step."""
+        workers = max(self.config.data.num_workers, 1)
+        read_bytes, loading_s = self._reading()
+        return Job(
+            trace=self.trace(recomputed),
+            precision=self.precision,
+            parameters=self.parameters,
+            stage=stage,
+            micro_batch=plan.micro_batch,
+            accumulation_steps=plan.accumulation_steps,
+            frozen=self.frozen(),
+            averages=self.averages,
+            bucket_elements=bucket_elements(self.config, stage),
+            live_elements=self.config.zero.live_elements,
+            overlaps=self.config.zero.overlap_comm and stage > 0,
+            loading_s=loading_s / workers,
+            read_bytes=read_bytes,
+        )
+
+    def _reading(self) -> tuple[float, float]:
+        """Bytes that an image takes from the storage, and seconds of a core until it is ready."""
+        if not self.cached:
+            pixels = self.config.data.resolution**2
+            return JPEG_BYTES * pixels, pixels / DECODED_PER_S
+        channels, height, width = self.latent_shape
+        moments = 2 if self.config.autoencoder.kind == "kl" else 1
+        num_bytes = 2.0 * moments * channels * height * width  # float16
+        text = self.config.conditioning.frozen_text
+        if text is not None:
+            num_bytes += 2.0 * text.max_tokens * text.width
+        return num_bytes, num_bytes / LATENTS_PER_S
+
+
+def bucket_elements(config: Config, stage: int) -> int:
+    """Elements of a reduction."""
+    return STAGE_0_BUCKET if stage == 0 else config.zero.bucket_elements
+
+
+def ranks_of(cluster: Cluster, config: Config) -> int:
+    """The ranks of a run that takes the whole cluster, one a GPU.
+
+    Raises: ConfigError if the global batch does not divide by them.
+    """
+    ranks = cluster.num_gpus
+    if config.train.global_batch % ranks:
+        per_rank = max(config.train.global_batch // ranks, 1)
+        raise ConfigError(
+            f"train.global_batch={config.train.global_batch} does not divide by the {ranks} GPUs of --nodes "
+            f"{cluster.num_nodes} x --gpus-per-node {cluster.gpus_per_node}; set train.global_batch="
+            f"{per_rank * ranks}, or take another number of GPUs"
+        )
+    return ranks
+
+
+def transformer_trace(layers: int, width: int, tokens: int, compute_bytes: int) -> Trace:
+    """The forward pass of a text tower, from its sizes: matrix products of every layer, attention, and four passes over
+    the tokens that norms, sums and the activation take.
+    """
+    token_bytes = compute_bytes * tokens * width
+    products = ((3, 1), (1, 1), (4, 1), (1, 4))  # outputs and inputs in widths: q, k and v; out; up; down
+    events: list[Operation] = []
+    for _ in range(layers):
+        for out, into in products:
+            weights = compute_bytes * out * into * width**2
+            flops = 2.0 * tokens * out * into * width**2
+            moved = Amount(weights, float((out + into) * token_bytes))
+            events.append(Operation("product", "forward", Amount(0, flops), moved))
+        attention = Amount(0, 4.0 * tokens**2 * width)
+        events.append(Operation("attention", "forward", attention, Amount(0, 4.0 * token_bytes)))
+        events += [
+            Operation("other", "forward", Amount(0, 0), Amount(0, factor * token_bytes)) for factor in (2, 3, 8, 5)
+        ]
+    return Trace(tuple(events))
+
+
+def _encoder(config: Config, dtype: torch.dtype, fused: bool) -> Trace:
+    with torch.device("meta"):
+        autoencoder = build_autoencoder(config.autoencoder).to(dtype)
+    resolution = config.data.resolution
+
+    def encode(images: int) -> object:
+        return autoencoder.encode_moments(torch.empty(images, 3, resolution, resolution, dtype=dtype, device="meta"))
+
+    return trace_forward(encode, fused)
