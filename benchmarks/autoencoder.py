@@ -3,10 +3,10 @@
 Ours is a `LoadedAutoencoder`, as every command uses it. diffusers' model is measured as it comes and in channels_last,
 and the faster of the two in a case is the baseline. All compute in fp32 without gradients, in one process.
 
-Calls take turns (ours, plain, channels_last, ours, ...), and the result is the median over rounds of the times' ratio,
-so that other work on the machine hits all of a round. On one CPU thread the clock is that of the process's own time,
-which leaves out what the machine gave to others meanwhile. Before anything is timed, outputs are compared: networks
-that are not the same function get no figure.
+Calls take turns (ours, plain, channels_last, channels_last, plain, ours, ...), and the result is the median over rounds
+of the times' ratio, so that other work on the machine hits all of a round. On one CPU thread the clock is that of the
+process's own time, which leaves out what the machine gave to others meanwhile. Before anything is timed, outputs are
+compared: networks that are not the same function get no figure.
 
     python -m benchmarks.autoencoder [--device cuda] [--case kl_f8_128] [--rounds 15]
 """
@@ -14,7 +14,6 @@ that are not the same function get no figure.
 from __future__ import annotations
 
 import copy
-import statistics
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -23,10 +22,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from benchmarks.both import give_both
-from benchmarks.measured import command_line, is_trial, parse, spread, write_results
+from benchmarks.harness import Turns, Way, are_same, take_turns
+from benchmarks.measured import command_line, is_trial, parse, spread, step_clock, write_results
 from ldm_scale.config.compose import load_config
 from ldm_scale.config.schema import AutoencoderConfig
 from ldm_scale.engine.env import cpu_threads
@@ -110,19 +109,19 @@ def measure(case: Case, device: torch.device, num_rounds: int, name: str) -> dic
         direction: max(relative_difference(by[layout](), by["ours"]()) for layout in ("plain", "channels_last"))
         for direction, by in calls.items()
     }
-    # Written so that a NaN refuses too.
-    if not all(difference <= TOLERANCE for difference in differences.values()):
-        print(f"{name}: outputs differ by {differences} of their norms; no speed is measured", file=sys.stderr)
+    if not are_same(name, {f"outputs of {direction}": d for direction, d in differences.items()}, TOLERANCE):
         return None
+    clock = step_clock(device, ranks=1)
     result: dict[str, Any] = {
         "parameters": sum(parameter.numel() for parameter in ours.network.parameters()),
         "dtype": "float32",
-        "clock": "process time" if _uses_cpu_time(device) else "wall",
+        "clock": "process time" if clock is time.process_time else "wall",
         "rounds": num_rounds,
     }
     for direction, by in calls.items():
-        seconds = time_rounds(by, device, num_rounds, f"{name} {direction}")
-        result[direction] = {"output_difference": differences[direction]} | compared(seconds, case.batch)
+        ways = {layout: Way(call) for layout, call in by.items()}
+        turns = take_turns(ways, num_rounds, warmup=WARMUP_ROUNDS, clock=clock, name=f"{name} {direction}")
+        result[direction] = {"output_difference": differences[direction]} | compared(turns, case.batch)
     return result
 
 
@@ -136,35 +135,18 @@ def both_autoencoders(case: Case, device: torch.device) -> tuple[LoadedAutoencod
     return LoadedAutoencoder(artifact).to(device), theirs.to(device).eval()
 
 
-def time_rounds(calls: dict[str, Call], device: torch.device, num_rounds: int, name: str) -> dict[str, list[float]]:
-    """Seconds of each call by its name, the calls taken in turn after a warm-up."""
-    seconds: dict[str, list[float]] = {call: [] for call in calls}
-    clock = time.process_time if _uses_cpu_time(device) else time.perf_counter
-    for turn in tqdm(range(WARMUP_ROUNDS + num_rounds), desc=name, unit="round", mininterval=1.0):
-        for call, compute in calls.items():
-            _synchronize(device)
-            begin_s = clock()
-            compute()
-            _synchronize(device)
-            if turn >= WARMUP_ROUNDS:
-                seconds[call].append(clock() - begin_s)
-    return seconds
-
-
-def compared(seconds: dict[str, list[float]], batch: int) -> dict[str, Any]:
+def compared(turns: Turns, batch: int) -> dict[str, Any]:
     """Images/s of ours, and as a multiple of the faster of diffusers' two layouts."""
-    baseline = min(("plain", "channels_last"), key=lambda layout: statistics.median(seconds[layout]))
-    ratios = {
-        layout: spread([theirs / ours for ours, theirs in zip(seconds["ours"], seconds[layout], strict=True)])
-        for layout in ("plain", "channels_last")
-    }
+    seconds = turns.spreads()
+    baseline = min(("plain", "channels_last"), key=lambda layout: seconds[layout]["median"])
+    ratios = {layout: spread(turns.ratios(layout, "ours")) for layout in ("plain", "channels_last")}
     return {
         "baseline": baseline,
         "ratio_images_per_s": ratios[baseline],
         "ratio_images_per_s_by_layout": ratios,
-        "images_per_s": {call: batch / statistics.median(times) for call, times in seconds.items()},
-        "ours_s": spread(seconds["ours"]),
-        "theirs_s": spread(seconds[baseline]),
+        "images_per_s": {call: batch / times["median"] for call, times in seconds.items()},
+        "ours_s": seconds["ours"],
+        "theirs_s": seconds[baseline],
     }
 
 
@@ -179,16 +161,6 @@ def table(results: dict[str, Any]) -> str:
             label, baseline = f"{name} {direction}", result[direction]["baseline"]
             lines.append(f"{label:<30}{ratio['median']:>8.3f}{quartiles:>18}{extremes:>18}{baseline:>16}")
     return "\n".join(lines)
-
-
-def _uses_cpu_time(device: torch.device) -> bool:
-    """Several threads wait actively for each other, which counts as work: only one thread's time is its own."""
-    return device.type == "cpu" and torch.get_num_threads() == 1
-
-
-def _synchronize(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
 
 
 if __name__ == "__main__":

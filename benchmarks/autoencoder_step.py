@@ -15,16 +15,17 @@ import resource
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from tqdm import tqdm
 
-from benchmarks.measured import RESULTS, spread, write_results
+from benchmarks.harness import Way, take_turns
+from benchmarks.measured import RESULTS, write_results
 from ldm_scale.config.compose import load_config
 from ldm_scale.config.fit import batch_plan
 from ldm_scale.config.schema import Recomputation
@@ -78,24 +79,35 @@ def measure(experiment: str, resolution: int, checkpointing: Recomputation, num_
     held_gib = _peak_gib()
     # Past its start, its ramp and any pretraining.
     images = config.autoencoder_loss.discriminator_start_images + config.autoencoder_loss.adversarial_ramp_images
-    seconds: list[float] = []
-    for step in tqdm(range(WARMUP_STEPS + num_steps), desc=f"{experiment} checkpointing={checkpointing}", unit="step"):
-        batches = [_batch(resolution, task.plan.micro_batch, images, step)] * task.plan.accumulation_steps
-        begin_s = time.process_time()
-        metrics = task.accumulate(batches, images)
-        task.update(images)
-        if step >= WARMUP_STEPS:
-            seconds.append(time.process_time() - begin_s)
+    batches: list[Batch] = []
+    metrics: dict[str, Any] = {}
+
+    @contextmanager
+    def new_batch() -> Iterator[None]:
+        nonlocal images
+        seed = images // task.plan.global_batch
+        batches[:] = [_batch(resolution, task.plan.micro_batch, images, seed)] * task.plan.accumulation_steps
+        yield
         assert "loss/generator" in metrics, "the generator feels the discriminator in every step that is timed"
         images += task.plan.global_batch
+
+    def train() -> None:
+        nonlocal metrics
+        metrics = task.accumulate(batches, images)
+        task.update(images)
+
+    name = f"{experiment} checkpointing={checkpointing}"
+    ways = {"step": Way(train, around=new_batch)}
+    turns = take_turns(ways, num_steps, warmup=WARMUP_STEPS, clock=time.process_time, name=name, unit="step")
+    step_s = turns.spreads()["step"]
     env.stop()
     return {
         "resolution": resolution,
         "batch": task.plan.global_batch,
         "threads": torch.get_num_threads(),
         "clock": "process time",
-        "step_s": spread(seconds),
-        "images_per_s": task.plan.global_batch / spread(seconds)["median"],
+        "step_s": step_s,
+        "images_per_s": task.plan.global_batch / step_s["median"],
         "peak_mem_gib": _peak_gib(),
         "peak_mem_gib_before_the_first_step": held_gib,
     }

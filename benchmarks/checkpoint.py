@@ -21,8 +21,8 @@ import shutil
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -30,8 +30,8 @@ from typing import Any
 from unittest import mock
 
 import torch.nn.functional as F
-from tqdm import tqdm
 
+from benchmarks.harness import Way, take_turns
 from benchmarks.measured import command_line, is_trial, parse, spread, write_results
 from benchmarks.unet_step import Case, cases, random_batch
 from ldm_scale.config.schema import OptimizerConfig, TrainConfig, ZeroConfig
@@ -100,21 +100,13 @@ class Measurement:
         self._model.backward(F.mse_loss(prediction.float(), batch.noise))
         self._model.step(LEARNING_RATE)  # moments that are not zero
         self._trained = {"unet": Trained(self._model)}
-        self._seconds: dict[str, list[float]] = {}
         self._images = 0
         self._memory = HostMemory()
 
     def run(self, num_rounds: int, name: str) -> dict[str, Any]:
         """Times, ratios and bytes."""
-        for turn in tqdm(range(WARMUP_ROUNDS + num_rounds), desc=name, unit="round", disable=not self._here.is_main):
-            if turn == WARMUP_ROUNDS:
-                self._seconds.clear()
-            pairs = [(self._save_ours, self._save_theirs), (self._load_ours, self._load_theirs)]
-            for pair in pairs:
-                for action in pair if turn % 2 == 0 else reversed(pair):
-                    action()
-            self._save_in_background()
-        seconds = self._seconds
+        shown = self._here.is_main
+        turns = take_turns(self._ways(), num_rounds, warmup=WARMUP_ROUNDS, clock=_clock, name=name, shows=shown)
         ratios = {
             "save_ours_to_deepspeed_synced": ("save", "deepspeed_save_and_sync"),
             "save_to_save_without_checksum": ("save", "save_without_checksum"),
@@ -128,84 +120,78 @@ class Measurement:
             "ranks": self._here.world_size,
             "rounds": num_rounds,
             "bytes": {"ours": _bytes(self._ours), "deepspeed": _bytes(self._theirs)},
-            "seconds": {what: spread(values) for what, values in seconds.items()},
-            "ratios": {
-                what: spread([a / b for a, b in zip(seconds[one], seconds[other], strict=True)])
-                for what, (one, other) in ratios.items()
-            },
+            "seconds": turns.spreads(),
+            "ratios": {what: spread(turns.ratios(*pair)) for what, pair in ratios.items()},
         }
 
-    def _timed(self, what: str, action: Callable[[], Any]) -> Any:
-        collectives.barrier()
-        begin_s = time.perf_counter()
-        value = action()
-        collectives.barrier()
-        self._seconds.setdefault(what, []).append(time.perf_counter() - begin_s)
-        return value
+    def _ways(self) -> dict[str, Way]:
+        """Saves before loads, so that there is something to load in the first round."""
+        return {
+            "save": Way(partial(self._save, None), self._saving),
+            "save_without_checksum": Way(partial(self._save, None), self._saving_without_checksum),
+            "save_read_back": Way(partial(self._save, MANY), self._saving),
+            "deepspeed_save_and_sync": Way(self._save_theirs, self._saving_theirs),
+            "verify_and_load": Way(self._verify_and_load, partial(_from_disk, self._ours)),
+            "load": Way(self._load, partial(_from_disk, self._ours)),
+            "deepspeed_load": Way(self._load_theirs, partial(_from_disk, self._theirs)),
+            "stall": Way(self._save_in_background, self._saving, times_itself=True),
+        }
 
-    def _save_ours(self) -> None:
-        without = mock.patch("zlib.crc32", lambda data, value=0: value)
-        kinds = [("save", None, nullcontext()), ("save_without_checksum", None, without)]
-        for what, keep, around in [*self._by_turns(kinds), ("save_read_back", MANY, nullcontext())]:
-            self._images += 1
-            values = self._ours, self._images, self._trained, {}, {}, keep
-            with around:
-                self._timed(what, partial(save_checkpoint, *values))
-            self._remove_older()
+    def _save(self, keep: int | None) -> None:
+        save_checkpoint(self._ours, self._images, self._trained, {}, {}, keep)
 
-    def _by_turns(self, ours: list[Any]) -> list[Any]:
-        """The list, reversed in every other round."""
-        return ours[:: 1 if len(self._seconds.get("stall", ())) % 2 else -1]
-
-    def _remove_older(self) -> None:
+    @contextmanager
+    def _saving(self) -> Iterator[None]:
+        """Only the newest of ours is there afterwards."""
+        self._images += 1
+        yield
         collectives.barrier()
         for folder in complete_folders(self._ours)[:-1] if self._here.is_main else ():
             shutil.rmtree(folder)
         collectives.barrier()
 
-    def _save_theirs(self) -> None:
+    @contextmanager
+    def _saving_without_checksum(self) -> Iterator[None]:
+        with self._saving(), mock.patch("zlib.crc32", lambda data, value=0: value):
+            yield
+
+    @contextmanager
+    def _saving_theirs(self) -> Iterator[None]:
         if self._here.is_main:
             shutil.rmtree(self._theirs, ignore_errors=True)
+        yield
 
-        def save() -> None:
-            self._model.engine.save_checkpoint(str(self._theirs), tag="t")
-            collectives.barrier()
-            if self._here.is_main:
-                for path in [*self._theirs.rglob("*"), self._theirs, self._theirs.parent]:
-                    sync_folder(path)  # a file as well
+    def _save_theirs(self) -> None:
+        self._model.engine.save_checkpoint(str(self._theirs), tag="t")
+        collectives.barrier()
+        if self._here.is_main:
+            for path in [*self._theirs.rglob("*"), self._theirs, self._theirs.parent]:
+                sync_folder(path)  # a file as well
 
-        self._timed("deepspeed_save_and_sync", save)
+    def _verify_and_load(self) -> None:
+        found = newest_verified(self._ours, self._here.rank)
+        assert found is not None, "just written"
+        load_checkpoint(found.path, self._trained, verified=True)
 
-    def _load_ours(self) -> None:
-        def verify_and_load() -> None:
-            found = newest_verified(self._ours, self._here.rank)
-            assert found is not None, "just written"
-            load_checkpoint(found.path, self._trained, verified=True)
-
-        newest = complete_folders(self._ours)[-1]
-        actions = [("verify_and_load", verify_and_load)]
-        actions.append(("load", lambda: load_checkpoint(newest, self._trained, verified=True)))
-        for what, action in self._by_turns(actions):
-            forget(self._ours)
-            self._timed(what, action)
+    def _load(self) -> None:
+        load_checkpoint(complete_folders(self._ours)[-1], self._trained, verified=True)
 
     def _load_theirs(self) -> None:
-        forget(self._theirs)
-        self._timed("deepspeed_load", lambda: self._model.engine.load_checkpoint(str(self._theirs), tag="t"))
+        self._model.engine.load_checkpoint(str(self._theirs), tag="t")
 
-    def _save_in_background(self) -> None:
-        self._images += 1
-        save = self._timed(
-            "stall", lambda: start_save(self._ours, self._images, self._trained, {}, {}, MANY, self._memory)
-        )
+    def _save_in_background(self) -> float:
+        """Seconds that training would stand still."""
+        begin_s = _clock()
+        save = start_save(self._ours, self._images, self._trained, {}, {}, MANY, self._memory)
+        stall_s = _clock() - begin_s
         folder = None
         while folder is None:
             while collectives.any_rank(save.is_working, self._here.device):
                 time.sleep(0.01)
             begin_s = time.perf_counter()
             folder = save.advance()
-            self._seconds["stall"][-1] += time.perf_counter() - begin_s
-        self._remove_older()
+            stall_s += time.perf_counter() - begin_s
+        return stall_s
 
 
 def table(results: dict[str, Any]) -> str:
@@ -223,6 +209,18 @@ def table(results: dict[str, Any]) -> str:
 
 def _bytes(folder: Path) -> int:
     return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+
+
+def _clock() -> float:
+    """Seconds, once all ranks are here. Collective: all ranks."""
+    collectives.barrier()
+    return time.perf_counter()
+
+
+@contextmanager
+def _from_disk(folder: Path) -> Iterator[None]:
+    forget(folder)
+    yield
 
 
 def forget(folder: Path) -> None:

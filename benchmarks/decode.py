@@ -15,6 +15,7 @@ import io
 import sys
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
@@ -27,11 +28,12 @@ from numpy.typing import NDArray
 from PIL import Image, features
 from torchvision.io import ImageReadMode, decode_jpeg
 
+from benchmarks.harness import Way, take_turns
 from benchmarks.measured import command_line, is_trial, parse, spread, write_results
 from ldm_scale.data.pictures import Picture, resize
 
 Pixels = NDArray[np.uint8]
-Way = Callable[[bytes], Pixels]
+Decoder = Callable[[bytes], Pixels]
 
 SIDE = 256  # of the result
 SHAPE = (SIDE, SIDE)
@@ -79,23 +81,15 @@ def measure(form: str, side: int, options: dict[str, Any], num_rounds: int) -> d
     """Times, ratios to Pillow's and deviations from Pillow's of every way for one file."""
     data = photograph(form, side, options)
     ways = (_ways() | _jpeg_ways()) if form == "JPEG" else _ways()
-    seconds: dict[str, list[float]] = {name: [] for name in ways}
-    for turn in range(WARMUP_ROUNDS + num_rounds):
-        for name, way in ways.items():
-            begin_s = time.process_time()
-            way(data)
-            way(data)
-            if turn >= WARMUP_ROUNDS:
-                seconds[name].append((time.process_time() - begin_s) / 2)
+    timed = {name: Way(partial(way, data)) for name, way in ways.items()}
+    label, clock = f"{form} {side}", time.process_time
+    turns = take_turns(timed, num_rounds, warmup=WARMUP_ROUNDS, clock=clock, name=label)
     wanted = ways[REFERENCE](data).astype(int)
     deviations = {name: np.abs(way(data) - wanted) for name, way in ways.items()}
     return {
         "bytes": len(data),
-        "image_s": {name: spread(values) for name, values in seconds.items()},
-        "speed_over_pillow": {
-            name: spread([a / b for a, b in zip(seconds[REFERENCE], values, strict=True)])
-            for name, values in seconds.items()
-        },
+        "image_s": turns.spreads(),
+        "speed_over_pillow": {name: spread(turns.ratios(REFERENCE, name)) for name in ways},
         "deviation_of_255": {
             name: {"mean": float(d.mean()), "percentile_99_9": float(np.percentile(d, 99.9)), "max": int(d.max())}
             for name, d in deviations.items()
@@ -135,7 +129,7 @@ def _draft(data: bytes) -> Image.Image:
     return image
 
 
-def _ways() -> dict[str, Way]:
+def _ways() -> dict[str, Decoder]:
     """Those for any format."""
 
     def ours(data: bytes) -> Pixels:
@@ -149,14 +143,14 @@ def _ways() -> dict[str, Way]:
     }
 
 
-def _jpeg_ways() -> dict[str, Way]:
+def _jpeg_ways() -> dict[str, Decoder]:
     """Those for JPEG alone."""
 
     def torchvision(data: bytes) -> Pixels:
         decoded = decode_jpeg(torch.frombuffer(bytearray(data), dtype=torch.uint8), mode=ImageReadMode.RGB)
         return resize(decoded.permute(1, 2, 0).contiguous().numpy(), SHAPE)
 
-    ways: dict[str, Way] = {
+    ways: dict[str, Decoder] = {
         "Pillow, draft": lambda data: _by_pillow(_draft(data)),
         "Pillow, draft + torch": lambda data: resize(np.array(_draft(data)), SHAPE),
         "torchvision + torch": torchvision,

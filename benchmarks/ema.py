@@ -2,7 +2,7 @@
 
 A step is what the trainer does after the data: forward, eps loss, backward and AdamW under ZeRO on one rank, then the
 update of the averages (exponential alone; exponential and two power-function profiles), all in one process on the same
-network. Steps take turns (0, 1, 3, 0, 1, 3, ...), and the result is the median over rounds of the ratio to the step
+network. Steps take turns (0, 1, 3, 3, 1, 0, ...), and the result is the median over rounds of the ratio to the step
 without an average, so that whatever else slows the machine down hits all of a round. A share of a few percent is below
 what a busy machine lets one see in whole steps, so the update is timed alone too. On one CPU thread the clock is the
 process's own time.
@@ -17,12 +17,13 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict
+from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from tqdm import tqdm
 
+from benchmarks.harness import Way, take_turns
 from benchmarks.measured import command_line, is_trial, parse, spread, step_clock, write_results
 from benchmarks.unet_step import Case, cases, random_batch
 from ldm_scale.config.schema import EmaConfig, OptimizerConfig, TrainConfig, ZeroConfig
@@ -71,40 +72,34 @@ def measure(case: Case, here: env.Environment, stage: int, num_rounds: int, name
     batch = random_batch(case, here.device)
     images = 0
 
-    def train() -> None:
+    clock = step_clock(here.device, here.world_size)
+    updates: dict[str, list[float]] = {count: [] for count in averages}  # warm-up included
+
+    def train(count: str) -> None:
+        nonlocal images
+        images += case.batch
         prediction = model(batch.z_t, batch.t, batch.context)
         model.backward(F.mse_loss(prediction.float(), batch.noise))
         model.step(LEARNING_RATE)
-
-    clock = step_clock(here.device, here.world_size)
-    seconds: dict[str, list[float]] = {count: [] for count in ("0", *averages)}
-    updates: dict[str, list[float]] = {count: [] for count in averages}
-    for turn in tqdm(range(WARMUP_ROUNDS + num_rounds), desc=name, unit="round", mininterval=1.0):
-        for count in seconds:
-            images += case.batch
+        if count in averages:
             begin_s = clock()
-            train()
-            middle_s = clock()
-            if count in averages:
-                averages[count].update(images, case.batch)
-            end_s = clock()
-            if turn >= WARMUP_ROUNDS:
-                seconds[count].append(end_s - begin_s)
-                if count in averages:
-                    updates[count].append(end_s - middle_s)
+            averages[count].update(images, case.batch)
+            updates[count].append(clock() - begin_s)
+
+    ways = {count: Way(partial(train, count)) for count in ("0", *averages)}
+    turns = take_turns(ways, num_rounds, warmup=WARMUP_ROUNDS, clock=clock, name=name)
+    update_s = {count: spread(values[WARMUP_ROUNDS:]) for count, values in updates.items()}
     parameters = sum(fragment.length for fragment in model.fragments)
     return {
         "zero_stage": stage,
         "parameters_of_the_rank": parameters,
         "rounds": num_rounds,
         "clock": "wall time" if here.device.type == "cuda" or torch.get_num_threads() > 1 else "process time",
-        "step_s": {count: spread(values) for count, values in seconds.items()},
-        "ratio_to_no_average": {
-            count: spread([b / a for a, b in zip(seconds["0"], seconds[count], strict=True)]) for count in averages
-        },
-        "update_s": {count: spread(values) for count, values in updates.items()},
+        "step_s": turns.spreads(),
+        "ratio_to_no_average": {count: spread(turns.ratios(count, "0")) for count in averages},
+        "update_s": update_s,
         "update_share_of_step": {
-            count: spread(values)["median"] / spread(seconds["0"])["median"] for count, values in updates.items()
+            count: values["median"] / turns.spreads()["0"]["median"] for count, values in update_s.items()
         },
         "bytes_per_parameter": _bytes_per_parameter(model, averages, parameters),
     }

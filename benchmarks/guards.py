@@ -16,7 +16,6 @@ On one CPU thread the clock is the process's own time, the watchdog's thread inc
 
 from __future__ import annotations
 
-import math
 import sys
 import tempfile
 import time
@@ -28,8 +27,7 @@ from types import SimpleNamespace
 from typing import Any, cast
 from unittest import mock
 
-from tqdm import tqdm
-
+from benchmarks.harness import Way, median_range, take_turns
 from benchmarks.measured import command_line, is_trial, parse, spread, step_clock, write_results
 from benchmarks.train_step import Case, cases, prepared, random_batch
 from ldm_scale.config.convert import config_to_dict
@@ -74,19 +72,13 @@ def measure(case: Case, here: env.Environment, stage: int, num_pairs: int, name:
     with prepared(case, here, stage) as steps, tempfile.TemporaryDirectory() as folder:
         run = Run(steps.task, Path(folder))
         clock = step_clock(here.device, here.world_size)
-        seconds: dict[str, list[float]] = {"on": [], "off": []}
-        pairs = range(WARMUP_PAIRS + num_pairs)
-        for turn in tqdm(pairs, desc=name, unit="pair", mininterval=1.0, disable=not here.is_main):
-            for which in ("on", "off") if turn % 2 == 0 else ("off", "on"):
-                with run.guarded() if which == "on" else run.unguarded():
-                    begin_s = clock()
-                    run.step()
-                    if turn >= WARMUP_PAIRS:
-                        seconds[which].append(clock() - begin_s)
-        check_s = run.check_s(clock)
-    ratios = [a / b for a, b in zip(seconds["on"], seconds["off"], strict=True)]
+        ways, shown = {"on": Way(run.step, run.guarded), "off": Way(run.step, run.unguarded)}, here.is_main
+        turns = take_turns(ways, num_pairs, warmup=WARMUP_PAIRS, clock=clock, name=name, unit="pair", shows=shown)
+        check = {"check": Way(run.compare_ranks)}
+        checks = take_turns(check, CHECKS, warmup=0, clock=clock, name=f"{name} ranks compared", shows=shown)
+    check_s, step_s, ratios = checks.spreads()["check"]["median"], turns.spreads(), turns.ratios("on", "off")
     every, batch = case.config.train.check_ranks_every_images, steps.task.plan.global_batch
-    share = check_s * batch / every / spread(seconds["off"])["median"]
+    share = check_s * batch / every / step_s["off"]["median"]
     return {
         "parameters": sum(parameter.numel() for parameter in steps.task.network.parameters()),
         "config": config_to_dict(case.config),
@@ -94,20 +86,13 @@ def measure(case: Case, here: env.Environment, stage: int, num_pairs: int, name:
         "ranks": here.world_size,
         "pairs": num_pairs,
         "clock": "process time" if clock is time.process_time else "wall time",
-        "step_s": {which: spread(values) for which, values in seconds.items()},
+        "step_s": step_s,
         "ratio_on_to_off": spread(ratios),
         "ratio_median_range": median_range(ratios),
         "check_ranks_s": check_s,
         "check_ranks_share_of_step": share,
         "overall_ratio": spread(ratios)["median"] + share,
     }
-
-
-def median_range(values: Sequence[float]) -> tuple[float, float]:
-    """What holds the median of all such values at 95%, whatever their distribution: two of the sorted values."""
-    ordered, half_width = sorted(values), 0.98 * math.sqrt(len(values))  # 1.96 deviations of a fair coin's count
-    low, high = math.floor(len(ordered) / 2 - half_width), math.ceil(len(ordered) / 2 + half_width)
-    return ordered[max(0, low)], ordered[min(len(ordered) - 1, high)]
 
 
 class Run:
@@ -136,7 +121,7 @@ class Run:
         self._progress = TrainProgress(NEVER, 0, False, "guards")
         self._loader, self._stop = cast(Loader, SimpleNamespace(waited_s=0.0)), StopRequest()
         self._batch = random_batch(task)
-        self._trainer._compare_ranks([self._batch])  # before the first step, as always
+        self.compare_ranks()  # before the first step, as always
 
     def step(self) -> None:
         """One step of the trainer, on the images that the loader would give next."""
@@ -172,14 +157,9 @@ class Run:
                 stack.enter_context(mock.patch.object(owner, name, replacement))
             yield
 
-    def check_s(self, clock: Callable[[], float]) -> float:
-        """Median seconds of a comparison of the ranks."""
-        durations = []
-        for _ in range(CHECKS):
-            begin_s = clock()
-            self._trainer._compare_ranks([self._batch])
-            durations.append(clock() - begin_s)
-        return spread(durations)["median"]
+    def compare_ranks(self) -> None:
+        """The comparison of the ranks, as the trainer makes it."""
+        self._trainer._compare_ranks([self._batch])
 
 
 def table(results: dict[str, Any]) -> str:

@@ -92,13 +92,20 @@ def _cpu_name() -> str:
     return platform.processor() or platform.machine()
 
 
+def wall_clock(device: torch.device) -> Callable[[], float]:
+    """Seconds that pass, read after the device's work on CUDA."""
+
+    def synchronized() -> float:
+        torch.cuda.synchronize(device)
+        return time.perf_counter()
+
+    return synchronized if device.type == "cuda" else time.perf_counter
+
+
 def step_clock(device: torch.device, ranks: int) -> Callable[[], float]:
-    """Seconds: after the device's work on CUDA; of this process's CPU where it computes alone on one thread."""
-    if device.type == "cuda":
+    """Seconds: after the device's work on CUDA; of this process's CPU where it computes alone on one thread.
 
-        def synchronized() -> float:
-            torch.cuda.synchronize(device)
-            return time.perf_counter()
-
-        return synchronized
-    return time.process_time if torch.get_num_threads() == 1 and ranks == 1 else time.perf_counter
+    Several threads wait actively for each other, which counts as work: only one thread's time is its own.
+    """
+    alone = device.type == "cpu" and torch.get_num_threads() == 1 and ranks == 1
+    return time.process_time if alone else wall_clock(device)

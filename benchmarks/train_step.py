@@ -4,7 +4,7 @@ Bare is forward, eps loss, backward and AdamW under ZeRO, with noise and times d
 is what the trainer does with a batch of cached latents: captions or classes prepared, a random stream for each image
 number, stratified times, conditioning dropped, the loss per image, metrics reduced over the ranks and refused if not
 finite, the update of the exponential average. The loader and TensorBoard are left out of both. Steps take turns (bare,
-everything, bare, ...), and the result is the median over pairs of their times' ratio; goal: at most 1.05.
+everything, everything, bare, ...), and the result is the median over pairs of their times' ratio; goal: at most 1.05.
 
 The comparison of the ranks comes between steps, every `train.check_ranks_every_images`; it is timed alone and added as
 its share of a step. One rank has nobody to compare with: start two for it.
@@ -28,9 +28,9 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from tqdm import tqdm
 
 from benchmarks import unet_step
+from benchmarks.harness import Way, take_turns
 from benchmarks.measured import command_line, is_trial, parse, spread, step_clock, write_results
 from ldm_scale.config.compose import load_config
 from ldm_scale.config.convert import config_to_dict
@@ -140,25 +140,22 @@ def _measure(steps: Steps, num_pairs: int, name: str) -> dict[str, Any]:
     task, here = steps.task, steps.task.environment
     config = task.config
     clock = step_clock(here.device, here.world_size)
-    seconds: dict[str, list[float]] = {"bare": [], "everything": []}
-    rounds = range(WARMUP_PAIRS + num_pairs)
-    for turn in tqdm(rounds, desc=name, unit="pair", mininterval=1.0, disable=not here.is_main):
-        for which, step in (("bare", steps.bare), ("everything", steps.everything)):
-            begin_s = clock()
-            step()
-            if turn >= WARMUP_PAIRS:
-                seconds[which].append(clock() - begin_s)
-    check_s = _timed(steps.compare_ranks, clock, CHECKS)
-    ratio = spread([b / a for a, b in zip(seconds["bare"], seconds["everything"], strict=True)])
+    ways = {"bare": Way(steps.bare), "everything": Way(steps.everything)}
+    shown = here.is_main
+    turns = take_turns(ways, num_pairs, warmup=WARMUP_PAIRS, clock=clock, name=name, unit="pair", shows=shown)
+    check = {"check": Way(steps.compare_ranks)}
+    checks = take_turns(check, CHECKS, warmup=1, clock=clock, name=f"{name} ranks compared", shows=shown)
+    check_s = checks.spreads()["check"]["median"]
+    ratio, step_s = spread(turns.ratios("everything", "bare")), turns.spreads()
     every = config.train.check_ranks_every_images
-    share = check_s * task.plan.global_batch / every / spread(seconds["bare"])["median"]
+    share = check_s * task.plan.global_batch / every / step_s["bare"]["median"]
     return {
         "parameters": sum(parameter.numel() for parameter in task.network.parameters()),
         "config": config_to_dict(config),
         "ranks": here.world_size,
         "pairs": num_pairs,
         "clock": "process time" if clock is time.process_time else "wall time",
-        "step_s": {which: spread(values) for which, values in seconds.items()},
+        "step_s": step_s,
         "ratio_to_bare": ratio,
         "check_ranks_s": check_s,
         "check_ranks_share_of_step": share,
@@ -233,16 +230,6 @@ def table(results: dict[str, Any]) -> str:
         lines.append(f"{label:<32}{ratio['median']:>8.3f}{quartiles:>18}{compared:>16}{result['pairs']:>7}")
     within = all(result["overall_ratio"] <= GOAL for result in results.values())
     return "\n".join([*lines, f"goal: at most {GOAL}; {'reached' if within else 'missed'}"])
-
-
-def _timed(action: Callable[[], None], clock: Clock, times: int) -> float:
-    """Median seconds, after one that is not counted."""
-    durations = []
-    for _ in range(times + 1):
-        begin_s = clock()
-        action()
-        durations.append(clock() - begin_s)
-    return spread(durations[1:])["median"]
 
 
 if __name__ == "__main__":

@@ -4,10 +4,10 @@ A step is forward, eps loss, backward and AdamW, on the same batch in the same p
 gradient, as it does when tau_theta trains jointly. Both sides compute in channels_last; ours keeps its weights in the
 plain layout, as it does under ZeRO, which flattens them.
 
-Steps alternate (ours, theirs, ours, theirs, ...), and the result is the median over pairs of neighbouring steps of
-their times' ratio: whatever else slows the machine down hits both steps of a pair. That costs twice the memory and
-some cache, equally on both sides. Before anything is timed, outputs and gradients are compared in fp32; if they differ,
-the two are not the same function and no figure is printed.
+Steps alternate (ours, theirs, theirs, ours, ...), and the result is the median over pairs of neighbouring steps of
+their times' ratio: whatever else slows the machine down hits both steps of a pair. On one CPU thread the clock is the
+process's own time. That costs twice the memory and some cache, equally on both sides. Before anything is timed, outputs
+and gradients are compared in fp32; if they differ, the two are not the same function and no figure is printed.
 
     python -m benchmarks.unet_step [--device cuda] [--case demo] [--pairs 20]
 
@@ -17,7 +17,6 @@ CUDA computes in bf16 (weights and AdamW's moments too, on both sides), the CPU 
 from __future__ import annotations
 
 import sys
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
@@ -25,10 +24,10 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from benchmarks.both import give_both
-from benchmarks.measured import command_line, is_trial, parse, spread, write_results
+from benchmarks.harness import Way, are_same, take_turns
+from benchmarks.measured import command_line, is_trial, parse, spread, step_clock, write_results
 from ldm_scale.config.compose import load_config
 from ldm_scale.config.schema import UNetConfig
 from ldm_scale.engine.env import cpu_threads
@@ -112,13 +111,7 @@ def measure(case: Case, device: torch.device, num_pairs: int, name: str) -> dict
     ours, theirs, names = both_unets(case, device)
     batch = random_batch(case, device)
     output, gradient = differences(ours, theirs, names, batch)
-    # Written so that a NaN refuses too.
-    if not (output <= TOLERANCE and gradient <= TOLERANCE):
-        print(
-            f"{name}: outputs differ by {output:.1e} and gradients by {gradient:.1e} of their norms (allowed "
-            f"{TOLERANCE:.0e}); no speed is measured",
-            file=sys.stderr,
-        )
+    if not are_same(name, {"outputs": output, "gradients": gradient}, TOLERANCE):
         return None
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     if dtype != torch.float32:
@@ -126,17 +119,17 @@ def measure(case: Case, device: torch.device, num_pairs: int, name: str) -> dict
     batch = Batch(batch.z_t.to(dtype), batch.t, batch.context.detach().to(dtype).requires_grad_(), batch.noise)
     our_step = training_step(ours, lambda: ours(batch.z_t, batch.t, batch.context), batch)
     their_step = training_step(theirs, lambda: theirs(batch.z_t, batch.t, batch.context, return_dict=False)[0], batch)
-    our_s, their_s = time_pairs(our_step, their_step, device, num_pairs, name)
-    ratios = [b / a for a, b in zip(our_s, their_s, strict=True)]
+    ways, clock = {"ours": Way(our_step), "theirs": Way(their_step)}, step_clock(device, ranks=1)
+    turns = take_turns(ways, num_pairs, warmup=WARMUP_PAIRS, clock=clock, name=name, unit="pair")
     return {
         "parameters": sum(parameter.numel() for parameter in ours.parameters()),
         "dtype": str(dtype).removeprefix("torch."),
         "output_difference": output,
         "gradient_difference": gradient,
         "pairs": num_pairs,
-        "ratio_images_per_s": spread(ratios),
-        "ours_step_s": spread(our_s),
-        "theirs_step_s": spread(their_s),
+        "ratio_images_per_s": spread(turns.ratios("theirs", "ours")),
+        "ours_step_s": turns.spreads()["ours"],
+        "theirs_step_s": turns.spreads()["theirs"],
     }
 
 
@@ -196,20 +189,6 @@ def training_step(model: nn.Module, predict: Callable[[], Tensor], batch: Batch)
     return step
 
 
-def time_pairs(
-    ours: Step, theirs: Step, device: torch.device, num_pairs: int, name: str
-) -> tuple[list[float], list[float]]:
-    """Seconds of each step of ours and of theirs, taken in turn after a warm-up."""
-    our_s: list[float] = []
-    their_s: list[float] = []
-    for pair in tqdm(range(WARMUP_PAIRS + num_pairs), desc=name, unit="pair", mininterval=1.0):
-        seconds = [_time(step, device) for step in (ours, theirs)]
-        if pair >= WARMUP_PAIRS:
-            our_s.append(seconds[0])
-            their_s.append(seconds[1])
-    return our_s, their_s
-
-
 def table(results: dict[str, Any]) -> str:
     """Images/s of ours as a multiple of theirs, a line per case."""
     lines = [f"{'images/s, ours / diffusers':<28}{'median':>8}{'quartiles':>18}{'min .. max':>18}{'pairs':>7}"]
@@ -220,19 +199,6 @@ def table(results: dict[str, Any]) -> str:
         label = f"{name} ({result['parameters'] / 1e6:.1f}M, {result['dtype']})"
         lines.append(f"{label:<28}{ratio['median']:>8.3f}{quartiles:>18}{extremes:>18}{result['pairs']:>7}")
     return "\n".join(lines)
-
-
-def _time(step: Step, device: torch.device) -> float:
-    _synchronize(device)
-    begin_s = time.perf_counter()
-    step()
-    _synchronize(device)
-    return time.perf_counter() - begin_s
-
-
-def _synchronize(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
 
 
 def _gradients(model: nn.Module) -> dict[str, Tensor]:

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from benchmarks import autoencoder
+from benchmarks.harness import Turns
 from ldm_scale.config.schema import AutoencoderConfig
 
 TINY = AutoencoderConfig(
@@ -35,7 +36,7 @@ def test_another_function_gets_no_figure(monkeypatch: pytest.MonkeyPatch, capsys
 
 
 def test_the_baseline_is_the_faster_layout() -> None:
-    found = autoencoder.compared({"ours": [1.0, 1.0], "plain": [3.0, 3.0], "channels_last": [2.0, 2.2]}, batch=4)
+    found = autoencoder.compared(Turns({"ours": [1.0, 1.0], "plain": [3.0, 3.0], "channels_last": [2.0, 2.2]}), batch=4)
     assert found["baseline"] == "channels_last"
     assert found["ratio_images_per_s"]["median"] == pytest.approx(2.1)
     assert found["images_per_s"]["ours"] == 4.0

@@ -1,0 +1,68 @@
+"""The harness takes turns in both orders, drops its warm-up, and gives no speed-up to another result."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import pytest
+
+from benchmarks.harness import Turns, Way, are_same, median_range, speed_up, take_turns
+
+
+def _turns(ways: dict[str, Way], rounds: int, warmup: int = 0, clock: Any = lambda: 0.0) -> Turns:
+    return take_turns(ways, rounds, warmup=warmup, clock=clock, name="tiny", shows=False)
+
+
+def test_every_round_has_all_ways_in_the_reversed_order_of_the_last() -> None:
+    said: list[str] = []
+    _turns({way: Way(lambda way=way: said.append(way)) for way in "abc"}, 3, warmup=1)  # type: ignore[misc]
+    assert "".join(said) == "abccbaabccba"
+
+
+def test_only_what_runs_is_timed_and_the_warm_up_is_left_out() -> None:
+    ticks = itertools.count(1)
+    now = [0.0]
+
+    @contextmanager
+    def around() -> Iterator[None]:
+        now[0] += 100
+        yield
+        now[0] += 100
+
+    def run() -> None:
+        now[0] += next(ticks)
+
+    turns = _turns({"a": Way(run, around), "b": Way(lambda: 0.25, times_itself=True)}, 3, 2, lambda: now[0])
+    assert turns.seconds == {"a": [3.0, 4.0, 5.0], "b": [0.25] * 3}
+    assert turns.ratios("a", "b") == [12.0, 16.0, 20.0]
+    assert turns.spreads()["a"]["median"] == 4.0
+
+
+def test_the_range_holds_the_median_19_times_in_20() -> None:
+    random = np.random.default_rng(0)
+    ranges = [median_range(random.exponential(size=60).tolist()) for _ in range(2_000)]
+    held = np.mean([low <= np.log(2.0) <= high for low, high in ranges])
+    assert 0.945 < held < 0.98
+
+
+@pytest.mark.parametrize("difference", [2e-3, float("inf"), float("nan")])
+def test_another_result_has_no_speed_up(difference: float, capsys: pytest.CaptureFixture[str]) -> None:
+    turns = Turns({"plain": [2.0] * 10, "fast": [1.0] * 10})
+    found = speed_up(turns, "fast", "plain", difference, 1e-3)
+    assert "speed_up" not in found
+    assert "something else" in found["refused"]
+    assert not are_same("tiny", {"outputs": 0.0, "gradients": difference}, 1e-3)
+    assert f"tiny: outputs differ by 0.0e+00 and gradients differ by {difference:.1e}" in capsys.readouterr().err
+
+
+def test_the_same_result_has_one(capsys: pytest.CaptureFixture[str]) -> None:
+    turns = Turns({"plain": [2.0, 3.0, 2.0], "fast": [1.0, 1.0, 2.0]})
+    found = speed_up(turns, "fast", "plain", 1e-3, 1e-3)
+    assert found["speed_up"]["median"] == 2.0
+    assert found["speed_up_median_range"] == [1.0, 3.0]
+    assert are_same("tiny", {"outputs": 1e-3}, 1e-3)
+    assert not capsys.readouterr().err
