@@ -60,14 +60,15 @@ def is_trial(timed: int, counted: str) -> bool:
     return timed < MIN_TIMED
 
 
-def write_results(out: Path, benchmark: str, device: torch.device, results: dict[str, Any]) -> None:
-    """Writes OUT/BENCHMARK-DEVICE-DATE.json and says so."""
+def write_results(out: Path, benchmark: str, device: torch.device, results: dict[str, Any]) -> Path:
+    """OUT/BENCHMARK-DEVICE-DATE.json, which is written, and said so."""
     date = datetime.now(UTC).date().isoformat()
     out.mkdir(parents=True, exist_ok=True)
     path = out / f"{benchmark}-{device.type}-{date}.json"
     document = {"benchmark": benchmark, "environment": environment(device, date), "results": results}
     path.write_text(json.dumps(document, indent=2) + "\n")
     print(f"written to {path}")
+    return path
 
 
 def environment(device: torch.device, date: str) -> dict[str, Any]:

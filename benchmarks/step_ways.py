@@ -1,0 +1,171 @@
+"""The ways to compute a training step that `step_ladder` and its sweeps time, and by how much their results differ."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from benchmarks.harness import Turns
+from benchmarks.unet_step import Batch, Case
+from ldm_scale.config.schema import KernelsConfig
+from ldm_scale.interchange.verify import filled
+from ldm_scale.models.build import build_seeded, build_unet
+from ldm_scale.models.fused import set_kernels
+
+TOLERANCE = 1e-4  # of the norm, in fp32
+LEARNING_RATE = 1e-5
+CHECKED_RATE = 1e-2  # of the update that is compared: far above the rounding of a weight
+PLAIN = "plain"
+REFERENCE = KernelsConfig("reference", "reference", "reference", "reference", "reference")
+
+
+@dataclass(frozen=True)
+class Setting:
+    """How a step computes."""
+
+    channels_last: bool = False
+    kernels: KernelsConfig = REFERENCE
+    fused_adamw: bool = False
+
+
+@dataclass(frozen=True)
+class Rung:
+    """A setting with all switches of the rungs before it, or why it is not here."""
+
+    name: str
+    setting: Setting
+    missing: str = ""
+
+
+def rungs(device: torch.device) -> list[Rung]:
+    """From the plainest step up; a switch that the device does not have is passed over."""
+    gpu_only = "" if device.type == "cuda" else "Triton kernels run on CUDA; the CPU has the reference alone"
+    switches: list[tuple[str, dict[str, Any], dict[str, str], str]] = [
+        ("channels_last", {"channels_last": True}, {}, ""),
+        ("GroupNorm + SiLU in one kernel", {}, {"group_norm_silu": "auto"}, gpu_only),
+        ("GEGLU in one kernel", {}, {"geglu": "auto"}, gpu_only),
+        ("attention by SDPA", {}, {"attention": "sdpa"}, ""),
+        ("attention by the measured winner", {}, {"attention": "auto"}, gpu_only),
+        ("AdamW fused", {"fused_adamw": True}, {}, ""),
+    ]
+    found = [Rung(PLAIN, Setting())]
+    setting = Setting()
+    for name, fields, kernels, missing in switches:
+        if not missing:
+            setting = replace(setting, kernels=replace(setting.kernels, **kernels), **fields)
+        found.append(Rung(f"+ {name}", setting, missing))
+    return found
+
+
+def network(case: Case, device: torch.device) -> nn.Module:
+    """The case's UNet in fp32, none of its weights zero throughout."""
+    channels = case.latent_channels
+    module = build_seeded(lambda: build_unet(case.unet, channels, channels, case.context_width), seed=0)
+    module.load_state_dict(dict(filled(module.state_dict())))
+    return module.to(device).train()
+
+
+def cast(batch: Batch, dtype: torch.dtype) -> Batch:
+    """The batch in the type that computes; the noise, which the loss takes, stays fp32."""
+    return replace(batch, z_t=batch.z_t.to(dtype), context=batch.context.detach().to(dtype).requires_grad_())
+
+
+@contextmanager
+def using(module: nn.Module, setting: Setting) -> Iterator[None]:
+    """The network computes as the setting says inside the block."""
+    set_kernels(module, setting.kernels)
+    # Behind a first convolution in planes all features stay in planes: the other operations keep what they get.
+    planes = module.get_submodule("conv_in").register_forward_pre_hook(_to_planes)
+    if setting.channels_last:
+        planes.remove()
+    try:
+        yield
+    finally:
+        planes.remove()
+
+
+def _to_planes(module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor]:
+    return (inputs[0].contiguous(),)
+
+
+def loss(module: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
+    """The eps loss, and the output. Shapes: output as z_t."""
+    output = module(batch.z_t, batch.t, batch.context)
+    return F.mse_loss(output.float(), batch.noise), output
+
+
+def train(module: nn.Module, optimizer: torch.optim.Optimizer, batch: Batch) -> None:
+    """One optimizer step on the batch; the weights move, so no step repeats another's values."""
+    optimizer.zero_grad(set_to_none=True)
+    batch.context.grad = None
+    torch.autograd.backward(loss(module, batch)[0])
+    optimizer.step()
+
+
+def adamw(parameters: Sequence[Tensor], fused: bool, lr: float) -> torch.optim.Optimizer:
+    """torch's AdamW as one kernel, or as a loop over lists of tensors."""
+    return torch.optim.AdamW(parameters, lr=lr, fused=fused, foreach=not fused)
+
+
+def timed(turns: Turns, way: str, images: int, peaks: Mapping[str, float]) -> dict[str, Any]:
+    """Seconds, images/s and, where it was counted, peak memory of a way."""
+    step_s = turns.spreads()[way]
+    found: dict[str, Any] = {"step_s": step_s, "images_per_s": images / step_s["median"]}
+    return found | ({"peak_mem_gib": peaks[way]} if way in peaks else {})
+
+
+@contextmanager
+def peak_memory(device: torch.device, peaks: dict[str, float], name: str) -> Iterator[None]:
+    """Notes the most GiB that torch held on CUDA inside the block; a CPU has no such count."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    yield
+    if device.type == "cuda":
+        peaks[name] = torch.cuda.max_memory_allocated(device) / 2**30
+
+
+def differences(module: nn.Module, batch: Batch, ladder: Sequence[Rung], dtype: torch.dtype) -> dict[str, float]:
+    """|rung - plain in fp32| / |plain in fp32| of the output, the gradients or the update, whichever is largest."""
+    tf32, torch.backends.cudnn.allow_tf32 = torch.backends.cudnn.allow_tf32, False
+    try:
+        exact = _results(module, batch, Setting())
+        computing = module if dtype == torch.float32 else copy.deepcopy(module).to(dtype)
+        found = {}
+        for rung in ladder:
+            results = _results(computing, cast(batch, dtype), rung.setting)
+            found[rung.name] = max(_relative(a, b) for a, b in zip(results, exact, strict=True))
+    finally:
+        torch.backends.cudnn.allow_tf32 = tf32
+    weights, gradients = [p.detach() for p in module.parameters()], exact[1]
+    foreach, fused = (_update(weights, gradients, fused) for fused in (False, True))
+    off = _relative(fused, foreach)
+    return {rung.name: max(found[rung.name], off if rung.setting.fused_adamw else 0.0) for rung in ladder}
+
+
+def _results(module: nn.Module, batch: Batch, setting: Setting) -> tuple[Tensor, Tensor]:
+    """Output and gradients, each flat in fp32."""
+    with using(module, setting):
+        value, output = loss(module, batch)
+        gradients = torch.autograd.grad(value, list(module.parameters()))
+    return output.detach().float().flatten(), torch.cat([g.float().flatten() for g in gradients])
+
+
+def _update(weights: Sequence[Tensor], gradients: Tensor, fused: bool) -> Tensor:
+    """By how much AdamW's first step moves the weights, flat."""
+    moved = [weight.clone().requires_grad_() for weight in weights]
+    for weight, gradient in zip(moved, gradients.split([w.numel() for w in weights]), strict=True):
+        weight.grad = gradient.view_as(weight).clone()
+    adamw(moved, fused, CHECKED_RATE).step()
+    return torch.cat([(new.detach() - old).flatten() for new, old in zip(moved, weights, strict=True)])
+
+
+def _relative(actual: Tensor, exact: Tensor) -> float:
+    """NaN where anything is."""
+    return float((actual - exact).norm() / exact.norm())
