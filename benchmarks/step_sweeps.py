@@ -23,6 +23,7 @@ from benchmarks.step_ways import (
     TOLERANCE,
     adamw,
     cast,
+    inputs,
     loss,
     network,
     peak_memory,
@@ -122,7 +123,7 @@ def by_stage(case: Case, here: env.Environment, rounds: int, name: str) -> Rows:
     """Speed under ZeRO by stage, of the same losses. Collective: all ranks."""
     module, batch = network(case, here.device), cast(random_batch(case, here.device), here.dtype)
     models = {stage: sharded(copy.deepcopy(module), stage, case.batch, here) for stage in range(4)}
-    losses = {stage: _first_losses(model, batch) for stage, model in models.items()}
+    losses = {stage: first_losses(model, batch) for stage, model in models.items()}
     ways = {f"ZeRO {stage}": Way(partial(train_sharded, model, batch)) for stage, model in models.items()}
     clock, shows = step_clock(here.device, here.world_size), here.is_main
     turns = take_turns(ways, rounds, warmup=WARMUP_ROUNDS, clock=clock, name=f"{name}: ZeRO", shows=shows)
@@ -151,15 +152,18 @@ def sharded(module: nn.Module, stage: int, micro_batch: int, here: env.Environme
 
 def train_sharded(model: ShardedModel, batch: Batch, lr: float = LEARNING_RATE) -> torch.Tensor:
     """The loss of one step. Collective: all ranks."""
-    prediction = model(batch.z_t, batch.t, batch.context)
+    prediction = model(*inputs(batch))
     value = torch.nn.functional.mse_loss(prediction.float(), batch.noise)
     model.backward(value)
     model.step(lr)
     return value.detach()
 
 
-def _first_losses(model: ShardedModel, batch: Batch) -> torch.Tensor:
-    """Losses before and after an update that is large enough to be seen in them, (2,); of all ranks."""
+def first_losses(model: ShardedModel, batch: Batch) -> torch.Tensor:
+    """Losses before and after an update that is large enough to be seen in them, of all ranks. Shapes: (2,).
+
+    Collective: all ranks.
+    """
     losses = torch.stack([train_sharded(model, batch, lr=1e-3) for _ in range(2)])
     return collectives.mean_over_ranks(losses.double())
 

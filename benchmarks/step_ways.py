@@ -74,7 +74,13 @@ def network(case: Case, device: torch.device) -> nn.Module:
 
 def cast(batch: Batch, dtype: torch.dtype) -> Batch:
     """The batch in the type that computes; the noise, which the loss takes, stays fp32."""
-    return replace(batch, z_t=batch.z_t.to(dtype), context=batch.context.detach().to(dtype).requires_grad_())
+    context = None if batch.context is None else batch.context.detach().to(dtype).requires_grad_()
+    return replace(batch, z_t=batch.z_t.to(dtype), context=context)
+
+
+def inputs(batch: Batch) -> tuple[Tensor, ...]:
+    """What the UNet is called with: latents, times and, where the model has one, the context."""
+    return (batch.z_t, batch.t) if batch.context is None else (batch.z_t, batch.t, batch.context)
 
 
 @contextmanager
@@ -97,14 +103,15 @@ def _to_planes(module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor]:
 
 def loss(module: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
     """The eps loss, and the output. Shapes: output as z_t."""
-    output = module(batch.z_t, batch.t, batch.context)
+    output = module(*inputs(batch))
     return F.mse_loss(output.float(), batch.noise), output
 
 
 def train(module: nn.Module, optimizer: torch.optim.Optimizer, batch: Batch) -> None:
     """One optimizer step on the batch; the weights move, so no step repeats another's values."""
     optimizer.zero_grad(set_to_none=True)
-    batch.context.grad = None
+    if batch.context is not None:
+        batch.context.grad = None
     torch.autograd.backward(loss(module, batch)[0])
     optimizer.step()
 
