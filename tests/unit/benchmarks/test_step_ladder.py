@@ -1,0 +1,115 @@
+"""The ladder of the training step: its rungs add up, compute the same, and one that does not has no speed-up."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from benchmarks import step_ladder, step_sweeps, step_ways
+from benchmarks.unet_step import Case, random_batch
+from ldm_scale.config.schema import TrainConfig
+from ldm_scale.engine import env
+from tests.helpers.ranks import run_ranks
+from tests.helpers.runs import UNET
+
+CPU = torch.device("cpu")
+CASE = Case(UNET, batch=2, latent_channels=3, latent_side=8, context_tokens=4, context_width=16)
+
+
+def test_every_rung_adds_to_the_one_before_and_a_cpu_says_what_it_lacks() -> None:
+    on_cpu, on_gpu = step_ways.rungs(CPU), step_ways.rungs(torch.device("cuda"))
+    assert [rung.name for rung in on_cpu] == [rung.name for rung in on_gpu]
+    assert not any(rung.missing for rung in on_gpu)
+    missing = [rung.name for rung in on_cpu if rung.missing]
+    assert missing == [rung.name for rung in on_gpu if "kernel" in rung.name or "winner" in rung.name]
+    for before, after in zip(on_gpu, on_gpu[1:], strict=False):
+        old, new = _flat(before.setting), _flat(after.setting)
+        assert len([key for key in old if old[key] != new[key]]) == 1, after.name
+    assert asdict(on_gpu[-1].setting)["kernels"] | {"ema_update": "auto", "vector_quantize": "auto"} == dict.fromkeys(
+        ("group_norm_silu", "attention", "geglu", "ema_update", "vector_quantize"), "auto"
+    )
+
+
+def _flat(setting: step_ways.Setting) -> dict[str, Any]:
+    found = asdict(setting)
+    return found.pop("kernels") | found
+
+
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_a_setting_has_its_layout_throughout_the_network(channels_last: bool) -> None:
+    module, layouts = step_ways.network(CASE, CPU), set()
+
+    def note(_: torch.nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        if min(inputs[0].shape[1:]) > 1:
+            layouts.add(inputs[0].is_contiguous(memory_format=torch.channels_last))
+
+    batch = random_batch(CASE, CPU)
+    with step_ways.using(module, step_ways.Setting(channels_last=channels_last)):
+        for convolution in module.modules():
+            if isinstance(convolution, torch.nn.Conv2d):
+                convolution.register_forward_pre_hook(note)
+        step_ways.loss(module, batch)
+    assert layouts == {channels_last}
+    assert len(module.get_submodule("conv_in")._forward_pre_hooks) == 1, "the layout's own is gone, the test's is left"
+
+
+def test_a_rung_that_computes_something_else_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    honest = step_ways.loss
+
+    def doubled(module: torch.nn.Module, batch: Any) -> tuple[Tensor, Tensor]:
+        value, output = honest(module, batch)
+        planes = len(module.get_submodule("conv_in")._forward_pre_hooks)
+        return (value, output) if planes else (value * 2, output)
+
+    rows = step_ladder.measure(CASE, CPU, 2, "tiny")
+    timed = [row for row in rows if "step_s" in row]
+    assert all(row["speed_up"]["median"] > 0 and row["difference"] < 1e-4 for row in timed)
+    assert timed[0]["speed_up"]["max"] == 1.0
+    monkeypatch.setattr(step_ways, "loss", doubled)
+    wrong = step_ladder.measure(CASE, CPU, 2, "tiny")
+    assert ["speed_up" in row for row in wrong if "step_s" in row] == [True, False, False, False]
+    results = {"tiny": {"rows": wrong}}
+    assert step_ladder.table(results).count("another result") == 3
+    assert step_ladder.table(results).count("not here: Triton kernels run on CUDA") == 3
+    step_ladder.write_csv(results, tmp_path / "rows.csv")
+    lines = (tmp_path / "rows.csv").read_text().splitlines()
+    assert len(lines) == 1 + len(wrong)
+    assert sum("computes something else" in line for line in lines) == 3
+    step_ladder.draw(results, tmp_path / "bars.png")
+    assert (tmp_path / "bars.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_two_adamws_that_differ_are_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    module, batch = step_ways.network(CASE, CPU), random_batch(CASE, CPU)
+    ladder = [rung for rung in step_ways.rungs(CPU) if not rung.missing]
+    assert max(step_ways.differences(module, batch, ladder, torch.float32).values()) < 1e-4
+    honest = step_ways.adamw
+
+    def faster(parameters: Any, fused: bool, lr: float) -> torch.optim.Optimizer:
+        return honest(parameters, fused, lr * (1.01 if fused else 1.0))
+
+    monkeypatch.setattr(step_ways, "adamw", faster)
+    off = step_ways.differences(module, batch, ladder, torch.float32)
+    assert off["+ AdamW fused"] == pytest.approx(0.01, rel=1e-3)
+    assert max(value for name, value in off.items() if name != "+ AdamW fused") < 1e-4
+
+
+def _sweeps() -> dict[str, list[dict[str, Any]]]:
+    here = env.start(env.read_launch(), TrainConfig(device="cpu"))
+    return {part: sweep(CASE, here, 2, "tiny") for part, sweep in step_sweeps.SWEEPS.items()}
+
+
+def test_the_sweeps_compare_what_trains_the_same() -> None:
+    (found,) = run_ranks(_sweeps, 1)
+    assert [row["batch"] for row in found["batch"]] == [1, 2, 4]
+    assert [row["latent_side"] for row in found["resolution"]] == [4, 8, 16]
+    for part in ("batch", "resolution"):
+        assert not any("speed_up" in row for row in found[part]), "other images have no speed-up"
+    for part, count in (("recomputed", 3), ("zero", 4)):
+        assert ["speed_up" in row for row in found[part]] == [True] * count
+        assert found[part][0]["difference"] == 0.0
