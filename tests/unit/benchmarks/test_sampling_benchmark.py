@@ -21,7 +21,7 @@ def test_calls_are_timed_and_taken_apart(tmp_path: Path, monkeypatch: pytest.Mon
     }
     results = sampling.measure(tiny_config("diffusion", Path(), Path("run")), chosen, torch.device("cpu"), 2)
     rows = results["rows"]
-    # heun asks twice as often less one, plms once more (`SamplingConfig.num_steps`); guidance asks for more rows at once.
+    # heun asks twice as often less one, plms once more (`SamplingConfig.num_steps`); guidance for more rows at once.
     assert [row["unet_calls"] for row in rows] == [2, 3, 3, 2, 2]
     for row in rows:
         assert row["images_per_s"] == pytest.approx(2 / row["latency_s"]["median"])
