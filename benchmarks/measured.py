@@ -26,10 +26,23 @@ def command_line(description: str, cases: Iterable[str], counted: str, default: 
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--case", choices=tuple(cases), action="append", help="default: all")
     parser.add_argument(
-        f"--{counted}", type=int, default=default, help=f"timed {counted} (below {MIN_TIMED}: a trial; {default})"
+        f"--{counted}",
+        type=at_least_two,
+        default=default,
+        help=f"timed {counted} (below {MIN_TIMED}: a trial; {default})",
     )
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the JSON file")
     return parser
+
+
+def at_least_two(text: str) -> int:
+    """A number of timings, which have a spread.
+
+    Raises: ArgumentTypeError for less than two.
+    """
+    if not text.isdecimal() or int(text) < 2:
+        raise argparse.ArgumentTypeError(f"{text}: one timing has no spread; give a whole number from 2 up")
+    return int(text)
 
 
 def parse(parser: argparse.ArgumentParser, argv: Sequence[str]) -> argparse.Namespace:

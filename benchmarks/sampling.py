@@ -16,6 +16,7 @@ CUDA computes in bf16 (the autoencoder in fp32), the CPU in fp32. On one CPU thr
 
 from __future__ import annotations
 
+import statistics
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -32,7 +33,7 @@ import matplotlib.pyplot as plt
 import torch
 
 from benchmarks.harness import Way, take_turns
-from benchmarks.measured import command_line, is_trial, parse, spread, step_clock, write_results
+from benchmarks.measured import command_line, is_trial, parse, step_clock, write_results
 from ldm_scale.config.compose import load_config
 from ldm_scale.config.schema import Config
 from ldm_scale.diffusion.sampler import Sampler
@@ -159,7 +160,7 @@ def taken_apart(model: LoadedDiffusion, call: Callable[[], Any], clock: Clock) -
         inside = {part: sum(seconds) for part, seconds in spent.items()}
         for part, seconds in (inside | {"sampler": whole_s - sum(inside.values())}).items():
             found[part].append(seconds)
-    return {"unet_calls": num_calls, "parts_s": {part: spread(values)["median"] for part, values in found.items()}}
+    return {"unet_calls": num_calls, "parts_s": {part: statistics.median(values) for part, values in found.items()}}
 
 
 @contextmanager

@@ -40,7 +40,7 @@ from typing import Any
 import torch
 
 from benchmarks.harness import Way, take_turns
-from benchmarks.measured import RESULTS, environment, wall_clock, write_results
+from benchmarks.measured import RESULTS, at_least_two, environment, wall_clock, write_results
 from benchmarks.scaling_report import draw, report, table
 from benchmarks.step_sweeps import first_losses, sharded, train_sharded
 from benchmarks.step_ways import cast, network
@@ -81,7 +81,7 @@ def parsed(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--stage", type=int, action="append", choices=range(4), help="of ZeRO; default: all")
     parser.add_argument("--case", choices=tuple(cases()), help="a UNet of unet_step (demo)")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    parser.add_argument("--steps", type=int, default=STEPS, help=f"timed ones of a turn ({STEPS})")
+    parser.add_argument("--steps", type=at_least_two, default=STEPS, help=f"timed ones of a turn ({STEPS})")
     parser.add_argument("--turns", type=int, default=3, help="times that each number of ranks is started (3)")
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the files")
     parser.add_argument("--measure", action="store_true", help="this process is a rank, which a launcher started")

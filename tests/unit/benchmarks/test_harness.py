@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from benchmarks.harness import Turns, Way, are_same, median_range, speed_up, take_turns
+from benchmarks.measured import command_line
 
 
 def _turns(ways: dict[str, Way], rounds: int, warmup: int = 0, clock: Any = lambda: 0.0) -> Turns:
@@ -66,3 +67,9 @@ def test_the_same_result_has_one(capsys: pytest.CaptureFixture[str]) -> None:
     assert found["speed_up_median_range"] == [1.0, 3.0]
     assert are_same("tiny", {"outputs": 1e-3}, 1e-3)
     assert not capsys.readouterr().err
+
+
+def test_one_round_is_refused_in_a_line(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        command_line("tiny", ["a"], "rounds", 20).parse_args(["--rounds", "1"])
+    assert "argument --rounds: 1: one timing has no spread; give a whole number from 2 up" in capsys.readouterr().err
