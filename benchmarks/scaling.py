@@ -43,7 +43,7 @@ from benchmarks.harness import Way, take_turns
 from benchmarks.measured import RESULTS, at_least_two, environment, wall_clock, write_results
 from benchmarks.scaling_report import draw, report, table
 from benchmarks.step_sweeps import first_losses, sharded, train_sharded
-from benchmarks.step_ways import cast, network
+from benchmarks.step_ways import cast, network, rows
 from benchmarks.unet_step import Batch, Case, cases, random_batch
 from ldm_scale.config.schema import TrainConfig
 from ldm_scale.engine import env
@@ -118,7 +118,7 @@ def measure(case: Case, here: env.Environment, stages: Sequence[int], steps: int
     batches = {"weak": part_of_rank(case, case.batch * ranks, here)}
     if case.batch % ranks == 0:
         batches["strong"] = part_of_rank(case, case.batch, here)
-    rows = []
+    found = []
     for stage in stages:
         model = sharded(network(case, here.device), stage, case.batch, here)
         # Before all other steps: from the weights as they were made.
@@ -128,7 +128,7 @@ def measure(case: Case, here: env.Environment, stages: Sequence[int], steps: int
         turns = take_turns(ways, steps, warmup=WARMUP_STEPS, clock=clock, name=label, shows=here.is_main)
         for mode, batch in batches.items():
             step = partial(train_sharded, model, batch)
-            rows.append(
+            found.append(
                 {
                     "stage": stage,
                     "mode": mode,
@@ -146,17 +146,14 @@ def measure(case: Case, here: env.Environment, stages: Sequence[int], steps: int
         "cores_of_the_host": len(os.sched_getaffinity(0)),
         "device": here.device.type,
         "environment": environment(here.device, time.strftime("%Y-%m-%d", time.gmtime())),
-        "rows": rows,
+        "rows": found,
     }
 
 
 def part_of_rank(case: Case, images: int, here: env.Environment) -> Batch:
     """This rank's part of a batch that is the same for any number of ranks."""
     whole, share = random_batch(replace(case, batch=images), here.device), images // here.world_size
-    mine = slice(here.rank * share, (here.rank + 1) * share)
-    context = None if whole.context is None else whole.context.detach()[mine]
-    part = replace(whole, z_t=whole.z_t[mine], t=whole.t[mine], noise=whole.noise[mine], context=context)
-    return cast(part, here.dtype)
+    return cast(rows(whole, slice(here.rank * share, (here.rank + 1) * share)), here.dtype)
 
 
 def communication_share(step: Callable[[], Any], clock: Callable[[], float]) -> float:

@@ -6,7 +6,8 @@ lists of tensors; every rung adds one switch and keeps those before (in the mann
 each rung, with what came before still on). All rungs take turns in one process on the same weights. Before anything is
 timed, every rung's output and gradients, and the two AdamWs' updates of one gradient, are compared with the plainest
 step in fp32: a rung may be 1e-4 off, or in bf16 twice as far as the plainest step in bf16 is. One that is further
-off is listed without a speed-up. Rungs that this device does not have are listed with the reason.
+off is listed without a speed-up. Rungs that this device does not have, or that do not fit into its memory, are listed
+with the reason; the first that fits is then the baseline.
 
 Beside the ladder, sweeps with everything on: by batch, by resolution of the latents, by what is recomputed in backward,
 and by ZeRO stage (which on one rank shows what sharding costs, on several what it costs and sends).
@@ -41,10 +42,12 @@ from benchmarks.step_ways import (
     LEARNING_RATE,
     PLAIN,
     TOLERANCE,
+    TOO_LARGE,
     Rung,
     adamw,
     cast,
     differences,
+    fitting,
     network,
     peak_memory,
     rungs,
@@ -82,17 +85,17 @@ def measure(case: Case, device: torch.device, rounds: int, name: str) -> list[di
         )
         for rung in here
     }
-    clock = step_clock(device, ranks=1)
+    ways, clock = fitting(ways), step_clock(device, ranks=1)
     turns = take_turns(ways, rounds, warmup=WARMUP_ROUNDS, clock=clock, name=f"{name}: ladder")
-    allowed = max(TOLERANCE, 2 * off[PLAIN])
+    allowed, base = max(TOLERANCE, 2 * off[PLAIN]), next(iter(ways), PLAIN)
     rows = []
     for rung in ladder:
         row = {"part": LADDER, "name": rung.name, "setting": asdict(rung.setting), "batch": case.batch}
-        if rung.missing:
-            rows.append(row | {"missing": rung.missing})
+        if rung.name not in ways:
+            rows.append(row | {"missing": rung.missing or TOO_LARGE})
             continue
         rows.append(row | timed(turns, rung.name, case.batch, peaks))
-        rows[-1] |= speed_up(turns, rung.name, PLAIN, off[rung.name], allowed)
+        rows[-1] |= speed_up(turns, rung.name, base, off[rung.name], allowed)
     return rows
 
 

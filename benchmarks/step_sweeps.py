@@ -19,14 +19,18 @@ from torch import nn
 from benchmarks.harness import Way, speed_up, take_turns
 from benchmarks.measured import step_clock
 from benchmarks.step_ways import (
+    CHECKED_IMAGES,
     LEARNING_RATE,
     TOLERANCE,
+    TOO_LARGE,
     adamw,
     cast,
+    fitting,
     inputs,
     loss,
     network,
     peak_memory,
+    rows,
     rungs,
     timed,
     train,
@@ -78,11 +82,11 @@ def _by_case(found: dict[str, Case], here: env.Environment, rounds: int, part: s
         )
         for label, case in found.items()
     }
-    clock = step_clock(device, here.world_size)
+    ways, clock = fitting(ways), step_clock(device, here.world_size)
     turns = take_turns(ways, rounds, warmup=WARMUP_ROUNDS, clock=clock, name=f"{name}: {part}")
     return [
         {"part": part, "name": label, "batch": case.batch, "latent_side": case.latent_side}
-        | timed(turns, label, case.batch, peaks)
+        | (timed(turns, label, case.batch, peaks) if label in ways else {"missing": TOO_LARGE})
         for label, case in found.items()
     ]
 
@@ -92,12 +96,12 @@ def by_recomputation(case: Case, here: env.Environment, rounds: int, name: str) 
     device, setting = here.device, rungs(here.device)[-1].setting
     module: Any = network(case, device).to(here.dtype)
     batch = cast(random_batch(case, device), here.dtype)
-    gradients = {}
+    gradients, checked = {}, cast(rows(batch, slice(CHECKED_IMAGES)), here.dtype)
     for kind in RECOMPUTED:
         with using(module, setting):
             module.checkpoint_activations = kind
             module.zero_grad()
-            torch.autograd.backward(loss(module, batch)[0])
+            torch.autograd.backward(loss(module, checked)[0])
             gradients[kind] = torch.cat([p.grad.float().flatten() for p in module.parameters()])
     optimizer = adamw(list(module.parameters()), True, LEARNING_RATE)
     peaks: dict[str, float] = {}
@@ -109,14 +113,17 @@ def by_recomputation(case: Case, here: env.Environment, rounds: int, name: str) 
             yield
 
     ways = {kind: Way(partial(train, module, optimizer, batch), partial(around, kind)) for kind in RECOMPUTED}
-    clock = step_clock(device, here.world_size)
+    ways, clock = fitting(ways), step_clock(device, here.world_size)
     turns = take_turns(ways, rounds, warmup=WARMUP_ROUNDS, clock=clock, name=f"{name}: recomputed")
-    rows = []
+    found, base = [], next(iter(ways), RECOMPUTED[0])
     for kind in RECOMPUTED:
         row = {"part": "recomputed", "name": f"recomputed: {kind}", "batch": case.batch}
+        if kind not in ways:
+            found.append(row | {"missing": TOO_LARGE})
+            continue
         off = relative_difference(gradients[kind], gradients["none"])
-        rows.append(row | timed(turns, kind, case.batch, peaks) | speed_up(turns, kind, "none", off, TOLERANCE))
-    return rows
+        found.append(row | timed(turns, kind, case.batch, peaks) | speed_up(turns, kind, base, off, TOLERANCE))
+    return found
 
 
 def by_stage(case: Case, here: env.Environment, rounds: int, name: str) -> Rows:
@@ -127,14 +134,14 @@ def by_stage(case: Case, here: env.Environment, rounds: int, name: str) -> Rows:
     ways = {f"ZeRO {stage}": Way(partial(train_sharded, model, batch)) for stage, model in models.items()}
     clock, shows = step_clock(here.device, here.world_size), here.is_main
     turns = take_turns(ways, rounds, warmup=WARMUP_ROUNDS, clock=clock, name=f"{name}: ZeRO", shows=shows)
-    rows = []
+    found = []
     for stage in models:
         label, images = f"ZeRO {stage}", case.batch * here.world_size
         row = {"part": "zero", "name": f"{label}, {here.world_size} rank(s)", "batch": images}
         off = relative_difference(losses[stage], losses[0])
         allowed = ZERO_TOLERANCE[here.dtype]
-        rows.append(row | timed(turns, label, images, {}) | speed_up(turns, label, "ZeRO 0", off, allowed))
-    return rows
+        found.append(row | timed(turns, label, images, {}) | speed_up(turns, label, "ZeRO 0", off, allowed))
+    return found
 
 
 def sharded(module: nn.Module, stage: int, micro_batch: int, here: env.Environment) -> ShardedModel:

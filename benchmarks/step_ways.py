@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from benchmarks.harness import Turns
+from benchmarks.harness import Turns, Way
 from benchmarks.unet_step import Batch, Case
 from ldm_scale.config.schema import KernelsConfig
 from ldm_scale.interchange.verify import filled
@@ -21,8 +21,10 @@ from ldm_scale.models.fused import set_kernels
 
 TOLERANCE = 1e-4  # of the norm, in fp32
 LEARNING_RATE = 1e-5
+CHECKED_IMAGES = 2  # of the batch, in which results are compared: in fp32 and written out the whole may not fit
 CHECKED_RATE = 1e-2  # of the update that is compared: far above the rounding of a weight
 PLAIN = "plain"
+TOO_LARGE = "does not fit into this device's memory"
 REFERENCE = KernelsConfig("reference", "reference", "reference", "reference", "reference")
 
 
@@ -78,6 +80,12 @@ def cast(batch: Batch, dtype: torch.dtype) -> Batch:
     return replace(batch, z_t=batch.z_t.to(dtype), context=context)
 
 
+def rows(batch: Batch, chosen: slice) -> Batch:
+    """Some images of the batch."""
+    context = None if batch.context is None else batch.context.detach()[chosen]
+    return replace(batch, z_t=batch.z_t[chosen], t=batch.t[chosen], noise=batch.noise[chosen], context=context)
+
+
 def inputs(batch: Batch) -> tuple[Tensor, ...]:
     """What the UNet is called with: latents, times and, where the model has one, the context."""
     return (batch.z_t, batch.t) if batch.context is None else (batch.z_t, batch.t, batch.context)
@@ -121,6 +129,21 @@ def adamw(parameters: Sequence[Tensor], fused: bool, lr: float) -> torch.optim.O
     return torch.optim.AdamW(parameters, lr=lr, fused=fused, foreach=not fused)
 
 
+def fitting(ways: Mapping[str, Way]) -> dict[str, Way]:
+    """Those that the device's memory suffices for, each of which has run once."""
+    found = {}
+    for name, way in ways.items():
+        try:
+            with way.around():
+                way.run()
+            found[name] = way
+        except torch.OutOfMemoryError:
+            pass
+        if name not in found:
+            torch.cuda.empty_cache()  # only now is the traceback gone, which held the activations
+    return found
+
+
 def timed(turns: Turns, way: str, images: int, peaks: Mapping[str, float]) -> dict[str, Any]:
     """Seconds, images/s and, where it was counted, peak memory of a way."""
     step_s = turns.spreads()[way]
@@ -140,6 +163,7 @@ def peak_memory(device: torch.device, peaks: dict[str, float], name: str) -> Ite
 
 def differences(module: nn.Module, batch: Batch, ladder: Sequence[Rung], dtype: torch.dtype) -> dict[str, float]:
     """|rung - plain in fp32| / |plain in fp32| of the output, the gradients or the update, whichever is largest."""
+    batch = rows(batch, slice(CHECKED_IMAGES))
     tf32, torch.backends.cudnn.allow_tf32 = torch.backends.cudnn.allow_tf32, False
     try:
         exact = _results(module, batch, Setting())

@@ -113,3 +113,18 @@ def test_the_sweeps_compare_what_trains_the_same() -> None:
     for part, count in (("recomputed", 3), ("zero", 4)):
         assert ["speed_up" in row for row in found[part]] == [True] * count
         assert found[part][0]["difference"] == 0.0
+
+
+def test_what_does_not_fit_is_listed_and_the_first_that_fits_is_the_baseline(monkeypatch: pytest.MonkeyPatch) -> None:
+    honest = step_ladder.train
+
+    def train(module: Any, optimizer: Any, batch: Any) -> None:
+        if len(module.get_submodule("conv_in")._forward_pre_hooks):
+            raise torch.OutOfMemoryError("tried to allocate")
+        honest(module, optimizer, batch)
+
+    monkeypatch.setattr(step_ladder, "train", train)
+    rows = {row["name"]: row for row in step_ladder.measure(CASE, CPU, 2, "tiny")}
+    assert rows["plain"]["missing"] == step_ways.TOO_LARGE
+    assert rows["+ channels_last"]["speed_up"]["max"] == 1.0
+    assert "plain" in step_ladder.table({"tiny": {"rows": list(rows.values())}})
