@@ -11,7 +11,6 @@ plan is the sum of both. What a GPU needs is another figure: kernels, allocator 
 from __future__ import annotations
 
 import argparse
-import ctypes
 import json
 import os
 import subprocess
@@ -24,6 +23,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
+from benchmarks.high_water import give_back_freed, set_back_high_water, status
 from benchmarks.measured import RESULTS, write_results
 from ldm_scale.conditioning.latent_diffusion import LatentDiffusion
 from ldm_scale.config.fit import batch_plan
@@ -48,7 +48,6 @@ BATCH, STEPS = 4, 2
 LIVE = 5_000_000  # elements, where less is kept gathered
 FAR = 0.15  # off the plan: to be explained
 MARK = "result: "
-M_MMAP_THRESHOLD = -3  # of malloc.h
 
 
 @dataclass(frozen=True)
@@ -114,9 +113,9 @@ def measure(config: Config) -> list[dict[str, int]]:
     plan = batch_plan(config, here.world_size)
     _import_all(here)
     collectives.barrier()
-    _give_back_freed()
-    _set_back_high_water()
-    before = _status("VmRSS")
+    give_back_freed()
+    set_back_high_water()
+    before = status("VmRSS")
     model = build_seeded(lambda: LatentDiffusion(config.unet, config.conditioning, LATENT[0]), 0)
     model.unet.checkpoint_activations = config.train.activation_checkpointing
     sharded = ShardedModel(
@@ -128,13 +127,13 @@ def measure(config: Config) -> list[dict[str, int]]:
         accumulation_steps=plan.accumulation_steps,
         environment=here,
     )
-    built = _status("VmHWM") - before
-    _set_back_high_water()
+    built = status("VmHWM") - before
+    set_back_high_water()
     for _ in range(STEPS):
         z = torch.randn(plan.micro_batch, *LATENT)
         sharded.backward(sharded(z, torch.full((len(z),), 5), {}).float().square().mean())
         sharded.step(1e-4)
-    peak = _status("VmHWM") - before
+    peak = status("VmHWM") - before
     own = {"before_bytes": before, "peak_of_building_bytes": built, "peak_of_steps_bytes": peak}
     reports = collectives.gather_objects(own)
     env.stop()
@@ -195,28 +194,6 @@ def _import_all(here: env.Environment) -> None:
     from ldm_scale.engine.zero import import_deepspeed
 
     import_deepspeed(here)
-
-
-def _give_back_freed() -> None:
-    """Nothing; what glibc holds of freed memory goes back to the system, and what is freed later goes at once.
-
-    Else the marks are of what it keeps: half as much again as is in use, or too little where a network moves into
-    memory that was resident before.
-    """
-    libc = ctypes.CDLL(None)
-    libc.mallopt(M_MMAP_THRESHOLD, 65536)
-    libc.malloc_trim(0)
-
-
-def _set_back_high_water() -> None:
-    """Nothing; the kernel's high-water mark is what is resident now."""
-    Path("/proc/self/clear_refs").write_text("5")
-
-
-def _status(field: str) -> int:
-    """Bytes, of a line of /proc/self/status."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return 1024 * int(next(line for line in lines if line.startswith(f"{field}:")).split()[1])
 
 
 if __name__ == "__main__":

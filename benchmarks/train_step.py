@@ -203,8 +203,10 @@ class Steps:
     def everything(self) -> None:
         task, batch = self.task, self.batch
         # The images of the next global batch, as the loader would number them.
-        numbers = batch.image_numbers + self._images
-        metrics = task.accumulate([replace(batch, image_numbers=numbers)], self._images) | task.observations()
+        part = task.plan.micro_batch * task.environment.world_size
+        firsts = range(self._images, self._images + task.plan.global_batch, part)
+        batches = [replace(batch, image_numbers=batch.image_numbers + first) for first in firsts]
+        metrics = task.accumulate(batches, self._images) | task.observations()
         names = sorted(metrics)
         values = torch.stack([metrics[name].double() for name in names]).to(task.environment.device)
         means = collectives.mean_over_ranks(values).tolist()
