@@ -43,8 +43,8 @@ def run(arguments: argparse.Namespace) -> int:
     evaluated = quality.points(arguments.evaluations) if arguments.evaluations else []
     with ThreadPoolExecutor(1) as beside:
         memory = beside.submit(_peaks_of_a_process, arguments)
-        # A GPU is for one alone. On a CPU steps are timed by their own thread's clock, and there is another core.
-        if arguments.device == "cuda":
+        # Where one thread computes, its own clock times it, and the process of memory is no matter.
+        if arguments.device == "cuda" or env.cpu_threads() > 1:
             wait([memory])
         here = env.start(env.read_launch(), replace(TrainConfig(), device=arguments.device))
         figures = measure(chosen, scale, here, arguments.rounds)
