@@ -68,6 +68,7 @@ def cases() -> dict[str, Case]:
     demo = load_config(["experiment=demo_text"])
     demo = replace(demo, diffusion=replace(demo.diffusion, stratified_times=True))
     ldm8 = unet_step.cases()["ldm8"]
+    assert ldm8.context_width is not None, "classes are a context"
     classes = ConditioningConfig(classes=ClassConditioningConfig(width=ldm8.context_width))
     return {
         "demo": Case(
@@ -208,7 +209,7 @@ class Steps:
         batches = [replace(batch, image_numbers=batch.image_numbers + first) for first in firsts]
         metrics = task.accumulate(batches, self._images) | task.observations()
         names = sorted(metrics)
-        values = torch.stack([metrics[name].double() for name in names]).to(task.environment.device)
+        values = torch.stack([metrics[name].double().cpu() for name in names]).to(task.environment.device)
         means = collectives.mean_over_ranks(values).tolist()
         trouble = self._guard.judge(dict(zip(names, means, strict=True)), [])
         if trouble is not None and trouble.skips:

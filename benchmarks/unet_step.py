@@ -9,6 +9,9 @@ their times' ratio: whatever else slows the machine down hits both steps of a pa
 process's own time. That costs twice the memory and some cache, equally on both sides. Before anything is timed, outputs
 and gradients are compared in fp32; if they differ, the two are not the same function and no figure is printed.
 
+There is a case for every family of models that the paper trains, its UNet made narrower: captions (SD-1, SD-2 with
+linear projections), classes, boxes, nothing, a label map, a small picture, a picture with a hole.
+
     python -m benchmarks.unet_step [--device cuda] [--case demo] [--pairs 20]
 
 CUDA computes in bf16 (weights and AdamW's moments too, on both sides), the CPU in fp32.
@@ -51,17 +54,21 @@ class Case:
     batch: int
     latent_channels: int
     latent_side: int
-    context_tokens: int
-    context_width: int
+    context_tokens: int = 0  # 0: the attention is among pixels alone
+    context_width: int | None = None
+    spatial_channels: int = 0  # concatenated to the latents
 
 
 @dataclass(frozen=True)
 class Batch:
-    """A batch of random latents. Shapes: z_t and noise (B, c, H, W), t (B,), context (B, M, d_tau)."""
+    """A batch of random latents.
+
+    Shapes: z_t (B, c + spatial, H, W), noise (B, c, H, W), t (B,), context (B, M, d_tau) where the model has one.
+    """
 
     z_t: Tensor
     t: Tensor
-    context: Tensor
+    context: Tensor | None
     noise: Tensor
 
 
@@ -71,8 +78,13 @@ def cases() -> dict[str, Case]:
     text = demo.conditioning.text
     assert text is not None, "demo_text is conditioned on captions"
     mid = UNetConfig(base_channels=128, channel_multipliers=(1, 2, 4), attention_levels=(0, 1, 2), head_dim=64)
-    # The paper's class-conditional LDM-8 at a quarter of its width.
-    ldm8 = replace(load_config(["model=classes_ldm8"]).unet, base_channels=64)
+
+    def narrow(model: str, base_channels: int, **fields: Any) -> UNetConfig:
+        return replace(load_config([f"model={model}"]).unet, base_channels=base_channels, **fields)
+
+    # Theirs has one width of heads for all levels where there is no context.
+    inpaint = narrow("inpaint_ldm4_big", 64, num_heads=None, head_dim=32)
+
     return {
         "demo": Case(
             demo.unet,
@@ -83,7 +95,19 @@ def cases() -> dict[str, Case]:
             text.width,
         ),
         "mid": Case(mid, batch=4, latent_channels=4, latent_side=32, context_tokens=77, context_width=768),
-        "ldm8": Case(ldm8, batch=4, latent_channels=4, latent_side=32, context_tokens=1, context_width=512),
+        # The paper's class-conditional LDM-8 at a quarter of its width; the others at a fifth to a quarter of theirs.
+        "ldm8": Case(
+            narrow("classes_ldm8", 64), 4, latent_channels=4, latent_side=32, context_tokens=1, context_width=512
+        ),
+        "sd1": Case(narrow("sd1", 64), 2, latent_channels=4, latent_side=32, context_tokens=77, context_width=768),
+        "sd2": Case(narrow("sd2", 64), 2, latent_channels=4, latent_side=32, context_tokens=77, context_width=1024),
+        "unconditional": Case(narrow("unconditional_ldm4", 64), 2, latent_channels=3, latent_side=32),
+        "layout": Case(
+            narrow("layout_ldm4", 32), 2, latent_channels=3, latent_side=32, context_tokens=92, context_width=512
+        ),
+        "semantic": Case(narrow("concat_ldm4", 32), 2, latent_channels=3, latent_side=32, spatial_channels=3),
+        "superres": Case(narrow("superres_ldm4", 32), 2, latent_channels=3, latent_side=32, spatial_channels=3),
+        "inpaint": Case(inpaint, 2, latent_channels=3, latent_side=32, spatial_channels=4),
     }
 
 
@@ -116,9 +140,10 @@ def measure(case: Case, device: torch.device, num_pairs: int, name: str) -> dict
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     if dtype != torch.float32:
         ours, theirs = ours.to(dtype), theirs.to(dtype)
-    batch = Batch(batch.z_t.to(dtype), batch.t, batch.context.detach().to(dtype).requires_grad_(), batch.noise)
-    our_step = training_step(ours, lambda: ours(batch.z_t, batch.t, batch.context), batch)
-    their_step = training_step(theirs, lambda: theirs(batch.z_t, batch.t, batch.context, return_dict=False)[0], batch)
+    context = None if batch.context is None else batch.context.detach().to(dtype).requires_grad_()
+    batch = Batch(batch.z_t.to(dtype), batch.t, context, batch.noise)
+    our_step = training_step(ours, lambda: ours(*_inputs(batch)), batch)
+    their_step = training_step(theirs, lambda: theirs(*_inputs(batch), return_dict=False)[0], batch)
     ways, clock = {"ours": Way(our_step), "theirs": Way(their_step)}, step_clock(device, ranks=1)
     turns = take_turns(ways, num_pairs, warmup=WARMUP_PAIRS, clock=clock, name=name, unit="pair")
     return {
@@ -135,10 +160,9 @@ def measure(case: Case, device: torch.device, num_pairs: int, name: str) -> dict
 
 def both_unets(case: Case, device: torch.device) -> tuple[nn.Module, nn.Module, NameMap]:
     """Ours and theirs in fp32 with the same weights, none of them zero throughout, and the map between their names."""
-    ours = build_seeded(
-        lambda: build_unet(case.unet, case.latent_channels, case.latent_channels, case.context_width), seed=0
-    )
-    theirs = empty_unet(case.unet, case.latent_channels, case.context_width, case.latent_side).to_empty(device="cpu")
+    channels, spatial = case.latent_channels, case.spatial_channels
+    ours = build_seeded(lambda: build_unet(case.unet, channels + spatial, channels, case.context_width), seed=0)
+    theirs = empty_unet(case.unet, channels, case.context_width, case.latent_side, spatial).to_empty(device="cpu")
     names = unet_names(case.unet)
     give_both(ours, theirs, names)
     return ours.to(device).train(), theirs.to(device).to(memory_format=torch.channels_last).train(), names
@@ -149,22 +173,33 @@ def random_batch(case: Case, device: torch.device) -> Batch:
     generator = torch.Generator().manual_seed(1)
     latents = (case.batch, case.latent_channels, case.latent_side, case.latent_side)
     z_t, noise = (torch.randn(latents, generator=generator).to(device) for _ in range(2))
-    context = torch.randn(case.batch, case.context_tokens, case.context_width, generator=generator).to(device)
+    if case.spatial_channels:
+        size = (case.batch, case.spatial_channels, *latents[2:])
+        z_t = torch.cat([z_t, torch.randn(size, generator=generator).to(device)], dim=1)
+    context = None
+    if case.context_width is not None:
+        context = torch.randn(case.batch, case.context_tokens, case.context_width, generator=generator).to(device)
+        context.requires_grad_()
     t = torch.randint(1000, (case.batch,), generator=generator).to(device)
     channels_last = torch.channels_last
     return Batch(
         z_t.contiguous(memory_format=channels_last),
         t,
-        context.requires_grad_(),
+        context,
         noise.contiguous(memory_format=channels_last),
     )
+
+
+def _inputs(batch: Batch) -> tuple[Tensor, ...]:
+    """What either UNet is called with."""
+    return (batch.z_t, batch.t) if batch.context is None else (batch.z_t, batch.t, batch.context)
 
 
 def differences(ours: nn.Module, theirs: nn.Module, names: NameMap, batch: Batch) -> tuple[float, float]:
     """|theirs - ours| / |ours| of the outputs, and of the loss's gradients over all weights together."""
     torch.backends.cudnn.allow_tf32 = False
-    our_output = ours(batch.z_t, batch.t, batch.context)
-    their_output = theirs(batch.z_t, batch.t, batch.context).sample
+    our_output = ours(*_inputs(batch))
+    their_output = theirs(*_inputs(batch)).sample
     torch.autograd.backward([F.mse_loss(output, batch.noise) for output in (our_output, their_output)])
     torch.backends.cudnn.allow_tf32 = True
     their_gradients = _gradients(theirs)
@@ -182,7 +217,8 @@ def training_step(model: nn.Module, predict: Callable[[], Tensor], batch: Batch)
 
     def step() -> None:
         optimizer.zero_grad(set_to_none=True)
-        batch.context.grad = None
+        if batch.context is not None:
+            batch.context.grad = None
         torch.autograd.backward(F.mse_loss(predict().float(), batch.noise))
         optimizer.step()
 

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from benchmarks import unet_step
+from ldm_scale.config.networks import check_unet
 
 CPU = torch.device("cpu")
 
@@ -15,12 +16,18 @@ CPU = torch.device("cpu")
 def _tiny(name: str) -> unet_step.Case:
     """The case with a small network of the same parts."""
     case = unet_step.cases()[name]
-    unet = replace(case.unet, base_channels=16, channel_multipliers=(1, 2), attention_levels=(0, 1), norm_groups=4)
-    unet = unet if unet.head_dim is None else replace(unet, head_dim=16)
-    return unet_step.Case(unet, 2, case.latent_channels, 8, min(4, case.context_tokens), 16)
+    levels = (0, 1) if case.unet.attention_levels else ()
+    unet = replace(case.unet, base_channels=16, channel_multipliers=(1, 2), attention_levels=levels, norm_groups=4)
+    unet = replace(unet, num_heads=1) if unet.head_dim is None else replace(unet, head_dim=16)
+    width = None if case.context_width is None else 16
+    return replace(
+        case, unet=unet, batch=2, latent_side=8, context_tokens=min(4, case.context_tokens), context_width=width
+    )
 
 
-@pytest.mark.parametrize("name", ["mid", "ldm8"])
+@pytest.mark.parametrize(
+    "name", ["mid", "ldm8", "sd1", "sd2", "unconditional", "layout", "semantic", "superres", "inpaint"]
+)
 def test_a_case_is_measured(name: str) -> None:
     result = unet_step.measure(_tiny(name), CPU, 3, name)
     assert result is not None
@@ -39,6 +46,18 @@ def test_another_function_gets_no_figure(monkeypatch: pytest.MonkeyPatch, capsys
     monkeypatch.setattr(unet_step, "both_unets", lambda case, device: (ours, theirs, names))
     assert unet_step.measure(case, CPU, 3, "tiny") is None
     assert "no speed is measured" in capsys.readouterr().err
+
+
+def test_every_family_of_the_paper_has_a_case() -> None:
+    cases = unet_step.cases()
+    assert {case.unet.attention for case in cases.values()} == {"transformer", "self"}
+    assert {case.unet.linear_projection for case in cases.values()} == {True, False}
+    assert {case.unet.residual_resampling for case in cases.values()} == {True, False}
+    assert {case.spatial_channels for case in cases.values()} == {0, 3, 4}
+    assert {case.context_tokens for case in cases.values()} >= {0, 1, 77, 92}
+    for name, case in cases.items():
+        check_unet(case.unet)
+        assert (case.context_width is None) == (case.unet.attention == "self"), name
 
 
 def test_the_ldm8_case_is_the_papers_at_a_quarter_of_its_width() -> None:
