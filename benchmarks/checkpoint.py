@@ -33,7 +33,8 @@ import torch.nn.functional as F
 
 from benchmarks.harness import Way, take_turns
 from benchmarks.measured import command_line, is_trial, parse, spread, write_results
-from benchmarks.unet_step import Case, cases, random_batch
+from benchmarks.unet_step import Case, random_batch
+from benchmarks.unet_step import common_cases as cases
 from ldm_scale.config.schema import OptimizerConfig, TrainConfig, ZeroConfig
 from ldm_scale.engine import collectives, env
 from ldm_scale.engine.background_save import HostMemory

@@ -25,7 +25,8 @@ import torch.nn.functional as F
 
 from benchmarks.harness import Way, take_turns
 from benchmarks.measured import command_line, is_trial, parse, spread, step_clock, write_results
-from benchmarks.unet_step import Case, cases, random_batch
+from benchmarks.unet_step import Case, random_batch
+from benchmarks.unet_step import common_cases as cases
 from ldm_scale.config.schema import EmaConfig, OptimizerConfig, TrainConfig, ZeroConfig
 from ldm_scale.engine import env
 from ldm_scale.engine.ema import ShardedEma

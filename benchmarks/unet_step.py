@@ -72,19 +72,14 @@ class Batch:
     noise: Tensor
 
 
-def cases() -> dict[str, Case]:
-    """The UNets that are measured, by name."""
+def common_cases() -> dict[str, Case]:
+    """The UNets that other benchmarks take too, by name: with a context, nothing concatenated."""
     demo = load_config(["experiment=demo_text"])
     text = demo.conditioning.text
     assert text is not None, "demo_text is conditioned on captions"
     mid = UNetConfig(base_channels=128, channel_multipliers=(1, 2, 4), attention_levels=(0, 1, 2), head_dim=64)
-
-    def narrow(model: str, base_channels: int, **fields: Any) -> UNetConfig:
-        return replace(load_config([f"model={model}"]).unet, base_channels=base_channels, **fields)
-
-    # Theirs has one width of heads for all levels where there is no context.
-    inpaint = narrow("inpaint_ldm4_big", 64, num_heads=None, head_dim=32)
-
+    # The paper's class-conditional LDM-8 at a quarter of its width.
+    ldm8 = _narrow("classes_ldm8", 64)
     return {
         "demo": Case(
             demo.unet,
@@ -95,20 +90,29 @@ def cases() -> dict[str, Case]:
             text.width,
         ),
         "mid": Case(mid, batch=4, latent_channels=4, latent_side=32, context_tokens=77, context_width=768),
-        # The paper's class-conditional LDM-8 at a quarter of its width; the others at a fifth to a quarter of theirs.
-        "ldm8": Case(
-            narrow("classes_ldm8", 64), 4, latent_channels=4, latent_side=32, context_tokens=1, context_width=512
-        ),
-        "sd1": Case(narrow("sd1", 64), 2, latent_channels=4, latent_side=32, context_tokens=77, context_width=768),
-        "sd2": Case(narrow("sd2", 64), 2, latent_channels=4, latent_side=32, context_tokens=77, context_width=1024),
-        "unconditional": Case(narrow("unconditional_ldm4", 64), 2, latent_channels=3, latent_side=32),
-        "layout": Case(
-            narrow("layout_ldm4", 32), 2, latent_channels=3, latent_side=32, context_tokens=92, context_width=512
-        ),
-        "semantic": Case(narrow("concat_ldm4", 32), 2, latent_channels=3, latent_side=32, spatial_channels=3),
-        "superres": Case(narrow("superres_ldm4", 32), 2, latent_channels=3, latent_side=32, spatial_channels=3),
+        "ldm8": Case(ldm8, batch=4, latent_channels=4, latent_side=32, context_tokens=1, context_width=512),
+    }
+
+
+def cases() -> dict[str, Case]:
+    """The UNets that are measured, by name: the common ones, and the other families, narrow."""
+    sd1, sd2, layout = _narrow("sd1", 64), _narrow("sd2", 64), _narrow("layout_ldm4", 32)
+    # diffusers has one width of heads for all levels where there is no context.
+    inpaint = _narrow("inpaint_ldm4_big", 64, num_heads=None, head_dim=32)
+    return common_cases() | {
+        "sd1": Case(sd1, 2, latent_channels=4, latent_side=32, context_tokens=77, context_width=768),
+        "sd2": Case(sd2, 2, latent_channels=4, latent_side=32, context_tokens=77, context_width=1024),
+        "unconditional": Case(_narrow("unconditional_ldm4", 64), 2, latent_channels=3, latent_side=32),
+        "layout": Case(layout, 2, latent_channels=3, latent_side=32, context_tokens=92, context_width=512),
+        "semantic": Case(_narrow("concat_ldm4", 32), 2, latent_channels=3, latent_side=32, spatial_channels=3),
+        "superres": Case(_narrow("superres_ldm4", 32), 2, latent_channels=3, latent_side=32, spatial_channels=3),
         "inpaint": Case(inpaint, 2, latent_channels=3, latent_side=32, spatial_channels=4),
     }
+
+
+def _narrow(model: str, base_channels: int, **fields: Any) -> UNetConfig:
+    """The UNet of a file of configs/model, of another width."""
+    return replace(load_config([f"model={model}"]).unet, base_channels=base_channels, **fields)
 
 
 def main(argv: Sequence[str]) -> int:
