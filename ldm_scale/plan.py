@@ -19,6 +19,7 @@ from ldm_scale.planning.cluster_table import cluster_dict, cluster_table
 from ldm_scale.planning.flops import NetworkSize, RunSize, measure_run
 from ldm_scale.planning.jobs import ranks_of
 from ldm_scale.planning.memory import FP32, MemoryPlan, plan_memory
+from ldm_scale.planning.recomputation import recomputed_words
 
 # What the sections of `conditioning` are called in the table.
 _PARTS = {
@@ -48,6 +49,11 @@ def main(argv: Sequence[str]) -> int:
     if arguments.ranks is not None and arguments.ranks < 1:
         parser.error(f"--ranks {arguments.ranks}: must be at least 1")
     cluster = read_cluster(arguments)
+    if cluster is not None and config.train.activation_checkpointing == "budget":
+        raise ConfigError(
+            "train.activation_checkpointing=budget with --gpu: a plan on a cluster takes the GPU's memory for the "
+            "budget and recommends none, selective or full; leave the two keys out, or --gpu"
+        )
     ranks = (arguments.ranks or 1) if cluster is None else ranks_of(cluster, config)
     batches = batch_plan(config, ranks)
     size = measure_run(config)
@@ -75,6 +81,8 @@ def main(argv: Sequence[str]) -> int:
     else:
         print(plan_table(config, size))
         print(memory_table(memory, batches.micro_batch))
+        if not isinstance(memory.recomputed, str):
+            print(recomputed_words(memory.recomputed, config.train.memory_budget_gib))
     return 0
 
 
@@ -199,6 +207,7 @@ def memory_dict(memory: MemoryPlan) -> dict[str, object]:
         "ranks": memory.ranks,
         "zero_stage": memory.stage,
         "bytes_per_number": memory.compute_bytes,
+        "recomputed": memory.recomputed if isinstance(memory.recomputed, str) else sorted(memory.recomputed),
         **{name: totals[name] | items[name] for name in places},
     }
 

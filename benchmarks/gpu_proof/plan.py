@@ -13,10 +13,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from benchmarks.gpu_proof.pieces import ROOT, Piece, python
+from benchmarks.kernels.unet_step_gpu import REPLAYED, WAYS
 
 # Ends of the phases, as shares of the whole time.
-MEMORY_ENDS, CORRECTNESS_ENDS, SD2_ENDS, UNET_ENDS = 0.12, 0.42, 0.70, 0.84
+MEMORY_ENDS, CORRECTNESS_ENDS, SD2_ENDS, UNET_ENDS, WAYS_END = 0.12, 0.42, 0.66, 0.77, 0.92
 TESTS_STOP_S = 25.0  # before a phase's end no further test begins
+COMPILING_S = 1200.0  # a proof shorter than this has no time for torch.compile to make SD-2's graphs
 SWEEP_STOP_S = 25.0  # and no further case is timed
 CHECKERS_STOP_S = 40.0  # or checked, which compiles beside many others
 # Processes for the tests of a file; the others have one. Each compiles kernels of its own.
@@ -48,8 +50,9 @@ def phases(work: Path, begin_s: float, end_s: float, dry_run: bool = False) -> l
     if dry_run:
         return _dry_phases(work, end_s)
     span_s = end_s - begin_s
-    ends = (MEMORY_ENDS, CORRECTNESS_ENDS, SD2_ENDS, UNET_ENDS)
-    memory_s, correctness_s, sd2_s, unet_s = (begin_s + share * span_s for share in ends)
+    ends = (MEMORY_ENDS, CORRECTNESS_ENDS, SD2_ENDS, UNET_ENDS, WAYS_END)
+    memory_s, correctness_s, sd2_s, unet_s, ways_s = (begin_s + share * span_s for share in ends)
+    ways = WAYS if span_s >= COMPILING_S else (REPLAYED,)
     memory = Piece("memory", python("-m", "benchmarks.gpu_proof.memory", "--out", str(work / "memory.json")))
     workers = max(2, (os.cpu_count() or 2) - 2)
     unet = ("-m", "benchmarks.kernels.unet_step_gpu", "--out", str(work / "unet.json"))
@@ -62,6 +65,7 @@ def phases(work: Path, begin_s: float, end_s: float, dry_run: bool = False) -> l
         Phase("correctness", correctness(work, correctness_s), correctness_s, workers),
         Phase("SD-2 shapes", [_benchmark(work, "SD-2 shapes", SD2, sd2_s - SWEEP_STOP_S)], sd2_s),
         Phase("UNet step", [Piece("UNet step", python(*unet, "--seconds", unet_seconds))], unet_s),
+        Phase("ways to compute", [unet_way(work, way, (ways_s - unet_s) / len(ways) - 5) for way in ways], ways_s),
         Phase("other shapes", [_benchmark(work, "other shapes", ALL, end_s - SWEEP_STOP_S)], end_s),
     ]
 
@@ -69,6 +73,17 @@ def phases(work: Path, begin_s: float, end_s: float, dry_run: bool = False) -> l
 def device(work: Path, *arguments: str) -> Piece:
     """The machine and its ceilings, read by a process of its own."""
     return Piece("device", python("-m", "benchmarks.kernels.device", "--out", str(work / "device.json"), *arguments))
+
+
+def unet_way(work: Path, way: str, seconds: float) -> Piece:
+    """SD-2's step computed that way, beside the plain one."""
+    arguments = ("--way", way, "--seconds", str(max(10.0, seconds)), "--out", str(work / way_file(way)))
+    return Piece(f"UNet step, {way}", python("-m", "benchmarks.kernels.unet_step_gpu", *arguments))
+
+
+def way_file(way: str) -> str:
+    """Where a way's step is written, in the work folder."""
+    return f"unet-{way.replace(' ', '-')}.json"
 
 
 def correctness(work: Path, until_s: float) -> list[Piece]:
@@ -139,4 +154,11 @@ def _dry_phases(work: Path, end_s: float) -> list[Phase]:
         Phase("correctness", tested, end_s),
         Phase("SD-2 shapes", [Piece("SD-2 shapes", python(*sweep))], end_s),
         Phase("UNet step", [Piece("UNet step", python(*unet))], end_s),
+        # Compilation takes long on a CPU, and what it makes there says nothing of a GPU's.
+        Phase("ways to compute", [_dry_way(work, REPLAYED)], end_s),
     ]
+
+
+def _dry_way(work: Path, way: str) -> Piece:
+    piece = unet_way(work, way, 0.0)
+    return Piece(piece.name, (*piece.command, "--dry-run"))

@@ -16,10 +16,12 @@ from typing import Any
 
 from benchmarks.gpu_proof import goals
 from benchmarks.gpu_proof.pieces import Outcome, Piece
+from benchmarks.gpu_proof.plan import way_file
 from benchmarks.gpu_proof.recorder import SURVIVED_BY_NONE, read_record
 from benchmarks.kernels import device, report, unet_step_gpu
 from benchmarks.kernels.harness import Row
 from benchmarks.kernels.sweep import ALL, Journal
+from benchmarks.kernels.unet_step_gpu import WAYS
 
 NOT_TAKEN = "cluster"
 OPERATIONS = ("group_norm_silu", "attention", "geglu", "vector_quantize", "ema_update")
@@ -42,6 +44,7 @@ class Findings:
     memory: list[dict[str, Any]] = field(default_factory=list)
     rows: list[Row] = field(default_factory=list)
     unet: dict[str, Any] | None = None
+    ways: dict[str, dict[str, Any]] = field(default_factory=dict)  # SD-2's step by how it is computed
     environment: dict[str, Any] = field(default_factory=dict)
     ceilings: dict[str, float] = field(default_factory=dict)
 
@@ -62,6 +65,7 @@ def find(pieces: Sequence[Piece], outcomes: Sequence[Outcome], work: Path, dry_r
     _take_memory(found, work, dry_run)
     _take_rows(found, work)
     found.unet = _read(work / "unet.json")
+    found.ways = {way: document for way in WAYS if (document := _read(work / way_file(way))) is not None}
     known = _read(work / "device.json") or {"environment": {"device": "unknown"}, "ceilings": {}}
     found.environment, found.ceilings = known["environment"], known["ceilings"]
     return found
@@ -100,6 +104,8 @@ def text(found: Findings, table: dict[str, list[dict[str, Any]]], seconds: float
         said = {True: "passed", False: "FAILED", None: "not run"}[check["passed"]]
         lines.append(f"- {check['operation']}, {check['name']}: {said}, {check['detail']}")
     lines += ["", "## Training step", "", unet_step_gpu.table(found.unet) if found.unet else "Not measured.", ""]
+    for way, document in found.ways.items():
+        lines += [f"Computed another way, {way}:", "", unet_step_gpu.table(document), ""]
     lines += ["## Goals", "", *goals.table(found.rows, None if found.mark else found.unet, found.red), ""]
     lines += [f"## Kernels{mark}", "", no_plot, report.markdown(found.rows, found.red), ""]
     lines += ["## Winners", "", f"winners.json: {sum(map(len, table.values()))} rows, for a person to review.", ""]
@@ -194,6 +200,7 @@ def _document(found: Findings, seconds: float) -> dict[str, Any]:
         "tests": found.tests,
         "memory": found.memory,
         "unet_step": found.unet,
+        "unet_step_ways": found.ways,
         "rows": "results.csv",
     }
 

@@ -8,7 +8,11 @@ can be faster on zeros.
 Before anything is timed, outputs and gradients are compared on a small batch: those with kernels may be twice as far
 from the fp32 computation as those without, no further.
 
-    python -m benchmarks.kernels.unet_step_gpu --out unet.json [--batch 32] [--side 64] [--seconds 60]
+    python -m benchmarks.kernels.unet_step_gpu --out unet.json [--batch 32] [--side 64] [--seconds 60] [--way compiled]
+
+`--way` puts one more way to compute beside these two: blocks through torch.compile, the step's forward and backward
+pass as a CUDA graph, or both (train.compile and train.cuda_graphs), on the same weights. What a graph keeps between
+steps counts in everybody's peak memory: of such a run only the graph's own means anything.
 """
 
 from __future__ import annotations
@@ -30,7 +34,9 @@ from benchmarks.kernels.report import DRY_RUN
 from benchmarks.kernels.timing import quartiles
 from ldm_kernels.common import launch
 from ldm_scale.config.schema import KernelsConfig, UNetConfig
+from ldm_scale.engine.cuda_graphs import ReplayedForward, record_on_cuda
 from ldm_scale.models.build import build_seeded, build_unet
+from ldm_scale.models.compiled import compile_blocks
 from ldm_scale.models.fused import set_kernels
 
 # configs/model/sd2.yaml, without Hydra.
@@ -44,6 +50,8 @@ SETTINGS = {
     "kernels on, Triton attention too": KernelsConfig(attention="triton"),
 }
 OFF, ON = list(SETTINGS)[:2]
+COMPILED, REPLAYED = "compiled", "replayed"
+WAYS = (REPLAYED, COMPILED, f"{COMPILED} and {REPLAYED}")  # of computing, with the kernels on
 CONTEXT = (77, 1024)  # tokens and width of OpenCLIP-H's text encoder
 CHECK_BATCH = 2
 MAX_ERROR_RATIO = 2.0
@@ -58,6 +66,7 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--batch", type=int, default=32, help="latents; halved until it fits")
     parser.add_argument("--side", type=int, default=64, help="of the latents")
     parser.add_argument("--seconds", type=float, default=60.0, help="for everything; rounds are cut to fit")
+    parser.add_argument("--way", choices=WAYS, help="measured beside kernels off and on")
     parser.add_argument("--dry-run", action="store_true", help="a tiny UNet on the CPU in fp32: no meaning")
     arguments = parser.parse_args(argv)
     deadline_s = time.perf_counter() + arguments.seconds
@@ -74,8 +83,12 @@ def main(argv: Sequence[str]) -> int:
         "dtype": str(dtype).removeprefix("torch."),
         "side": side,
     }
-    settings = dict(list(SETTINGS.items())[:2]) if arguments.dry_run else SETTINGS
+    way: str | None = arguments.way
+    settings = dict(list(SETTINGS.items())[:2]) if arguments.dry_run or way else dict(SETTINGS)
     found = {name: check(model, kernels, dtype, side) for name, kernels in settings.items()}
+    if way:
+        settings[way] = settings[ON]
+        found[way] = check(model, settings[ON], dtype, side, way)
     document["errors"] = {name: {"output": o, "gradient": g} for name, (o, g) in found.items()}
     correct = {name: _is_right(errors, found[OFF]) for name, errors in found.items()}
     document["right"] = correct
@@ -106,6 +119,21 @@ def _model(config: UNetConfig, device: torch.device) -> nn.Module:
     return model.train()
 
 
+def faster(network: nn.Module, way: str | None) -> nn.Module:
+    """The network, which from now on computes that way when it trains."""
+    if way is not None and COMPILED in way:
+        compile_blocks(network)
+    if way is not None and REPLAYED in way:
+        # A dry run has no device to record on: it replays by computing.
+        ReplayedForward(network, record_on_cuda if torch.cuda.is_available() else lambda network, _: network)
+    return network
+
+
+def twin(network: nn.Module) -> nn.Module:
+    """Another network with the same tensors for weights."""
+    return copy.deepcopy(network, {id(parameter): parameter for parameter in network.parameters()})
+
+
 def _inputs(batch: int, side: int, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """z_t and noise (B, 4, side, side) in channels_last, t (B,), context (B, M, d_tau)."""
     generator = torch.Generator(device).manual_seed(2)
@@ -126,7 +154,9 @@ def _loss(model: nn.Module, inputs: tuple[Tensor, Tensor, Tensor, Tensor]) -> tu
     return F.mse_loss(output.float(), noise.float()), output
 
 
-def check(model: nn.Module, kernels: KernelsConfig, dtype: torch.dtype, side: int) -> tuple[float, float]:
+def check(
+    model: nn.Module, kernels: KernelsConfig, dtype: torch.dtype, side: int, way: str | None = None
+) -> tuple[float, float]:
     """|result - plain fp32 result| / |plain fp32 result| of the output and of all gradients, in `dtype`."""
     device = next(model.parameters()).device
     inputs = _inputs(CHECK_BATCH, side, device, dtype)
@@ -134,7 +164,7 @@ def check(model: nn.Module, kernels: KernelsConfig, dtype: torch.dtype, side: in
     exact = _output_and_gradients(
         model, SETTINGS[OFF], (*(x.float() for x in inputs[:2]), inputs[2], inputs[3].float())
     )
-    actual = _output_and_gradients(copy.deepcopy(model).to(dtype), kernels, inputs)
+    actual = _output_and_gradients(faster(copy.deepcopy(model).to(dtype), way), kernels, inputs)
     output, gradient = (
         (sum(float((a.float() - b).square().sum()) for a, b in zip(x, y, strict=True)) ** 0.5)
         / max(sum(float(b.square().sum()) for b in y) ** 0.5, 1e-30)
@@ -177,16 +207,17 @@ def measure(
     inputs = _inputs(batch, side, device, dtype)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=True)
     seconds: dict[str, list[float]] = {name: [] for name in settings}
+    networks = {name: faster(twin(model), name) if name in WAYS else model for name in settings}
     result: dict[str, Any] = {"peak_mem_gib": {}, "paths": {}}
     for index in range(WARMUP_ROUNDS + MAX_ROUNDS):
         if index > WARMUP_ROUNDS + 3 and time.perf_counter() > deadline_s:
             break
         for name, kernels in settings.items():
-            set_kernels(model, kernels)
+            set_kernels(networks[name], kernels)
             before = launch.outcomes()
             if device.type == "cuda":
                 torch.cuda.reset_peak_memory_stats()
-            seconds[name].append(_time(model, inputs, optimizer, device))
+            seconds[name].append(_time(networks[name], inputs, optimizer, device))
             if device.type == "cuda":
                 result["peak_mem_gib"][name] = round(torch.cuda.max_memory_allocated() / 2**30, 2)
             calls = {key: count - before.get(key, 0) for key, count in launch.outcomes().items()}

@@ -88,6 +88,11 @@ def check_unet(unet: UNetConfig) -> None:
             "set; set the other to null"
         )
     check_attention_levels("unet", unet)
+    if unet.base_channels % 2:
+        raise ConfigError(
+            f"unet.base_channels={unet.base_channels}: the embedding of the timestep is as wide, half of it sines and "
+            f"half cosines; set an even number, such as {unet.base_channels + 1}"
+        )
     num_levels = len(unet.channel_multipliers)
     # The middle is as wide as the last level and always has attention.
     for level in sorted({*unet.attention_levels, num_levels - 1}):

@@ -166,6 +166,7 @@ _RANGES: tuple[_Range, ...] = (
             "optimizer.eps",
             "optimizer.gradient_clip",
             "autoencoder_loss.discriminator_lr",
+            "train.memory_budget_gib",
             "watchdog.rendezvous_s",
         ),
         above=0,

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 Stage = Literal["autoencoder", "diffusion", "classifier"]
-Recomputation = Literal["none", "selective", "full"]  # of what lies inside blocks, in backward
+Recomputation = Literal["none", "selective", "full", "budget"]  # of what lies inside blocks, in backward
 
 
 @dataclass(frozen=True)
@@ -343,8 +343,17 @@ class TrainConfig:
     device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: CUDA where there is any
     precision: Literal["auto", "fp32", "bf16"] = "auto"  # auto: bf16 on CUDA, fp32 on CPU
     # What is computed again in backward instead of being kept, for memory; no loss changes. selective: blocks with
-    # attention and those of the finest level, which keep the most; full: all blocks.
+    # attention and those of the finest level, which keep the most; full: all blocks; budget: the blocks that free the
+    # most bytes per FLOP, until the planned peak is below memory_budget_gib (stage 2 and classifiers).
     activation_checkpointing: Recomputation = "none"
+    # GiB that `ldm-scale plan` may count for a rank's device under activation_checkpointing=budget; the framework's own
+    # half to one comes on top. null = no budget.
+    memory_budget_gib: float | None = None
+    # blocks: residual and attention blocks of the UNet through torch.compile, one graph a kind and shape, made in the
+    # first step (seconds each); stage 2 and classifiers. Needs a C++ compiler.
+    compile: Literal["none", "blocks"] = "none"
+    # The UNet's forward and backward pass recorded once and replayed: CUDA, one rank, zero.stage=0, one resolution.
+    cuda_graphs: bool = False
     log_every_images: int = 1_000  # between two lines of metrics.jsonl and points in TensorBoard
     validate_every_images: int = 50_000  # between two validations; 0 = only at the end
     sample_every_images: int = 50_000  # between two picture grids in TensorBoard; 0 = only at the end

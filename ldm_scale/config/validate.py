@@ -29,6 +29,7 @@ from ldm_scale.config.schema import (
 from ldm_scale.diffusion.guidance import check_interval
 from ldm_scale.diffusion.process import build_process
 from ldm_scale.diffusion.sampler import check_sampler
+from ldm_scale.engine.cuda_graphs import check_cuda_graphs
 from ldm_scale.errors import ConfigError
 
 
@@ -40,6 +41,7 @@ def validate(config: Config, *, world_size: int) -> None:
     validate_architecture(config)
     _check_run(config)
     _check_offload(config)
+    _check_speed(config, world_size)
     plan = batch_plan(config, world_size)
     if config.stage == "autoencoder":
         _check_discriminator_norm(config, plan, world_size)
@@ -61,6 +63,37 @@ def _check_offload(config: Config) -> None:
         )
 
 
+def _check_speed(config: Config, world_size: int) -> None:
+    train = config.train
+    if train.compile == "blocks" and config.stage == "autoencoder":
+        raise ConfigError(
+            "train.compile=blocks compiles the blocks of a UNet (stage=diffusion, stage=classifier); the networks of "
+            "stage=autoencoder compute as they are: set train.compile=none"
+        )
+    if train.cuda_graphs:
+        check_cuda_graphs(config, world_size)
+
+
+def _check_budget(config: Config) -> None:
+    train = config.train
+    has_budget = train.activation_checkpointing == "budget"
+    if has_budget and train.memory_budget_gib is None:
+        raise ConfigError(
+            "train.activation_checkpointing=budget needs train.memory_budget_gib, the GiB that the plan may count for "
+            "a device; set it, such as to 70 for a GPU of 80 GB, or choose selective or full"
+        )
+    if not has_budget and train.memory_budget_gib is not None:
+        raise ConfigError(
+            f"train.memory_budget_gib={train.memory_budget_gib:g} does nothing under train.activation_checkpointing="
+            f"{train.activation_checkpointing}; set train.activation_checkpointing=budget, or leave the budget out"
+        )
+    if has_budget and config.stage == "autoencoder":
+        raise ConfigError(
+            "train.activation_checkpointing=budget is for stage=diffusion and stage=classifier: activations of stage 1 "
+            "are not planned; set none, selective or full"
+        )
+
+
 def validate_architecture(config: Config) -> None:
     """Nothing, if the networks of `config` can be built and fit each other and the resolution.
 
@@ -70,6 +103,7 @@ def validate_architecture(config: Config) -> None:
     """
     check_ranges(config)
     _check_autoencoder(config)
+    _check_budget(config)
     if config.stage == "autoencoder":
         _check_latents(config)
         _check_codebook_losses(config)

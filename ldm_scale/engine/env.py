@@ -61,6 +61,15 @@ class Environment:
         """Whether this rank prints and writes what exists once."""
         return self.launch.rank == 0
 
+    def put(self, x: torch.Tensor) -> torch.Tensor:
+        """x on this rank's device; a copy to a GPU is queued there, and nobody waits for it.
+
+        From ordinary memory CUDA would first wait for all that was queued before.
+        """
+        if self.device.type == "cuda" and x.device.type == "cpu" and not x.is_pinned():
+            x = x.pin_memory()
+        return x.to(self.device, non_blocking=True)
+
     def describe(self) -> str:
         """One line for the log: ranks, device, backend, type."""
         backend = dist.get_backend() if dist.is_initialized() else "none"

@@ -14,7 +14,6 @@ import torch
 from torch import Tensor
 
 from ldm_scale import faults
-from ldm_scale.config.schema import ZeroConfig
 
 
 class GradientNorm(NamedTuple):
@@ -60,20 +59,6 @@ def forget_gradient(engine: Any, adam: torch.optim.Optimizer) -> None:
     """
     with mock.patch.object(adam, "step", return_value=None):
         engine.step()
-
-
-def memory_settings(zero: ZeroConfig, stage: int, on_cuda: bool) -> dict[str, Any]:
-    """DeepSpeed's keys for what lies in the CPU's memory, and for what stage 3 keeps gathered."""
-    on_cpu = {"device": "cpu", "pin_memory": on_cuda}
-    settings: dict[str, Any] = {
-        "stage3_max_live_parameters": zero.live_elements,
-        "stage3_max_reuse_distance": zero.live_elements,
-    }
-    if zero.offload_optimizer and stage > 0:
-        settings["offload_optimizer"] = on_cpu
-    if zero.offload_parameters and stage == 3:
-        settings["offload_param"] = on_cpu
-    return settings
 
 
 def _norm_method(engine: Any, stage: int) -> str | None:

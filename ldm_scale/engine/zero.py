@@ -1,4 +1,4 @@
-"""A network, its AdamW and DeepSpeed's ZeRO behind one small interface; the only file that spells DeepSpeed's keys.
+"""A network, its AdamW and DeepSpeed's ZeRO behind one small interface (its keys: engine/deepspeed_settings.py).
 
 What the rest of the project needs from ZeRO is where each parameter's fp32 master values and Adam moments lie on this
 rank. `ShardedModel.fragments` answers that in one form for every stage: a list of (parameter, offset, flat tensor)
@@ -17,7 +17,7 @@ from __future__ import annotations
 import math
 import os
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -29,8 +29,9 @@ from torch.utils._pytree import tree_map
 from ldm_scale import faults
 from ldm_scale.config.schema import OptimizerConfig, ZeroConfig
 from ldm_scale.engine import phases
+from ldm_scale.engine.deepspeed_settings import deepspeed_settings
 from ldm_scale.engine.env import Environment
-from ldm_scale.engine.gradients import GradientNorm, forget_gradient, gradient_norm, handed_back, memory_settings
+from ldm_scale.engine.gradients import GradientNorm, forget_gradient, gradient_norm, handed_back
 from ldm_scale.engine.imports import import_uncompiled
 from ldm_scale.errors import NumericsError
 
@@ -84,13 +85,17 @@ class ShardedModel:
         micro_batch: int,
         accumulation_steps: int,
         environment: Environment,
+        gathered_whole: Sequence[type[nn.Module]] = (),
     ) -> None:
+        """`gathered_whole`: kinds of modules whose weights stage 3 gathers at once, around their forward."""
         self.stage = stage
         self.environment = environment
         self.module = module.to(environment.device)
         self._names = {parameter: name for name, parameter in module.named_parameters()}
         self.parameter_shapes = {name: tuple(parameter.shape) for parameter, name in self._names.items()}
-        self.engine = _initialize(self.module, optimizer, zero, stage, micro_batch, accumulation_steps, environment)
+        self.engine = _initialize(
+            self.module, optimizer, zero, stage, micro_batch, accumulation_steps, environment, gathered_whole
+        )
         self._adam: torch.optim.Optimizer = self.engine.basic_optimizer
         self.fragments = list(self._locate_fragments())
         self._create_moments()
@@ -292,6 +297,7 @@ def _initialize(
     micro_batch: int,
     accumulation_steps: int,
     environment: Environment,
+    gathered_whole: Sequence[type[nn.Module]],
 ) -> Any:
     deepspeed = import_deepspeed(environment)
     adam = torch.optim.AdamW(
@@ -303,24 +309,13 @@ def _initialize(
         fused=True,
     )
     on_cuda = environment.device.type == "cuda"
-    settings = {
-        "train_micro_batch_size_per_gpu": micro_batch,
-        "gradient_accumulation_steps": accumulation_steps,
-        "gradient_clipping": optimizer.gradient_clip or 0.0,
-        "steps_per_print": None,
-        "zero_allow_untested_optimizer": True,
-        "zero_force_ds_cpu_optimizer": False,
-        "bf16": {"enabled": environment.dtype == torch.bfloat16},
-        "zero_optimization": {
-            "stage": stage,
-            **memory_settings(zero, stage, on_cuda),
-            "overlap_comm": zero.overlap_comm and on_cuda,
-            "contiguous_gradients": on_cuda,
-            "reduce_bucket_size": zero.bucket_elements,
-            "allgather_bucket_size": zero.bucket_elements,
-            "stage3_prefetch_bucket_size": zero.bucket_elements,
-        },
-    }
+    settings = deepspeed_settings(
+        optimizer, zero, stage, micro_batch, accumulation_steps, environment.dtype == torch.bfloat16, on_cuda
+    )
+    if stage == 3 and gathered_whole:
+        from deepspeed.utils import set_z3_leaf_modules
+
+        set_z3_leaf_modules(module, list(gathered_whole))
     engine, *_ = deepspeed.initialize(model=module, optimizer=adam, config=settings)
     return engine
 

@@ -8,7 +8,7 @@ with a context, single self-attention layers in those without (arXiv:2105.05233)
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Set
 from itertools import islice
 from typing import cast
 
@@ -70,7 +70,8 @@ class UNetEncoder(nn.Module):
             "validated: transformers alone take a context"
         )
         self.config = config
-        self.checkpoint_activations: Recomputation = "none"
+        # Which blocks compute again in backward: by name ("down.0.1": level, index; "middle"; "up.2.0"), or a rule.
+        self.checkpoint_activations: Recomputation | Set[str] = "none"
         widths = [config.base_channels * m for m in config.channel_multipliers]
         self.time_embedding = TimestepEmbedding(config.base_channels, 4 * config.base_channels)
         self.conv_in = nn.Conv2d(in_channels, widths[0], 3, padding=1)
@@ -98,12 +99,13 @@ class UNetEncoder(nn.Module):
         skips = [x]
         for level, module in enumerate(self.down):
             for index in range(self.config.num_res_blocks):
-                x = self._run_block(cast(Level, module), index, level == 0, x, time, context_kv)
+                name = f"down.{level}.{index}"
+                x = self._run_block(name, cast(Level, module), index, level == 0, x, time, context_kv)
                 skips.append(x)
             if level < len(self.downsamples):
                 x = _resampled(self.downsamples[level], x, time)
                 skips.append(x)
-        return self._compute(self.middle, False, x, time, *self._take(context_kv)), skips
+        return self._compute("middle", self.middle, False, x, time, *self._take(context_kv)), skips
 
     def keys_values(self, context: Tensor | None) -> Iterator[KeysValues]:
         """Keys and values of the cross-attention layers in the order in which they run; none without a context."""
@@ -111,28 +113,36 @@ class UNetEncoder(nn.Module):
         return iter(()) if context is None else iter(self.context_projection(context))
 
     def _run_block(
-        self, level: Level, index: int, finest: bool, x: Tensor, time: Tensor, context_kv: Iterator[KeysValues]
+        self,
+        name: str,
+        level: Level,
+        index: int,
+        finest: bool,
+        x: Tensor,
+        time: Tensor,
+        context_kv: Iterator[KeysValues],
     ) -> Tensor:
         taken = self._take(context_kv) if len(level.attentions) else []
 
         def run(x: Tensor, time: Tensor, *kv: Tensor) -> Tensor:
             return level.run_block(index, x, time, *kv)
 
-        return self._compute(run, finest or len(level.attentions) > 0, x, time, *taken)
+        return self._compute(name, run, finest or len(level.attentions) > 0, x, time, *taken)
 
     def _take(self, context_kv: Iterator[KeysValues]) -> list[Tensor]:
         """The share of one spatial transformer; empty without a context."""
         return [part for pair in islice(context_kv, self.config.transformer_depth) for part in pair]
 
-    def _compute(self, run: Callable[..., Tensor], large: bool, *inputs: Tensor) -> Tensor:
+    def _compute(self, name: str, run: Callable[..., Tensor], large: bool, *inputs: Tensor) -> Tensor:
         """run(*inputs); what lies inside is not kept for backward but computed again, where that is asked for.
 
-        `large`: it keeps much, so that it is among the selected.
+        `name` is the block's among those that may be listed; `large`: it keeps much, so that it is among the selected.
 
         The reentrant form: with the other one, ZeRO stage 3 hands out released parameters, of another shape than were
         recorded, and torch refuses them.
         """
-        again = self.checkpoint_activations == "full" or (self.checkpoint_activations == "selective" and large)
+        what = self.checkpoint_activations
+        again = name in what if isinstance(what, Set) else what == "full" or (what == "selective" and large)
         if not (again and torch.is_grad_enabled()):
             return run(*inputs)
         return checkpoint(run, *inputs, use_reentrant=True, preserve_rng_state=self.config.dropout > 0)
@@ -179,7 +189,8 @@ class UNet(UNetEncoder):
         for level in reversed(range(len(self.up))):
             blocks = cast(Level, self.up[level])
             for index in range(len(blocks.blocks)):
-                x = self._run_block(blocks, index, level == 0, torch.cat([x, skips.pop()], dim=1), time, context_kv)
+                x = torch.cat([x, skips.pop()], dim=1)
+                x = self._run_block(f"up.{level}.{index}", blocks, index, level == 0, x, time, context_kv)
             if level > 0:
                 x = _resampled(self.upsamples[level - 1], x, time)
         return self.conv_out(self.norm_out(x))  # type: ignore[no-any-return]

@@ -35,8 +35,13 @@ def backward_peak(
     fused: bool = False,
 ) -> int:
     """Most bytes beside weights and optimizer at once, of a forward and backward pass of stage 2 or the classifier."""
-    live, bucket = LiveBytes("meta"), _Bucket(bucket_elements)
     network, arguments = make_network(config, micro_batch, latent_shape, dtype)
+    return peak_of(network, arguments, bucket_elements, fused)
+
+
+def peak_of(network: nn.Module, arguments: Arguments, bucket_elements: int, fused: bool = False) -> int:
+    """`backward_peak` of a network on the meta device as it is; may be asked again."""
+    live, bucket = LiveBytes("meta"), _Bucket(bucket_elements)
     run_backward(network, arguments, fused, live, bucket.add, on_end=bucket.reduce)
     return int(live.peak)
 
@@ -55,13 +60,17 @@ def run_backward(
     `fused`: what Triton's kernels do and keep, in place of plain operations. `on_gradient` hears of each parameter once
     its gradient is whole, `on_backward` of the end of the forward pass.
     """
-    for parameter in network.parameters():
+    hooks = [
         parameter.register_post_accumulate_grad_hook(on_gradient)  # type: ignore[no-untyped-call]
+        for parameter in network.parameters()
+    ]
     with as_on_a_gpu(fused), watcher:
         loss = network(*arguments).float().square().mean()
         on_backward()
         loss.backward()
         on_end()
+    for hook in hooks:
+        hook.remove()
 
 
 def make_network(

@@ -20,18 +20,19 @@ frozen text encoders and perceptual nets, what allocators keep in reserve. Of st
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from dataclasses import dataclass, field
 
 import torch
 from torch import nn
 
 from ldm_scale.conditioning.latent_diffusion import LatentDiffusion
-from ldm_scale.config.schema import AutoencoderConfig, BatchPlan, Config, ZeroConfig
+from ldm_scale.config.schema import AutoencoderConfig, BatchPlan, Config, Recomputation, ZeroConfig
 from ldm_scale.models.build import build_autoencoder
 from ldm_scale.models.classifier import LatentClassifier
 from ldm_scale.models.discriminator import PatchDiscriminator
 from ldm_scale.planning.activations import backward_peak
+from ldm_scale.planning.recomputation import Choice, MetaPass, within_budget
 
 PERSISTENT = 100_000  # elements; DeepSpeed's stage3_param_persistence_threshold
 STAGE_0_BUCKET = 500_000_000  # elements of a reduction at stage 0, which no key sets
@@ -67,6 +68,7 @@ class MemoryPlan:
     activations_are_missing: bool = False  # stage 1: what is said of the device is less than it takes
     device: Memory = field(default_factory=Memory)
     host: Memory = field(default_factory=Memory)
+    recomputed: Recomputation | Set[str] = "none"  # in backward: a rule, or the blocks that a budget has chosen
 
 
 # ZeRO's stage, elements of each parameter, and whether they are averaged, of all networks that are trained.
@@ -85,6 +87,7 @@ def plan_memory(
 
     train.precision=auto counts as bf16, as on CUDA, unless train.device is cpu. `backward` is the peak of a backward
     pass and `networks` those that are trained, where they are known already.
+    Raises: ConfigError if train.memory_budget_gib is less than it takes with every block recomputed.
     """
     precision, on_cpu = config.train.precision, config.train.device == "cpu"
     compute = FP32 if precision == "fp32" or (precision == "auto" and on_cpu) else 2
@@ -96,16 +99,43 @@ def plan_memory(
         _add_buffers(result, sizes, stage, zero, accumulates, on_cpu)
     if config.stage != "autoencoder":
         _add(result.device.held, "autoencoder", compute * _autoencoder_parameters(config.autoencoder))
-        bucket = STAGE_0_BUCKET if config.zero.stage == 0 else config.zero.bucket_elements
-        dtype = torch.float32 if compute == FP32 else torch.bfloat16
-        if backward is None:
-            backward = backward_peak(config, plan.micro_batch, latent_shape, dtype, bucket)
-        _add(result.device.backward, "activations and gradients", backward)
     if config.train.async_checkpoints:
         states = ("masters", "moments", "averages")
         copied = sum(place.held.get(name, 0) for place in (result.device, result.host) for name in states)
         _add(result.host.held, "copy that is written", copied)
+    if config.stage != "autoencoder":
+        result.recomputed = config.train.activation_checkpointing
+        if backward is None:
+            bucket = STAGE_0_BUCKET if config.zero.stage == 0 else config.zero.bucket_elements
+            dtype = torch.float32 if compute == FP32 else torch.bfloat16
+            if config.train.activation_checkpointing == "budget":
+                meta = MetaPass(config, plan.micro_batch, latent_shape, dtype, bucket)
+                choice = _within_budget(meta, config, result, on_cpu)
+                result.recomputed, backward = choice.blocks, choice.backward_peak
+            else:
+                backward = backward_peak(config, plan.micro_batch, latent_shape, dtype, bucket)
+        _add(result.device.backward, "activations and gradients", backward)
     return result
+
+
+def _within_budget(meta: MetaPass, config: Config, plan: MemoryPlan, on_cpu: bool) -> Choice:
+    """What a plan that has everything else recomputes; on a CPU both places are the same one."""
+    assert config.train.memory_budget_gib is not None, "validated"
+    held = plan.device.total_held + (plan.host.total_held if on_cpu else 0)
+    others, updating = (held + sum(peak.values()) for peak in (plan.device.backward, plan.device.update))
+    return within_budget(meta, config.train.memory_budget_gib, others, updating)
+
+
+def blocks_to_recompute(
+    config: Config, plan: BatchPlan, ranks: int, latent_shape: tuple[int, int, int]
+) -> Recomputation | Set[str]:
+    """What a run recomputes, for `UNet.checkpoint_activations`: its rule, or the blocks that its budget asks for.
+
+    Raises: ConfigError as `plan_memory`.
+    """
+    if config.train.activation_checkpointing != "budget":
+        return config.train.activation_checkpointing
+    return plan_memory(config, plan, ranks, latent_shape).recomputed
 
 
 @functools.cache

@@ -189,7 +189,7 @@ class AutoencoderTask(Task):
         return autoencoder_product.write(self, checkpoint, images)
 
     def _inputs(self, batch: Batch) -> Inputs:
-        x = faults.poison("step.input", batch.images).to(self.environment.device, non_blocking=True)
+        x = self.environment.put(faults.poison("step.input", batch.images))
         numbers = batch.image_numbers.to(self.environment.device)
         noise = self.posterior_noise(batch.image_numbers.tolist(), "posterior", (x.shape[2], x.shape[3]))
         return Inputs(x, noise, numbers)
@@ -207,7 +207,7 @@ class AutoencoderTask(Task):
         if config.autoencoder.kind != "kl":
             return torch.zeros(len(image_numbers), *shape, device=self.environment.device)
         streams = [seeding.stream(config.train.seed, purpose, number) for number in image_numbers]
-        return seeding.normal(streams, shape).to(self.environment.device, non_blocking=True)
+        return self.environment.put(seeding.normal(streams, shape))
 
     def _output_gradients(self, output: AutoencoderOutput, x: Tensor, adversarial: bool) -> OutputGradients:
         y = output.reconstruction.detach().float().requires_grad_()

@@ -45,11 +45,11 @@ class ClassifierTask(LatentTask):
         self.network, self.model = self.shard(
             MODEL, lambda: LatentClassifier(config.unet, config.classifier, self.latent_shape[0])
         )
-        self.network.body.checkpoint_activations = config.train.activation_checkpointing
+        self.speed_up(self.network.body, self.network)
 
     def accumulate(self, batches: Sequence[Batch], images: int) -> dict[str, Tensor]:
         """See `Task.accumulate`."""
-        loss, correct = torch.zeros(()), torch.zeros(())
+        loss, correct = (torch.zeros((), device=self.environment.device) for _ in range(2))
         self.sample_losses.clear()
         for batch in batches:
             faults.poison("step.input", batch.images)
@@ -61,8 +61,9 @@ class ClassifierTask(LatentTask):
             self.note_losses(errors, t)
             error = faults.poison("step.loss", errors.mean())
             self.model.backward(error)
-            loss += error.detach().cpu() / len(batches)
-            correct += (logits.argmax(dim=1) == labels).float().mean().cpu() / len(batches)
+            # They stay there: reading them would wait for the device.
+            loss += error.detach() / len(batches)
+            correct += (logits.argmax(dim=1) == labels).float().mean() / len(batches)
         return {"loss": loss, "accuracy": correct}
 
     def update(self, images: int) -> dict[str, float]:

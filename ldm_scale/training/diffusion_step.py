@@ -40,12 +40,12 @@ class DiffusionTask(LatentTask):
         self.network, self.model = self.shard(
             "diffusion", lambda: LatentDiffusion(config.unet, config.conditioning, self.latent_shape[0])
         )
-        self.network.unet.checkpoint_activations = config.train.activation_checkpointing
+        self.speed_up(self.network.unet, self.network.unet)
         self.tools = Tools(environment.device, encode=self.encode_pixels, encode_text=self._frozen_text())
 
     def accumulate(self, batches: Sequence[Batch], images: int) -> dict[str, Tensor]:
         """See `Task.accumulate`."""
-        total = torch.zeros(())
+        total = torch.zeros((), device=self.environment.device)
         self.sample_losses.clear()
         for batch in batches:
             faults.poison("step.input", batch.images)
@@ -62,7 +62,7 @@ class DiffusionTask(LatentTask):
             self.note_losses(losses, t)
             loss = faults.poison("step.loss", losses.mean())
             self.model.backward(loss)
-            total += loss.detach().float().cpu() / len(batches)
+            total += loss.detach().float() / len(batches)  # stays there: reading it would wait for the device
         return {"loss": total}
 
     def update(self, images: int) -> dict[str, float]:

@@ -6,7 +6,7 @@ import dataclasses
 import itertools
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TypeVar
+from typing import Literal, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -18,13 +18,19 @@ from ldm_scale.diffusion.process import build_process, offset_noise
 from ldm_scale.diffusion.times import stratified_uniforms
 from ldm_scale.engine import seeding
 from ldm_scale.engine.checkpoint import Trained, write_weights
+from ldm_scale.engine.cuda_graphs import ReplayedForward, check_cuda_graphs
 from ldm_scale.engine.env import Environment
 from ldm_scale.engine.spikes import NUM_LEVELS
 from ldm_scale.engine.zero import ShardedModel
 from ldm_scale.interchange.artifact import read_artifact
 from ldm_scale.interchange.load import load_autoencoder
 from ldm_scale.models.build import build_seeded
+from ldm_scale.models.compiled import CompileReport, check_compiler, compile_blocks, compiled_kinds
 from ldm_scale.models.fused import set_kernels
+from ldm_scale.models.unet import UNetEncoder
+from ldm_scale.planning.memory import blocks_to_recompute
+from ldm_scale.planning.recomputation import recomputed_words
+from ldm_scale.telemetry.log import get_logger
 from ldm_scale.training.task import Task
 
 ModuleT = TypeVar("ModuleT", bound=nn.Module)
@@ -43,10 +49,8 @@ class LatentTask(Task):
         # The autoencoder's one head is as wide as its features, which our attention does not serve.
         attention = config.kernels.attention if config.kernels.attention != "triton" else "auto"
         set_kernels(self.autoencoder.network, dataclasses.replace(config.kernels, attention=attention))
-        self.latent_shape = (
-            artifact.config.latent_channels,
-            *[config.data.resolution // artifact.config.downsampling_factor] * 2,
-        )
+        side = config.data.resolution // artifact.config.downsampling_factor
+        self.latent_shape: tuple[int, int, int] = (artifact.config.latent_channels, side, side)
         self.process = build_process(config.diffusion).to(environment.device)
         between = torch.arange(1, NUM_LEVELS, dtype=torch.float64) / NUM_LEVELS
         self._level_bounds = self.to_device(self.process.times(between)).sort().values
@@ -58,6 +62,9 @@ class LatentTask(Task):
         """
         network = build_seeded(build, self.config.train.seed)
         set_kernels(network, self.config.kernels)
+        if self.config.train.compile == "blocks":
+            check_compiler(self.environment.device)
+            self.compile_report = CompileReport(compile_blocks(network))
         model = ShardedModel(
             network,
             optimizer=self.config.optimizer,
@@ -66,12 +73,30 @@ class LatentTask(Task):
             micro_batch=self.plan.micro_batch,
             accumulation_steps=self.plan.accumulation_steps,
             environment=self.environment,
+            gathered_whole=compiled_kinds(network),
         )
         weights = self.initial_weights()
         if weights is not None:
             write_weights(model, weights)
         self.trained[name] = Trained(model, self.average(model))
         return network, model
+
+    def speed_up(self, unet: UNetEncoder, network: nn.Module) -> None:
+        """Nothing; the UNet recomputes what the configuration says, and `network` is replayed where it asks for that.
+
+        Raises: ConfigError if the budget of memory is too small, or a CUDA graph is not possible here.
+        """
+        train, here = self.config.train, self.environment
+        # What `auto` has become here: the plan is for the device that is there.
+        precision: Literal["fp32", "bf16"] = "bf16" if here.dtype == torch.bfloat16 else "fp32"
+        device: Literal["cpu", "cuda"] = "cuda" if here.device.type == "cuda" else "cpu"
+        settled = dataclasses.replace(self.config, train=dataclasses.replace(train, precision=precision, device=device))
+        unet.checkpoint_activations = blocks_to_recompute(settled, self.plan, here.world_size, self.latent_shape)
+        if train.activation_checkpointing == "budget":
+            get_logger(here.rank).info(recomputed_words(unet.checkpoint_activations, train.memory_budget_gib))
+        if train.cuda_graphs:
+            check_cuda_graphs(self.config, here.world_size, here.device)
+            ReplayedForward(network)
 
     def encode(self, batch: Batch, mode: bool = False) -> Tensor:
         """Latents in fp32 of images and of cached moments alike: samples with the noise of the image numbers, or modes.
@@ -167,13 +192,16 @@ class LatentTask(Task):
 
     def to_device(self, x: Tensor) -> Tensor:
         """x where the networks are."""
-        return x.to(self.environment.device, non_blocking=True)
+        return self.environment.put(x)
 
     def _moments(self, batch: Batch) -> tuple[Tensor, Tensor | None]:
         """Mean and log-variance (None of a point) of each sample: from the cache, or of its image now."""
         network = self.autoencoder.network
         if batch.cached is None or batch.moments is None:
             return network.encode_moments(self.to_device(batch.images).to(self.environment.dtype))
+        if not len(batch.images) and bool(batch.cached.all()):
+            moments = self.to_device(batch.moments).float().contiguous(memory_format=torch.channels_last)
+            return _split(moments, network.config.kind)
         # The layout that encoding gives: the UNet's convolutions follow it.
         moments = torch.empty(
             [len(batch.cached), *batch.moments.shape[1:]],
@@ -185,7 +213,12 @@ class LatentTask(Task):
             x = self.to_device(batch.images).to(self.environment.dtype)
             parts = [part for part in network.encode_moments(x) if part is not None]
             moments[self.to_device(~batch.cached)] = torch.cat(parts, dim=1).float()
-        if network.config.kind != "kl":
-            return moments, None
-        mean, logvar = moments.chunk(2, dim=1)
-        return mean, logvar
+        return _split(moments, network.config.kind)
+
+
+def _split(moments: Tensor, kind: str) -> tuple[Tensor, Tensor | None]:
+    """Mean and log-variance, None of a point."""
+    if kind != "kl":
+        return moments, None
+    mean, logvar = moments.chunk(2, dim=1)
+    return mean, logvar

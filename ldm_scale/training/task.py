@@ -24,6 +24,7 @@ from ldm_scale.engine.zero import ShardedModel
 from ldm_scale.evaluation.generation import draw_captioned_grid
 from ldm_scale.evaluation.shown import grid_side
 from ldm_scale.interchange import initial
+from ldm_scale.models.compiled import CompileReport
 from ldm_scale.telemetry.log import get_logger
 from ldm_scale.telemetry.tensorboard import Curves
 from ldm_scale.training.diagnosis import Finding
@@ -55,6 +56,7 @@ class Task(ABC):
     """One stage's networks, objective, validation and product."""
 
     headline: tuple[str, ...] = ()  # figures by which runs are compared
+    compile_report: CompileReport | None = None  # where blocks are compiled
 
     def __init__(self, config: Config, plan: BatchPlan, environment: Environment) -> None:
         self.config, self.plan, self.environment = config, plan, environment

@@ -208,6 +208,8 @@ class Trainer:
         if not self._kernels_described:
             self._kernels_described = True
             self.log.info(f"fused operations took, in the first step: {describe_kernels()}")
+            if self.task.compile_report is not None:
+                self.log.info(str(self.task.compile_report))
         waited_s, self._waited_s = loader.waited_s - self._waited_s, loader.waited_s
         waiting = waited_s / (waited_s + seconds)
         shown = {name: value for name, value in means.items() if name in SHOWN_LOSSES} | {"data wait": waiting}
@@ -295,7 +297,7 @@ class Trainer:
         phases.enter("reduce")
         faults.reach("step.reduce")
         names = sorted(metrics)
-        values = [metrics[name].double() for name in names]
+        values = [metrics[name].double().cpu() for name in names]
         flags = (stop == Stop.END, stop == Stop.RESTART, *counts, *self.saving.flags())
         values += [torch.tensor(float(value)).double() for value in flags]
         *means, ends, restarts, bad, cut, overdue, working = collectives.mean_over_ranks(

@@ -249,6 +249,15 @@ def test_the_plan_covers_the_time_and_the_models(tmp_path: Path) -> None:
         assert any(shape.model == model for shape in all_shapes())
 
 
+def test_ways_that_compile_are_measured_where_there_is_time(tmp_path: Path) -> None:
+    def ways(minutes: float) -> list[str]:
+        (phase,) = (p for p in plan.phases(tmp_path, 0.0, 60 * minutes) if p.name == "ways to compute")
+        return [piece.name for piece in phase.pieces]
+
+    assert ways(8) == ["UNet step, replayed"]
+    assert ways(30) == ["UNet step, replayed", "UNet step, compiled", "UNet step, compiled and replayed"]
+
+
 def test_memory_checks_name_their_operation() -> None:
     named = {memory._operation(check.__name__) for check in memory.CHECKS}
     assert named <= set(summary.OPERATIONS)

@@ -337,6 +337,17 @@ def test_the_training_step_is_that_of_sd2() -> None:
     assert sum(parameter.numel() for parameter in model.parameters()) == UNET_PARAMETERS["sd2"]
 
 
+def test_a_way_to_compute_is_measured_on_the_same_weights(tmp_path: Path) -> None:
+    path = tmp_path / "unet.json"
+    assert unet_step_gpu.main(["--dry-run", "--way", "replayed", "--seconds", "0", "--out", str(path)]) == 0
+    document = json.loads(path.read_text())
+    assert list(document["step_s"]) == [unet_step_gpu.OFF, unet_step_gpu.ON, "replayed"]
+    model = unet_step_gpu._model(unet_step_gpu.TINY, torch.device("cpu"))
+    twin = unet_step_gpu.faster(unet_step_gpu.twin(model), "replayed")
+    assert all(a is b for a, b in zip(model.parameters(), twin.parameters(), strict=True))
+    assert "forward" not in vars(model)
+
+
 def test_a_wrong_training_step_is_not_timed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def check(model: torch.nn.Module, kernels: KernelsConfig, *_: Any) -> tuple[float, float]:
         return (0.01, 0.01) if kernels == unet_step_gpu.SETTINGS[unet_step_gpu.OFF] else (0.01, float("nan"))

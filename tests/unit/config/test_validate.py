@@ -48,6 +48,7 @@ AUTOENCODER = ("experiment=demo_autoencoder", "data.manifest=m.json")
         (["train.micro_batch=32"], "set train.micro_batch=16, or null"),
         (["data.resolution=33"], "data.resolution=33 does not divide by the autoencoder's f=4"),
         (["data.resolution=40"], "set data.resolution to a multiple of 16 (32 or 48)"),
+        (["unet.base_channels=65", "unet.norm_groups=1"], "set an even number, such as 66"),
         (["unet.norm_groups=24"], "unet.norm_groups=24 does not divide the 64 channels"),
         (["autoencoder.norm_groups=24"], "autoencoder.norm_groups=24 does not divide the 32 channels"),
         (["unet.head_dim=48"], "unet.head_dim=48 does not divide the 128 channels of level 1"),
@@ -98,6 +99,17 @@ AUTOENCODER = ("experiment=demo_autoencoder", "data.manifest=m.json")
         (["sampling.num_steps=1001"], "sampling.num_steps=1001: must be between 1 and diffusion.num_timesteps=1000"),
         (["artifact="], "stage=diffusion works in the latent space of a trained autoencoder"),
         (["data.manifest="], "data.manifest='': training needs a data set"),
+        (["train.activation_checkpointing=budget"], "budget needs train.memory_budget_gib"),
+        (
+            ["train.memory_budget_gib=8"],
+            "train.memory_budget_gib=8 does nothing under train.activation_checkpointing=no",
+        ),
+        (
+            ["train.activation_checkpointing=budget", "train.memory_budget_gib=0"],
+            "memory_budget_gib=0.0: must be above 0",
+        ),
+        (["train.cuda_graphs=true"], "train.cuda_graphs=true needs zero.stage=0, got 1"),
+        (["train.cuda_graphs=true", "zero.stage=0"], "train.cuda_graphs=true is for one rank, got 2"),
     ],
 )
 def test_breaches_are_one_line(overrides: list[str], message: str) -> None:
@@ -105,6 +117,16 @@ def test_breaches_are_one_line(overrides: list[str], message: str) -> None:
     with pytest.raises(ConfigError, match=re.escape(message)) as caught:
         validate(config, world_size=2)
     assert "\n" not in str(caught.value)
+
+
+def test_what_makes_the_unet_fast_is_not_for_stage_1() -> None:
+    budget = ["train.activation_checkpointing=budget", "train.memory_budget_gib=8"]
+    for overrides in (["train.compile=blocks"], ["train.cuda_graphs=true"], budget):
+        with pytest.raises(ConfigError, match=r"stage=diffusion"):
+            validate(load_config([*AUTOENCODER, *overrides]), world_size=1)
+    fast = ["train.compile=blocks", *budget]
+    validate(load_config([*TEXT, *fast]), world_size=2)
+    validate(load_config([*TEXT, "train.compile=blocks", "train.cuda_graphs=true", "zero.stage=0"]), world_size=1)
 
 
 def test_run_folder_is_needed() -> None:

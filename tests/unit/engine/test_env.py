@@ -105,3 +105,37 @@ def test_a_started_rank_knows_its_place_and_type(ranks: int) -> None:
         line = f"{ranks} rank(s) on cpu (gloo), float32, activations in channels_last"
         assert report == (rank, ranks, rank == 0, "torch.float32", line, False)
     assert run_ranks(_started, 1, "bf16")[0][3] == "torch.bfloat16"
+
+
+class _Tensor:
+    """Stands for a tensor on its way to a GPU, which is not here: notes what is done to it."""
+
+    def __init__(self, place: str, pinned: bool = False) -> None:
+        self.device, self._pinned = torch.device(place), pinned
+        self.done: list[object] = []
+
+    def is_pinned(self) -> bool:
+        return self._pinned
+
+    def pin_memory(self) -> _Tensor:
+        self.done.append("pinned")
+        return self
+
+    def to(self, device: torch.device, non_blocking: bool) -> _Tensor:
+        self.done.append((device.type, non_blocking))
+        return self
+
+
+@pytest.mark.parametrize(
+    ("target", "place", "pinned", "expected"),
+    [
+        ("cuda", "cpu", False, ["pinned", ("cuda", True)]),
+        ("cuda", "cpu", True, [("cuda", True)]),
+        ("cuda", "cuda", False, [("cuda", True)]),
+        ("cpu", "cpu", False, [("cpu", True)]),
+    ],
+)
+def test_copies_to_a_gpu_are_from_pinned_memory(target: str, place: str, pinned: bool, expected: list[object]) -> None:
+    x = _Tensor(place, pinned)
+    env.Environment(Launch(), torch.device(target), torch.float32).put(x)  # type: ignore[arg-type]
+    assert x.done == expected
