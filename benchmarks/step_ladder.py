@@ -2,15 +2,16 @@
 
 A step is forward, eps loss, backward and AdamW on one UNet and one batch, as in `unet_step`. The ladder begins with
 activations in planes (NCHW), attention written out, norms and gates of single torch operations and AdamW's loop over
-lists of tensors; every rung adds one switch and keeps those before (in the manner of published ladders: a figure for
-each rung, with what came before still on). All rungs take turns in one process on the same weights. Before anything is
-timed, every rung's output and gradients, and the two AdamWs' updates of one gradient, are compared with the plainest
-step in fp32: a rung may be 1e-4 off, or in bf16 twice as far as the plainest step in bf16 is. One that is further
-off is listed without a speed-up. Rungs that this device does not have, or that do not fit into its memory, are listed
-with the reason; the first that fits is then the baseline.
+lists of tensors; every rung adds one switch, compiled blocks last, and keeps those before (in the manner of published
+ladders: a figure for each rung, with what came before still on). All rungs take turns in one process on the same
+weights. Before anything is timed, every rung's output and gradients, and the two AdamWs' updates of one gradient, are
+compared with the plainest step in fp32: a rung may be 1e-4 off, or in bf16 twice as far as the plainest step in bf16
+is. One that is further off is listed without a speed-up. Rungs that this device does not have, or that do not fit into
+its memory, are listed with the reason; the first that fits is then the baseline.
 
-Beside the ladder, sweeps with everything on: by batch, by resolution of the latents, by what is recomputed in backward,
-and by ZeRO stage (which on one rank shows what sharding costs, on several what it costs and sends).
+Beside the ladder, sweeps with everything on but compilation: by batch, by resolution of the latents, by what is
+recomputed in backward, and by ZeRO stage (which on one rank shows what sharding costs, on several what it costs and
+sends).
 
     python -m benchmarks.step_ladder [--device cuda] [--case demo] [--rounds 20] [--only ladder --only batch]
     torchrun --nproc-per-node 2 -m benchmarks.step_ladder --only zero
@@ -54,6 +55,7 @@ from benchmarks.step_ways import (
     timed,
     train,
     using,
+    variants,
 )
 from benchmarks.unet_step import Case, cases, random_batch
 from ldm_scale.config.schema import TrainConfig
@@ -71,20 +73,24 @@ def measure(case: Case, device: torch.device, rounds: int, name: str) -> list[di
     off = differences(module, batch, here, dtype)
     module.to(dtype)
     batch = cast(batch, dtype)
-    optimizers = {fused: adamw(list(module.parameters()), fused, LEARNING_RATE) for fused in (False, True)}
+    networks = variants(module, here)
+    optimizers = {
+        (compiled, fused): adamw(list(network.parameters()), fused, LEARNING_RATE)
+        for compiled, network in networks.items()
+        for fused in (False, True)
+    }
     peaks: dict[str, float] = {}
 
     @contextmanager
     def around(rung: Rung) -> Iterator[None]:
-        with using(module, rung.setting), peak_memory(device, peaks, rung.name):
+        with using(networks[rung.setting.compiled], rung.setting), peak_memory(device, peaks, rung.name):
             yield
 
-    ways = {
-        rung.name: Way(
-            partial(train, module, optimizers[rung.setting.fused_adamw], batch), around=partial(around, rung)
-        )
-        for rung in here
-    }
+    ways = {}
+    for rung in here:
+        compiled = rung.setting.compiled
+        optimizer = optimizers[compiled, rung.setting.fused_adamw]
+        ways[rung.name] = Way(partial(train, networks[compiled], optimizer, batch), around=partial(around, rung))
     ways, clock = fitting(ways), step_clock(device, ranks=1)
     turns = take_turns(ways, rounds, warmup=WARMUP_ROUNDS, clock=clock, name=f"{name}: ladder")
     allowed, base = max(TOLERANCE, 2 * off[PLAIN]), next(iter(ways), PLAIN)

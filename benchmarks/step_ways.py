@@ -15,8 +15,10 @@ from torch import Tensor, nn
 from benchmarks.harness import Turns, Way
 from benchmarks.unet_step import Batch, Case
 from ldm_scale.config.schema import KernelsConfig
+from ldm_scale.errors import ConfigError
 from ldm_scale.interchange.verify import filled
 from ldm_scale.models.build import build_seeded, build_unet
+from ldm_scale.models.compiled import check_compiler, compile_blocks
 from ldm_scale.models.fused import set_kernels
 
 TOLERANCE = 1e-4  # of the norm, in fp32
@@ -35,6 +37,7 @@ class Setting:
     channels_last: bool = False
     kernels: KernelsConfig = REFERENCE
     fused_adamw: bool = False
+    compiled: bool = False  # train.compile=blocks
 
 
 @dataclass(frozen=True)
@@ -48,6 +51,11 @@ class Rung:
 
 def rungs(device: torch.device) -> list[Rung]:
     """From the plainest step up; a switch that the device does not have is passed over."""
+    no_compiler = ""
+    try:
+        check_compiler(device)
+    except ConfigError as error:
+        no_compiler = str(error)
     gpu_only = "" if device.type == "cuda" else "Triton kernels run on CUDA; the CPU has the reference alone"
     switches: list[tuple[str, dict[str, Any], dict[str, str], str]] = [
         ("channels_last", {"channels_last": True}, {}, ""),
@@ -56,6 +64,7 @@ def rungs(device: torch.device) -> list[Rung]:
         ("attention by SDPA", {}, {"attention": "sdpa"}, ""),
         ("attention by the measured winner", {}, {"attention": "auto"}, gpu_only),
         ("AdamW fused", {"fused_adamw": True}, {}, ""),
+        ("blocks compiled", {"compiled": True}, {}, no_compiler),
     ]
     found = [Rung(PLAIN, Setting())]
     setting = Setting()
@@ -72,6 +81,18 @@ def network(case: Case, device: torch.device) -> nn.Module:
     module = build_seeded(lambda: build_unet(case.unet, channels, channels, case.context_width), seed=0)
     module.load_state_dict(dict(filled(module.state_dict())))
     return module.to(device).train()
+
+
+def variants(module: nn.Module, ladder: Sequence[Rung]) -> dict[bool, nn.Module]:
+    """The network and, if a rung asks for it, a copy whose blocks are compiled, by whether they are.
+
+    A copy, because a block that is compiled stays so.
+    """
+    found = {False: module}
+    if any(rung.setting.compiled for rung in ladder):
+        found[True] = copy.deepcopy(module)
+        compile_blocks(found[True])
+    return found
 
 
 def cast(batch: Batch, dtype: torch.dtype) -> Batch:
@@ -167,10 +188,10 @@ def differences(module: nn.Module, batch: Batch, ladder: Sequence[Rung], dtype: 
     tf32, torch.backends.cudnn.allow_tf32 = torch.backends.cudnn.allow_tf32, False
     try:
         exact = _results(module, batch, Setting())
-        computing = module if dtype == torch.float32 else copy.deepcopy(module).to(dtype)
+        computing = variants(module if dtype == torch.float32 else copy.deepcopy(module).to(dtype), ladder)
         found = {}
         for rung in ladder:
-            results = _results(computing, cast(batch, dtype), rung.setting)
+            results = _results(computing[rung.setting.compiled], cast(batch, dtype), rung.setting)
             found[rung.name] = max(_relative(a, b) for a, b in zip(results, exact, strict=True))
     finally:
         torch.backends.cudnn.allow_tf32 = tf32

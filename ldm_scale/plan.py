@@ -49,11 +49,6 @@ def main(argv: Sequence[str]) -> int:
     if arguments.ranks is not None and arguments.ranks < 1:
         parser.error(f"--ranks {arguments.ranks}: must be at least 1")
     cluster = read_cluster(arguments)
-    if cluster is not None and config.train.activation_checkpointing == "budget":
-        raise ConfigError(
-            "train.activation_checkpointing=budget with --gpu: a plan on a cluster takes the GPU's memory for the "
-            "budget and recommends none, selective or full; leave the two keys out, or --gpu"
-        )
     ranks = (arguments.ranks or 1) if cluster is None else ranks_of(cluster, config)
     batches = batch_plan(config, ranks)
     size = measure_run(config)
@@ -74,6 +69,7 @@ def main(argv: Sequence[str]) -> int:
         else:
             print(plan_table(config, size))
             print(cluster_table(plan))
+            _print_budget(plan.memory, config)
         return 0
     memory = plan_memory(config, batches, ranks, size.latent_shape)
     if arguments.json:
@@ -81,9 +77,14 @@ def main(argv: Sequence[str]) -> int:
     else:
         print(plan_table(config, size))
         print(memory_table(memory, batches.micro_batch))
-        if not isinstance(memory.recomputed, str):
-            print(recomputed_words(memory.recomputed, config.train.memory_budget_gib))
+        _print_budget(memory, config)
     return 0
+
+
+def _print_budget(memory: MemoryPlan, config: Config) -> None:
+    """Nothing; says which blocks a budget has chosen, if one has."""
+    if not isinstance(memory.recomputed, str):
+        print(recomputed_words(memory.recomputed, config.train.memory_budget_gib))
 
 
 # What only a cluster needs: without --gpu these options would be ignored.
@@ -224,8 +225,6 @@ def memory_table(memory: MemoryPlan, micro_batch: int) -> str:
             parts = ", ".join(f"{what} {count / 2**30:.2f}" for what, count in place.held.items())
             held = f"{place.total_held / 2**30:.2f} between steps: {parts}"
             lines.append(f"{name:<8}{place.peak / 2**30:>9.2f} at the peak, {held}")
-    if memory.activations_are_missing:
-        lines.append("the activations of stage 1 are not counted: train.activation_checkpointing and a trial tell")
     return "\n".join(lines)
 
 

@@ -29,6 +29,7 @@ _STAGE_ENDS = (0, 2, 4, 7, 10, 14, 15)
 _DISTANCE_STAGES = 4
 _VGG16_CHANNELS = (64, 64, 0, 128, 128, 0, 256, 256, 256, 0, 512, 512, 512, 0, 512, 512, 512)  # 0: 2x2 max pooling
 _VGG16_TAPS = (3, 8, 15, 22, 29)  # the ReLUs before each pooling and the last one
+_VGG16_TAP_WIDTHS = (64, 128, 256, 512, 512)
 _VGG16_FILE = "vgg16-397923af.pth"
 
 
@@ -113,7 +114,7 @@ class PerceptualLoss(_FrozenNet):
 
         Source: arXiv:1801.03924, eq. 1.
         """
-        with torch.autocast(device_type=x.device.type, enabled=False):
+        with torch.autocast(device_type="cpu" if x.is_meta else x.device.type, enabled=False):
             with torch.no_grad():
                 features_y = [_unit_length(feature) for feature in self.features(y.float())]
             features_x = [_unit_length(feature) for feature in self.features(x.float())]
@@ -164,15 +165,17 @@ class VggLpips(PerceptualLoss):
     shift: Tensor
     scale: Tensor
 
-    def __init__(self, weights_path: str | Path | None = None) -> None:
+    def __init__(self, weights_path: str | Path | None = None, *, only_shapes: bool = False) -> None:
         super().__init__()
         self.vgg = _vgg16_features()
-        _load_vgg16(self.vgg, _find_vgg16_weights(weights_path))
+        if not only_shapes:
+            _load_vgg16(self.vgg, _find_vgg16_weights(weights_path))
         self.register_buffer("shift", torch.tensor([-0.030, -0.088, -0.188]).view(1, 3, 1, 1), persistent=False)
         self.register_buffer("scale", torch.tensor([0.458, 0.448, 0.450]).view(1, 3, 1, 1), persistent=False)
-        learned = torch.load(_lpips_weights_path(), map_location="cpu", weights_only=True)
-        for i in range(len(_VGG16_TAPS)):
-            self.register_buffer(f"weight{i}", learned[f"lin{i}.model.1.weight"], persistent=False)
+        learned = {} if only_shapes else torch.load(_lpips_weights_path(), map_location="cpu", weights_only=True)
+        for i, width in enumerate(_VGG16_TAP_WIDTHS):
+            weights = torch.empty(1, width, 1, 1) if only_shapes else learned[f"lin{i}.model.1.weight"]
+            self.register_buffer(f"weight{i}", weights, persistent=False)
         self._freeze()
 
     def features(self, x: Tensor) -> list[Tensor]:
@@ -200,6 +203,13 @@ def build_perceptual(cfg: AutoencoderLossConfig) -> PerceptualLoss:
             f"{cfg.perceptual_net} brings its own: set perceptual_net to lpips_vgg or perceptual_weights to null"
         )
     return EfficientNetLite0Distance()
+
+
+def shapes_of_perceptual(cfg: AutoencoderLossConfig) -> PerceptualLoss:
+    """`build_perceptual` on the meta device; VGG16's weights need not be there."""
+    if cfg.perceptual_net == "lpips_vgg":
+        return VggLpips(only_shapes=True).to("meta")
+    return build_perceptual(cfg).to("meta")
 
 
 def _fold(conv: nn.Conv2d, norm: nn.BatchNorm2d) -> nn.Conv2d:

@@ -7,7 +7,7 @@ reduction. Operations are the plain ones unless fused kernels are asked for, whi
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Set
 from contextlib import contextmanager
 from typing import Any
 from unittest import mock
@@ -19,9 +19,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from ldm_kernels.common import tuning
 from ldm_scale.conditioning.base import Inputs
 from ldm_scale.conditioning.latent_diffusion import LatentDiffusion
-from ldm_scale.config.schema import Config
+from ldm_scale.config.schema import Config, Recomputation
 from ldm_scale.models.classifier import LatentClassifier
 from ldm_scale.planning.live_bytes import LiveBytes
+from ldm_scale.planning.meta_step import MetaStep, Phase
+from ldm_scale.planning.stage_1 import autoencoder_step
 
 Arguments = tuple[Tensor | Inputs, ...]  # of a forward pass
 
@@ -34,50 +36,76 @@ def backward_peak(
     bucket_elements: int,
     fused: bool = False,
 ) -> int:
-    """Most bytes beside weights and optimizer at once, of a forward and backward pass of stage 2 or the classifier."""
-    network, arguments = make_network(config, micro_batch, latent_shape, dtype)
-    return peak_of(network, arguments, bucket_elements, fused)
+    """Most bytes beside weights and optimizer at once, of a micro-batch of either stage or of a classifier."""
+    step = make_step(config, micro_batch, latent_shape, dtype, config.train.activation_checkpointing)
+    return peak_of(step, bucket_elements, fused)
 
 
-def peak_of(network: nn.Module, arguments: Arguments, bucket_elements: int, fused: bool = False) -> int:
-    """`backward_peak` of a network on the meta device as it is; may be asked again."""
+def peak_of(step: MetaStep, bucket_elements: int, fused: bool = False) -> int:
+    """`backward_peak` of a micro-batch as it is; may be asked again."""
     live, bucket = LiveBytes("meta"), _Bucket(bucket_elements)
-    run_backward(network, arguments, fused, live, bucket.add, on_end=bucket.reduce)
+    run_step(step, fused, live, bucket.add, on_end=bucket.reduce)
     return int(live.peak)
 
 
-def run_backward(
-    network: nn.Module,
-    arguments: Arguments,
+def run_step(
+    step: MetaStep,
     fused: bool,
     watcher: TorchDispatchMode,
     on_gradient: Callable[[nn.Parameter], None],
-    on_backward: Callable[[], None] = lambda: None,
+    on_phase: Callable[[Phase], None] = lambda phase: None,
     on_end: Callable[[], None] = lambda: None,
 ) -> None:
-    """Nothing, after a forward and backward pass on the meta device that `watcher` saw.
+    """Nothing, after a micro-batch on the meta device that `watcher` saw.
 
     `fused`: what Triton's kernels do and keep, in place of plain operations. `on_gradient` hears of each parameter once
-    its gradient is whole, `on_backward` of the end of the forward pass.
+    its gradient is whole, `on_phase` of every phase but the first when it begins.
     """
     hooks = [
         parameter.register_post_accumulate_grad_hook(on_gradient)  # type: ignore[no-untyped-call]
-        for parameter in network.parameters()
+        for parameter in step.network.parameters()
     ]
     with as_on_a_gpu(fused), watcher:
-        loss = network(*arguments).float().square().mean()
-        on_backward()
-        loss.backward()
+        step.run(on_phase)
         on_end()
     for hook in hooks:
         hook.remove()
 
 
+def make_step(
+    config: Config,
+    micro_batch: int,
+    latent_shape: tuple[int, int, int],
+    dtype: torch.dtype,
+    recomputed: Recomputation | Set[str],
+) -> MetaStep:
+    """What is trained, and a micro-batch through it, on the meta device; recomputed: see `UNet`."""
+    if config.stage == "autoencoder":
+        assert isinstance(recomputed, str), "validated: a budget chooses blocks of a UNet"
+        return autoencoder_step(config, micro_batch, dtype, recomputed)
+    network, arguments = make_network(config, micro_batch, latent_shape, dtype, recomputed)
+    return step_of(network, arguments)
+
+
+def step_of(network: nn.Module, arguments: Arguments) -> MetaStep:
+    """A loss of what the network returns, and its backward pass."""
+
+    def run(begins: Callable[[Phase], None]) -> None:
+        loss = network(*arguments).float().square().mean()
+        begins("backward")
+        torch.autograd.backward(loss)
+
+    return MetaStep(network, run)
+
+
 def make_network(
-    config: Config, micro_batch: int, latent_shape: tuple[int, int, int], dtype: torch.dtype
+    config: Config,
+    micro_batch: int,
+    latent_shape: tuple[int, int, int],
+    dtype: torch.dtype,
+    recomputed: Recomputation | Set[str],
 ) -> tuple[nn.Module, Arguments]:
-    """What is trained, and its inputs, on the meta device."""
-    recomputed = config.train.activation_checkpointing
+    """What stage 2 or the classifier trains, and its inputs, on the meta device."""
     with torch.device("meta"):
         z = torch.empty(micro_batch, *latent_shape, dtype=dtype)
         t = torch.zeros(micro_batch, dtype=torch.int64)

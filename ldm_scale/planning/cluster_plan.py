@@ -69,20 +69,22 @@ def plan_on_cluster(
 ) -> ClusterPlan:
     """The plan.
 
-    Raises: ConfigError if the GPU has no bf16 and it was asked for, if the batch does not divide, or of stage 1.
+    Raises: ConfigError if the GPU has no bf16 and it was asked for, if the batch does not divide, if a budget of memory
+        is too small, or of a cache in stage 1.
     """
     ranks = ranks_of(cluster, config)
     batches = batch_plan(config, ranks)
     numbers = _precision(config, cluster, precision)
     workload = Workload(config, size.latent_shape, numbers, cached)
     software = SOFTWARE[cluster.gpu.name]
-    recomputed, stage = config.train.activation_checkpointing, config.zero.stage
+    recomputed, stage = workload.configured(batches, ranks), config.zero.stage
     memory = workload.memory(batches, ranks, stage, recomputed)
     job = workload.job(batches, stage, recomputed)
     step = simulate(job, cluster, software)
     speed = images_per_s(job, cluster, step)
     total = config.train.total_images if images is None else images
     state_bytes = (MASTER + MOMENTS + AVERAGE * workload.averages) * workload.parameters
+    state_bytes += 0 if job.rival is None else (MASTER + MOMENTS) * job.rival.parameters
     saves = checkpoints(state_bytes, config.train.async_checkpoints, cluster, total / speed)
     watts = cluster.gpu.watts * WATTS_PER_GPU_WATT if watts is None else watts
     best = recommend(workload, cluster, software)

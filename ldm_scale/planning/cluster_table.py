@@ -80,7 +80,7 @@ def cluster_table(plan: ClusterPlan) -> str:
         f"on {cluster.num_gpus} x {gpu.name} ({cluster.num_nodes} nodes of {cluster.gpus_per_node}; "
         f"{cluster.intra / GB:g} GB/s per GPU inside, {cluster.inter / GB:g} between nodes, storage "
         f"{cluster.storage / GB:g} GB/s), {plan.precision}, "
-        f"{'latents from a cache' if plan.cached else 'images encoded on the fly'}: computed, not measured",
+        f"{_input(plan)}: computed, not measured",
         *_memory_lines(plan),
         *_step_lines(plan),
         "GPUs        weak: images/s  per GPU    strong: images/s  per GPU  micro-batch x accumulation",
@@ -89,6 +89,13 @@ def cluster_table(plan: ClusterPlan) -> str:
         *_recommendation_lines(plan),
     ]
     return "\n".join(lines)
+
+
+def _input(plan: ClusterPlan) -> str:
+    """What a step begins with."""
+    if plan.cached:
+        return "latents from a cache"
+    return "images encoded on the fly" if "first stage" in plan.step.frozen else "images"
 
 
 def _memory_lines(plan: ClusterPlan) -> list[str]:
@@ -107,7 +114,9 @@ def _step_lines(plan: ClusterPlan) -> list[str]:
     step = plan.step
     parts = {
         "forward": step.forward,
+        **({"losses": step.losses} if step.losses else {}),
         "backward": step.backward,
+        **({"discriminator": step.discriminator} if step.discriminator else {}),
         **step.frozen,
         "communication exposed": step.communication_exposed,
         "optimizer": step.optimizer,

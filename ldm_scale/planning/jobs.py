@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Set
 from dataclasses import dataclass, field
 
 import torch
@@ -12,8 +13,17 @@ from ldm_scale.config.schema import BatchPlan, Config, Recomputation
 from ldm_scale.errors import ConfigError
 from ldm_scale.models.build import build_autoencoder
 from ldm_scale.planning.cluster import Cluster
-from ldm_scale.planning.memory import FP32, STAGE_0_BUCKET, MemoryPlan, NetworkSizes, network_sizes, plan_memory
-from ldm_scale.planning.step_time import Job, Precision
+from ldm_scale.planning.memory import (
+    FP32,
+    STAGE_0_BUCKET,
+    MemoryPlan,
+    NetworkSizes,
+    blocks_to_recompute,
+    network_sizes,
+    plan_memory,
+)
+from ldm_scale.planning.stage_1 import has_adversary
+from ldm_scale.planning.step_time import Job, Precision, Rival
 from ldm_scale.planning.trace import Amount, Operation, Trace, trace_forward, trace_step
 
 # benchmarks/README.md, "loader": one core of an Intel Xeon makes 280 images/s of 512 px JPEGs of 90 kB ready, and
@@ -33,14 +43,13 @@ class Workload:
     cached: bool  # latents, and contexts of a frozen text encoder, come from a cache
     fused: bool = True  # Triton's kernels, where the configuration does not forbid them
     sizes: NetworkSizes = field(default_factory=list)
-    _traces: dict[Recomputation, Trace] = field(default_factory=dict)
+    _traces: dict[Recomputation | Set[str], Trace] = field(default_factory=dict)
     _frozen: tuple[tuple[str, Trace], ...] | None = None
 
     def __post_init__(self) -> None:
-        if self.config.stage == "autoencoder":
+        if self.config.stage == "autoencoder" and self.cached:
             raise ConfigError(
-                "stage=autoencoder: --gpu plans the steps of stage 2 and of classifiers, not those of stage 1; leave "
-                "--gpu out, or name an experiment of stage 2"
+                "--cached with stage=autoencoder: a cache holds latents, and stage 1 trains on images; leave it out"
             )
         kernels = self.config.kernels
         self.fused = self.fused and "reference" not in (kernels.group_norm_silu, kernels.geglu)
@@ -53,27 +62,47 @@ class Workload:
 
     @property
     def parameters(self) -> int:
-        """That are trained."""
-        return sum(sum(sizes) for _, sizes, _ in self.sizes)
+        """That are trained, without a discriminator's."""
+        return sum(self.sizes[0][1])
+
+    @property
+    def rival(self) -> Rival | None:
+        """Stage 1's discriminator, if the run comes to feel it."""
+        if self.config.stage != "autoencoder" or not has_adversary(self.config):
+            return None
+        stage, sizes, _ = self.sizes[1]
+        return Rival(sum(sizes), stage)
 
     @property
     def averages(self) -> int:
         """Of the weights."""
         return len(self.config.ema.power_stds) + (self.config.ema.half_life_images > 0)
 
-    def trace(self, recomputed: Recomputation) -> Trace:
+    def configured(self, plan: BatchPlan, ranks: int) -> Recomputation | Set[str]:
+        """What the configuration recomputes; a budget's blocks are those that a run on such GPUs takes.
+
+        Raises: ConfigError if the budget is too small.
+        """
+        return blocks_to_recompute(self._on_gpus(self.config.zero.stage), plan, ranks, self.latent_shape)
+
+    def _on_gpus(self, stage: int) -> Config:
+        """The configuration, whatever it says of the device, with that stage of ZeRO and precision."""
+        train = dataclasses.replace(self.config.train, precision=self.precision)
+        if train.device == "cpu":
+            train = dataclasses.replace(train, device="auto")
+        return dataclasses.replace(self.config, zero=dataclasses.replace(self.config.zero, stage=stage), train=train)
+
+    def trace(self, recomputed: Recomputation | Set[str]) -> Trace:
         """The recorded step."""
         if recomputed not in self._traces:
-            train = dataclasses.replace(self.config.train, activation_checkpointing=recomputed)
-            config = dataclasses.replace(self.config, train=train)
-            self._traces[recomputed] = trace_step(config, self.latent_shape, self.dtype, self.fused)
+            self._traces[recomputed] = trace_step(self.config, self.latent_shape, self.dtype, self.fused, recomputed)
         return self._traces[recomputed]
 
     def frozen(self) -> tuple[tuple[str, Trace], ...]:
         """What runs before each micro-batch because it is not cached."""
         if self._frozen is None:
             traces = []
-            if not self.cached and self.config.autoencoder.kind != "identity":
+            if self.config.stage != "autoencoder" and not self.cached and self.config.autoencoder.kind != "identity":
                 traces.append(("first stage", _encoder(self.config, self.dtype, self.fused)))
             text = self.config.conditioning.frozen_text
             if not self.cached and text is not None and self.config.stage == "diffusion":
@@ -84,19 +113,17 @@ class Workload:
             self._frozen = tuple(traces)
         return self._frozen
 
-    def memory(self, plan: BatchPlan, ranks: int, stage: int, recomputed: Recomputation) -> MemoryPlan:
-        """What a rank holds."""
-        zero = dataclasses.replace(self.config.zero, stage=stage)
-        train = dataclasses.replace(self.config.train, precision=self.precision, activation_checkpointing=recomputed)
-        if train.device == "cpu":
-            train = dataclasses.replace(train, device="auto")
-        config = dataclasses.replace(self.config, zero=zero, train=train)
+    def memory(self, plan: BatchPlan, ranks: int, stage: int, recomputed: Recomputation | Set[str]) -> MemoryPlan:
+        """What a rank holds. `stage` is not the discriminator's, which keeps its own."""
         compute = 2 if self.precision == "bf16" else FP32
         peak = self.trace(recomputed).peak(plan.micro_batch, compute, bucket_elements(self.config, stage))
-        networks = [(stage, sizes, is_averaged) for _, sizes, is_averaged in self.sizes]
-        return plan_memory(config, plan, ranks, self.latent_shape, peak, networks)
+        (_, *first), *rest = self.sizes
+        networks: NetworkSizes = [(stage, *first), *rest]  # type: ignore[list-item]
+        found = plan_memory(self._on_gpus(stage), plan, ranks, self.latent_shape, peak, networks)
+        found.recomputed = recomputed
+        return found
 
-    def job(self, plan: BatchPlan, stage: int, recomputed: Recomputation) -> Job:
+    def job(self, plan: BatchPlan, stage: int, recomputed: Recomputation | Set[str]) -> Job:
         """The work of a rank in a step."""
         workers = max(self.config.data.num_workers, 1)
         read_bytes, loading_s = self._reading()
@@ -114,6 +141,7 @@ class Workload:
             overlaps=self.config.zero.overlap_comm and stage > 0,
             loading_s=loading_s / workers,
             read_bytes=read_bytes,
+            rival=self.rival,
         )
 
     def _reading(self) -> tuple[float, float]:

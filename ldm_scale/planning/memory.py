@@ -30,9 +30,9 @@ from ldm_scale.conditioning.latent_diffusion import LatentDiffusion
 from ldm_scale.config.schema import AutoencoderConfig, BatchPlan, Config, Recomputation, ZeroConfig
 from ldm_scale.models.build import build_autoencoder
 from ldm_scale.models.classifier import LatentClassifier
-from ldm_scale.models.discriminator import PatchDiscriminator
 from ldm_scale.planning.activations import backward_peak
 from ldm_scale.planning.recomputation import Choice, MetaPass, within_budget
+from ldm_scale.planning.stage_1 import make_discriminator, perceptual_net
 
 PERSISTENT = 100_000  # elements; DeepSpeed's stage3_param_persistence_threshold
 STAGE_0_BUCKET = 500_000_000  # elements of a reduction at stage 0, which no key sets
@@ -65,7 +65,6 @@ class MemoryPlan:
     ranks: int
     stage: int  # of ZeRO
     compute_bytes: int  # a number: 2 in bf16, 4 in fp32
-    activations_are_missing: bool = False  # stage 1: what is said of the device is less than it takes
     device: Memory = field(default_factory=Memory)
     host: Memory = field(default_factory=Memory)
     recomputed: Recomputation | Set[str] = "none"  # in backward: a rule, or the blocks that a budget has chosen
@@ -92,29 +91,30 @@ def plan_memory(
     precision, on_cpu = config.train.precision, config.train.device == "cpu"
     compute = FP32 if precision == "fp32" or (precision == "auto" and on_cpu) else 2
     averages = len(config.ema.power_stds) + (config.ema.half_life_images > 0)
-    result = MemoryPlan(ranks, config.zero.stage, compute, activations_are_missing=config.stage == "autoencoder")
+    result = MemoryPlan(ranks, config.zero.stage, compute)
     for stage, sizes, is_averaged in networks or network_sizes(config, latent_shape[0]):
         zero, accumulates = config.zero, plan.accumulation_steps > 1
         _add_states(result, sizes, stage, zero, averages if is_averaged else 0, accumulates)
         _add_buffers(result, sizes, stage, zero, accumulates, on_cpu)
     if config.stage != "autoencoder":
         _add(result.device.held, "autoencoder", compute * _autoencoder_parameters(config.autoencoder))
+    elif (perceptual := perceptual_net(config.autoencoder_loss)) is not None:
+        _add(result.device.held, "perceptual net", FP32 * sum(weight.numel() for weight in perceptual.parameters()))
     if config.train.async_checkpoints:
         states = ("masters", "moments", "averages")
         copied = sum(place.held.get(name, 0) for place in (result.device, result.host) for name in states)
         _add(result.host.held, "copy that is written", copied)
-    if config.stage != "autoencoder":
-        result.recomputed = config.train.activation_checkpointing
-        if backward is None:
-            bucket = STAGE_0_BUCKET if config.zero.stage == 0 else config.zero.bucket_elements
-            dtype = torch.float32 if compute == FP32 else torch.bfloat16
-            if config.train.activation_checkpointing == "budget":
-                meta = MetaPass(config, plan.micro_batch, latent_shape, dtype, bucket)
-                choice = _within_budget(meta, config, result, on_cpu)
-                result.recomputed, backward = choice.blocks, choice.backward_peak
-            else:
-                backward = backward_peak(config, plan.micro_batch, latent_shape, dtype, bucket)
-        _add(result.device.backward, "activations and gradients", backward)
+    result.recomputed = config.train.activation_checkpointing
+    if backward is None:
+        bucket = STAGE_0_BUCKET if config.zero.stage == 0 else config.zero.bucket_elements
+        dtype = torch.float32 if compute == FP32 else torch.bfloat16
+        if config.train.activation_checkpointing == "budget":
+            meta = MetaPass(config, plan.micro_batch, latent_shape, dtype, bucket)
+            choice = _within_budget(meta, config, result, on_cpu)
+            result.recomputed, backward = choice.blocks, choice.backward_peak
+        else:
+            backward = backward_peak(config, plan.micro_batch, latent_shape, dtype, bucket)
+    _add(result.device.backward, "activations and gradients", backward)
     return result
 
 
@@ -165,8 +165,7 @@ def _networks(config: Config, latent_channels: int) -> list[tuple[int, nn.Module
         networks = [(config.zero.stage, network, True)]
         loss = config.autoencoder_loss
         if config.stage == "autoencoder" and loss.adversarial_weight > 0:
-            rival = PatchDiscriminator(loss.discriminator_base_channels, loss.discriminator_layers)
-            networks.append((config.zero.discriminator_stage, rival, False))
+            networks.append((config.zero.discriminator_stage, make_discriminator(loss), False))
     return networks
 
 

@@ -7,7 +7,7 @@ second forward pass and buys nothing but memory, so it is looked at only where i
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Set
 from dataclasses import dataclass
 
 from ldm_scale.config.schema import BatchPlan, Recomputation
@@ -56,7 +56,7 @@ def divisors(count: int) -> list[int]:
 
 
 def largest_micro_batch(
-    workload: Workload, ranks: int, gpu: Gpu, stage: int, recomputed: Recomputation, per_rank: int
+    workload: Workload, ranks: int, gpu: Gpu, stage: int, recomputed: Recomputation | Set[str], per_rank: int
 ) -> int:
     """The most images that a rank can take at once, of those that divide its share of a step; 0 if not even one."""
     for images in divisors(per_rank):

@@ -19,7 +19,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from ldm_scale.config.schema import Config, Recomputation
 from ldm_scale.errors import ConfigError
 from ldm_scale.models.unet import UNetEncoder
-from ldm_scale.planning.activations import as_on_a_gpu, make_network, peak_of
+from ldm_scale.planning.activations import as_on_a_gpu, make_network, peak_of, step_of
 from ldm_scale.planning.live_bytes import LiveBytes
 
 GIB = 2**30
@@ -36,7 +36,7 @@ class MetaPass:
         dtype: torch.dtype,
         bucket_elements: int,
     ) -> None:
-        self._network, self._arguments = make_network(config, micro_batch, latent_shape, dtype)
+        self._network, self._arguments = make_network(config, micro_batch, latent_shape, dtype, "none")
         self._bucket_elements = bucket_elements
         (self.unet,) = (module for module in self._network.modules() if isinstance(module, UNetEncoder))
 
@@ -48,7 +48,7 @@ class MetaPass:
     def backward_peak(self, recomputed: Recomputation | Set[str]) -> int:
         """Most bytes beside weights and optimizer at once."""
         self.unet.checkpoint_activations = recomputed
-        return peak_of(self._network, self._arguments, self._bucket_elements)
+        return peak_of(step_of(self._network, self._arguments), self._bucket_elements)
 
 
 @dataclass(frozen=True)

@@ -22,13 +22,22 @@ from typing import Literal
 from ldm_scale.planning.cluster import Cluster, Gpu
 from ldm_scale.planning.communication import all_reduce_s, scatter_s
 from ldm_scale.planning.efficiency import Software
-from ldm_scale.planning.trace import Gradient, Operation, Phase, Trace
+from ldm_scale.planning.meta_step import Phase
+from ldm_scale.planning.trace import Gradient, Operation, Trace
 
 Precision = Literal["bf16", "fp32"]
 
 # The gradients' norm reads 4 bytes a parameter; AdamW reads gradient, master and two moments and writes the last three.
 _UPDATE_BYTES = 4 + 4 * 4 + 3 * 4
 _AVERAGE_BYTES = 12  # reads master and average, writes the average
+
+
+@dataclass(frozen=True)
+class Rival:
+    """Stage 1's discriminator. Its work is the trace's phase of that name."""
+
+    parameters: int
+    stage: int  # of ZeRO: 0 or 1
 
 
 @dataclass(frozen=True)
@@ -49,6 +58,7 @@ class Job:
     gradient_bytes: int = 0  # of a number that is reduced; 0: those of the precision
     loading_s: float = 0.0  # of an image, on one rank, decoding included
     read_bytes: float = 0.0  # of an image, from the storage that all ranks share
+    rival: Rival | None = None
 
     @property
     def compute_bytes(self) -> int:
@@ -73,11 +83,13 @@ class StepTime:
     optimizer: float
     averages: float
     input_exposed: float  # what the GPU waits for data
+    losses: float = 0.0  # stage 1: from pixels to the gradient at the decoder's output
+    discriminator: float = 0.0  # stage 1: its own forward and backward pass
 
     @property
     def computing(self) -> float:
         """What the GPU's operations take."""
-        return self.forward + self.backward + sum(self.frozen.values())
+        return self.forward + self.losses + self.backward + self.discriminator + sum(self.frozen.values())
 
     @property
     def total(self) -> float:
@@ -91,7 +103,7 @@ def operation_s(operation: Operation, images: int, gpu: Gpu, software: Software,
         share, peak = software.attention_share, gpu.half_flops if precision == "bf16" else gpu.fp32_flops
     else:
         wide = gpu.tf32_flops if operation.kind == "convolution" else gpu.fp32_flops
-        share, peak = software.matrix_share, gpu.half_flops if precision == "bf16" else wide
+        share, peak = software.matrix_share, gpu.half_flops if precision == "bf16" and not operation.wide else wide
     arithmetic = operation.flops.of(images) / (share * peak)
     memory = operation.bytes.of(images) / (software.memory_share * gpu.memory_rate)
     return software.operation_s + max(arithmetic, memory)
@@ -112,25 +124,37 @@ def simulate(job: Job, cluster: Cluster, software: Software) -> StepTime:
     """The step, played through."""
     gpu, micros = cluster.gpu, job.accumulation_steps
     frozen = {name: compute_s(trace, job.micro_batch, gpu, software, job.precision) for name, trace in job.frozen}
-    forward = compute_s(job.trace, job.micro_batch, gpu, software, job.precision, "forward")
+    phases: tuple[Phase, ...] = ("forward", "losses", "discriminator")
+    forward, losses, rival = (
+        compute_s(job.trace, job.micro_batch, gpu, software, job.precision, phase) for phase in phases
+    )
     segments = backward_segments(job, gpu, software)
     network, now = _Network(), 0.0
+    # Stage 1 weighs its losses over all micro-batches before the first of them goes backward.
+    passes = 2 * micros if job.rival is not None and micros > 1 else micros
+    for _ in range(passes - micros):
+        now = _forward(job, cluster, network, now, forward, segments) + losses
     for micro in range(micros):
-        now = _forward(job, cluster, network, now + sum(frozen.values()), forward, segments)
+        now = _forward(job, cluster, network, now + sum(frozen.values()), forward, segments) + losses
         reduces = job.stage >= 2 or micro == micros - 1
-        now = _backward(job, cluster, network, now, segments, reduces)
+        now = _backward(job, cluster, network, now, segments, reduces) + rival
     now = max(now, network.free)
     if job.stage in (1, 2):
         now = network.carry(now, scatter_s(job.compute_bytes * job.parameters, cluster))
+    if job.rival is not None:
+        now = _rival(job, job.rival, cluster, network, now)
     backward = sum(segment.seconds for segment in segments)
-    exposed = max(now - micros * (forward + backward + sum(frozen.values())), 0.0)
+    exposed = max(now - passes * (forward + losses) - micros * (backward + rival + sum(frozen.values())), 0.0)
     owned = job.parameters if job.stage == 0 else job.parameters / cluster.num_gpus
     rate = software.memory_share * gpu.memory_rate
-    optimizer = owned * (_UPDATE_BYTES + job.compute_bytes) / rate + software.operation_s
+    updated = owned
+    if job.rival is not None:
+        updated += job.rival.parameters / (1 if job.rival.stage == 0 else cluster.num_gpus)
+    optimizer = updated * (_UPDATE_BYTES + job.compute_bytes) / rate + software.operation_s
     averages = owned * _AVERAGE_BYTES * job.averages / rate
     loading = job.images * max(job.loading_s, job.read_bytes * cluster.num_gpus / cluster.storage)
     return StepTime(
-        forward=micros * forward,
+        forward=passes * forward,
         backward=micros * backward,
         frozen={name: micros * seconds for name, seconds in frozen.items()},
         communication_exposed=exposed,
@@ -138,6 +162,8 @@ def simulate(job: Job, cluster: Cluster, software: Software) -> StepTime:
         optimizer=optimizer,
         averages=averages,
         input_exposed=max(loading - (now + optimizer + averages), 0.0),
+        losses=passes * losses,
+        discriminator=micros * rival,
     )
 
 
@@ -207,6 +233,15 @@ def _backward(
             reduction = all_reduce_s if job.stage == 0 else scatter_s
             arrived = network.carry(now, reduction(gradient_bytes * elements, cluster))
             now = now if job.overlaps else max(now, arrived)
+    return now
+
+
+def _rival(job: Job, rival: Rival, cluster: Cluster, network: _Network, now: float) -> float:
+    """When the discriminator's gradients are reduced and its new weights everywhere; nothing hides that."""
+    reduction = all_reduce_s if rival.stage == 0 else scatter_s
+    now = network.carry(now, reduction((job.gradient_bytes or job.compute_bytes) * rival.parameters, cluster))
+    if rival.stage == 1:
+        now = network.carry(now, scatter_s(job.compute_bytes * rival.parameters, cluster))
     return now
 
 

@@ -11,7 +11,7 @@ called with, so that what only a compiler would fuse is several.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Set
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -20,12 +20,12 @@ from torch import nn
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
-from ldm_scale.config.schema import Config
-from ldm_scale.planning.activations import as_on_a_gpu, make_network, run_backward
+from ldm_scale.config.schema import Config, Recomputation
+from ldm_scale.planning.activations import as_on_a_gpu, make_step, run_step
 from ldm_scale.planning.live_bytes import LiveBytes
+from ldm_scale.planning.meta_step import Phase
 
 Kind = Literal["convolution", "product", "attention", "other"]
-Phase = Literal["forward", "backward"]
 
 IMAGES = (2, 4)  # of the two passes; with 1, torch would see other strides
 # Attention's backward pass makes the scores again: five matrix products for the forward pass's two (arXiv:2307.08691).
@@ -55,6 +55,7 @@ class Operation:
     phase: Phase
     flops: Amount
     bytes: Amount
+    wide: bool = False  # in fp32 whatever the network computes in
 
 
 @dataclass(frozen=True)
@@ -106,14 +107,20 @@ class Trace:
         return math.ceil(max(peak, self.moments[-1].live.of(images) + compute_bytes * (2 * held + copied)))
 
 
-def trace_step(config: Config, latent_shape: tuple[int, int, int], dtype: torch.dtype, fused: bool) -> Trace:
-    """Forward and backward pass of what stage 2, or the classifier, trains."""
+def trace_step(
+    config: Config,
+    latent_shape: tuple[int, int, int],
+    dtype: torch.dtype,
+    fused: bool,
+    recomputed: Recomputation | Set[str] | None = None,
+) -> Trace:
+    """A micro-batch of what is trained; `recomputed` in place of train.activation_checkpointing."""
+    recomputed = config.train.activation_checkpointing if recomputed is None else recomputed
     recorders = []
     for images in IMAGES:
         recorder = _Recorder()
-        network, arguments = make_network(config, images, latent_shape, dtype)
-        steps = (recorder.gradient_is_whole, recorder.backward_begins, recorder.backward_ends)
-        run_backward(network, arguments, fused, recorder, *steps)
+        step = make_step(config, images, latent_shape, dtype, recomputed)
+        run_step(step, fused, recorder, recorder.gradient_is_whole, recorder.begins, recorder.ends)
         recorders.append(recorder)
     return _joined(*recorders)
 
@@ -137,6 +144,7 @@ class _Seen:
     phase: Phase
     flops: float
     bytes: float
+    wide: bool
 
 
 class _Recorder(LiveBytes):  # type: ignore[no-untyped-call]
@@ -148,11 +156,11 @@ class _Recorder(LiveBytes):  # type: ignore[no-untyped-call]
         self.events: list[_Seen | Gradient] = []
         self.moments: list[tuple[int, int, int]] = []  # bytes that live; elements of a gradient, and copied ones
 
-    def backward_begins(self) -> None:
-        """Nothing; what follows is the backward pass."""
-        self.phase = "backward"
+    def begins(self, phase: Phase) -> None:
+        """Nothing; what follows belongs to that phase."""
+        self.phase = phase
 
-    def backward_ends(self) -> None:
+    def ends(self) -> None:
         """Nothing; what lives now lies beside the last bucket."""
         self.moments.append((self.now, 0, 0))
 
@@ -178,7 +186,9 @@ class _Recorder(LiveBytes):  # type: ignore[no-untyped-call]
         leaves = tree_leaves((args, kwargs, result))
         tensors = {id(x): x for x in leaves if isinstance(x, torch.Tensor) and x.is_meta}
         moved = sum(min(x.numel() * x.element_size(), x.untyped_storage().nbytes()) for x in tensors.values())
-        return _Seen(kind, self.phase, flops, moved * _NORM_PASSES.get(name, 1.0))
+        results = [x.dtype for x in tree_leaves(result) if isinstance(x, torch.Tensor) and x.is_floating_point()]
+        wide = bool(results) and results[0] == torch.float32
+        return _Seen(kind, self.phase, flops, moved * _NORM_PASSES.get(name, 1.0), wide)
 
 
 def _flops(func: Any, name: str, args: Any, kwargs: Any, result: Any) -> tuple[Kind, float]:
@@ -210,6 +220,6 @@ def _joined(few: _Recorder, many: _Recorder) -> Trace:
             events.append(a)
         else:
             assert isinstance(b, _Seen), "the same order of operations and gradients"
-            events.append(Operation(a.kind, a.phase, amount(a.flops, b.flops), amount(a.bytes, b.bytes)))
+            events.append(Operation(a.kind, a.phase, amount(a.flops, b.flops), amount(a.bytes, b.bytes), a.wide))
     moments = [Moment(amount(a, b), *n) for (a, *n), (b, *_) in zip(few.moments, many.moments, strict=True)]
     return Trace(tuple(events), tuple(moments))

@@ -296,6 +296,7 @@ def _go_back_disturbed(config: Config) -> dict[str, Any]:
     }
 
 
+@pytest.mark.faults
 def test_a_rollback_leads_where_configuration_and_images_say_or_to_the_one_before_in_plain_words(
     tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:

@@ -21,7 +21,7 @@ from ldm_scale.engine.ema import RAW, ShardedEma
 from ldm_scale.engine.verification import newest_verified
 from ldm_scale.engine.weights import read_full_tensors
 from tests.helpers.faulty import faults_set
-from tests.helpers.ranks import free_port, import_before_fork, run_ranks
+from tests.helpers.ranks import free_port, import_before_fork, nothing_to_collect, run_ranks
 from tests.helpers.sharded import BATCH, masters, network, sharded, train_step
 
 RANKS, STAGE = 2, 2
@@ -70,8 +70,9 @@ def killed_save(root: Path, case: Case) -> None:
     context = multiprocessing.get_context("fork")
     port = free_port()
     ranks = [context.Process(target=_main, args=(rank, port, root, case)) for rank in range(RANKS)]
-    for process in ranks:
-        process.start()
+    with nothing_to_collect():
+        for process in ranks:
+            process.start()
     wait([process.sentinel for process in ranks], timeout=60)
     ranks[case.rank].join(20)
     for process in ranks:  # as a launcher ends the others

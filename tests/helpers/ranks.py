@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import multiprocessing
 import os
 import pickle
@@ -29,13 +30,14 @@ def run_ranks(function: Callable[..., Any], world_size: int, *args: Any, timeout
     context = multiprocessing.get_context("fork")
     port = free_port()
     pipes, processes = [], []
-    for rank in range(world_size):
-        receiver, sender = context.Pipe(duplex=False)
-        process = context.Process(target=_rank_main, args=(rank, world_size, port, sender, function, args))
-        process.start()
-        sender.close()
-        pipes.append(receiver)
-        processes.append(process)
+    with nothing_to_collect():
+        for rank in range(world_size):
+            receiver, sender = context.Pipe(duplex=False)
+            process = context.Process(target=_rank_main, args=(rank, world_size, port, sender, function, args))
+            process.start()
+            sender.close()
+            pipes.append(receiver)
+            processes.append(process)
     outcomes = [_receive(pipe, timeout_s) for pipe in pipes]
     for process in processes:
         process.join(5)
@@ -76,11 +78,12 @@ def started_ranks(function: Callable[..., Any], world_size: int, logs: Path, *ar
     port = free_port()
     logs.mkdir(parents=True, exist_ok=True)
     ranks = []
-    for rank in range(world_size):
-        log = logs / f"rank-{rank}.log"
-        process = context.Process(target=_logged_main, args=(rank, world_size, port, log, function, args))
-        process.start()
-        ranks.append(Rank(process, log))
+    with nothing_to_collect():
+        for rank in range(world_size):
+            log = logs / f"rank-{rank}.log"
+            process = context.Process(target=_logged_main, args=(rank, world_size, port, log, function, args))
+            process.start()
+            ranks.append(Rank(process, log))
     try:
         yield ranks
     finally:
@@ -108,10 +111,25 @@ def _logged_main(
     os._exit(status)
 
 
+@contextmanager
+def nothing_to_collect() -> Iterator[None]:
+    """Forks made in the block leave this process's objects alone when they collect garbage.
+
+    Looking through a million objects takes time, and writes to each, which copies the page that it shares.
+    """
+    gc.freeze()
+    try:
+        yield
+    finally:
+        gc.unfreeze()
+
+
 def import_before_fork() -> None:
     """Loads here, once, what every rank would otherwise load by itself when it starts DeepSpeed (eight seconds)."""
-    import deepspeed.runtime.zero.muon.muon_optimizer  # noqa: F401
+    import deepspeed.ops
+    import deepspeed.runtime.zero.muon.muon_optimizer
 
+    assert deepspeed.ops.__compatible_ops__  # asks compilers, once
     torch.optim.AdamW([torch.zeros(1, requires_grad=True)])  # loads torch._dynamo
 
 

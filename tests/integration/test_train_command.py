@@ -137,7 +137,7 @@ def test_stops_on_signals_and_continues_where_it_stopped(
         assert "Traceback" not in item.output
 
 
-@pytest.mark.slow
+@pytest.mark.faults
 @pytest.mark.timeout(300)
 def test_launchers_stop_together_and_take_over_from_each_other(
     folder: Path, tmp_path: Path, processes: list[Process]

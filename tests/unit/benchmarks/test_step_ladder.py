@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import asdict
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -15,6 +17,8 @@ from benchmarks import step_ladder, step_sweeps, step_ways
 from benchmarks.unet_step import Case, random_batch
 from ldm_scale.config.schema import TrainConfig
 from ldm_scale.engine import env
+from ldm_scale.errors import ConfigError
+from ldm_scale.models.compiled import compile_blocks, compiled_kinds
 from tests.helpers.ranks import run_ranks
 from tests.helpers.runs import UNET
 
@@ -22,7 +26,19 @@ CPU = torch.device("cpu")
 CASE = Case(UNET, batch=2, latent_channels=3, latent_side=8, context_tokens=4, context_width=16)
 
 
-def test_every_rung_adds_to_the_one_before_and_a_cpu_says_what_it_lacks() -> None:
+@pytest.fixture(autouse=True)
+def no_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Blocks are compiled in one test alone, in a process of its own."""
+
+    def check_compiler(device: torch.device) -> None:
+        raise ConfigError("no compiler")
+
+    monkeypatch.setattr(step_ways, "check_compiler", check_compiler)
+
+
+def test_every_rung_adds_to_the_one_before_and_a_cpu_says_what_it_lacks(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert [rung.missing for rung in step_ways.rungs(CPU) if rung.name == "+ blocks compiled"] == ["no compiler"]
+    monkeypatch.setattr(step_ways, "check_compiler", lambda device: None)
     on_cpu, on_gpu = step_ways.rungs(CPU), step_ways.rungs(torch.device("cuda"))
     assert [rung.name for rung in on_cpu] == [rung.name for rung in on_gpu]
     assert not any(rung.missing for rung in on_gpu)
@@ -97,6 +113,23 @@ def test_two_adamws_that_differ_are_noticed(monkeypatch: pytest.MonkeyPatch) -> 
     off = step_ways.differences(module, batch, ladder, torch.float32)
     assert off["+ AdamW fused"] == pytest.approx(0.01, rel=1e-3)
     assert max(value for name, value in off.items() if name != "+ AdamW fused") < 1e-4
+
+
+def _rows_with_compiled_blocks() -> list[dict[str, Any]]:
+    with (
+        mock.patch.object(step_ways, "check_compiler"),
+        mock.patch.object(step_ways, "compile_blocks", functools.partial(compile_blocks, backend="eager")),
+    ):
+        networks = step_ways.variants(step_ways.network(CASE, CPU), step_ways.rungs(CPU))
+        assert [bool(compiled_kinds(networks[compiled])) for compiled in (False, True)] == [False, True]
+        return step_ladder.measure(CASE, CPU, 2, "tiny")
+
+
+def test_compiled_blocks_are_a_rung_and_compute_the_same() -> None:
+    (found,) = run_ranks(_rows_with_compiled_blocks, 1)
+    assert [row["name"] for row in found if row["setting"]["compiled"]] == ["+ blocks compiled"]
+    assert found[-1]["speed_up"]["median"] > 0
+    assert found[-1]["difference"] < 1e-4
 
 
 def _sweeps() -> dict[str, list[dict[str, Any]]]:

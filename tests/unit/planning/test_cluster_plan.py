@@ -213,9 +213,44 @@ def test_mistakes_are_one_line(options: list[str], message: str, capsys: pytest.
     assert captured.err.count("\n") == 1
 
 
-def test_stage_1_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
-    assert run_command(main, ["experiment=demo_autoencoder", "train.global_batch=64", "--gpu", "h100"]) == 2
-    assert "not those of stage 1" in capsys.readouterr().err
+STAGE_1 = ("experiment=demo_autoencoder", "train.global_batch=64", "train.device=auto", "train.micro_batch=null")
+
+
+def test_stage_1_has_its_losses_and_its_discriminator(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([*STAGE_1, "autoencoder_loss.discriminator_start_images=0", "--gpu", "h100", "--json"]) == 0
+    plan = json.loads(capsys.readouterr().out)
+    step, memory = plan["cluster"]["step_s"], plan["cluster"]["memory"]
+    assert all(step[part] > 0 for part in ("forward", "losses", "backward", "discriminator"))
+    assert step["frozen"] == {}
+    assert memory["perceptual net"] > 0
+    assert memory["activations and gradients at the peak"] > 0
+    never = "autoencoder_loss.discriminator_start_images=1000000000"
+    assert main([*STAGE_1, never, "--gpu", "h100"]) == 0
+    words = capsys.readouterr().out
+    assert ", losses " in words
+    assert ", discriminator " not in words
+
+
+def test_stage_1_has_no_cache(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run_command(main, [*STAGE_1, "--gpu", "h100", "--cached"]) == 2
+    assert "--cached with stage=autoencoder" in capsys.readouterr().err
+
+
+def test_a_budget_chooses_blocks_on_a_cluster_too(capsys: pytest.CaptureFixture[str]) -> None:
+    large = "train.global_batch=4096"  # activations are most of the memory
+    plain = _plan(1, large)
+    budget = [
+        "train.activation_checkpointing=budget",
+        f"train.memory_budget_gib={0.8 * plain.memory.device.peak / 2**30}",
+    ]
+    assert main([*DEMO, large, *budget, "--gpu", "h100"]) == 0
+    assert "blocks are recomputed: " in capsys.readouterr().out
+    plan = _plan(1, large, *budget)
+    assert 0 < len(plan.memory.recomputed) < 100
+    assert plan.memory.device.peak < plain.memory.device.peak
+    assert plan.step.backward > plain.step.backward
+    assert run_command(main, [*DEMO, *budget[:1], "train.memory_budget_gib=0.001", "--gpu", "h100"]) == 2
+    assert "train.memory_budget_gib=0.001" in capsys.readouterr().err
 
 
 def test_a_v100_computes_in_fp32() -> None:

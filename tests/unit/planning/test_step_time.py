@@ -10,7 +10,7 @@ import pytest
 from ldm_scale.planning import communication, step_time
 from ldm_scale.planning.cluster import GB, GPUS, Cluster
 from ldm_scale.planning.efficiency import Software
-from ldm_scale.planning.step_time import Job, operation_s, simulate
+from ldm_scale.planning.step_time import Job, Rival, operation_s, simulate
 from ldm_scale.planning.trace import Amount, Gradient, Operation, Trace
 
 SOFTWARE = Software(0.5, 0.0, "a test", attention_share=0.25, memory_share=1.0)
@@ -153,3 +153,26 @@ def test_parts_add_up() -> None:
     parts.pop("communication_hidden")
     assert step.total == pytest.approx(sum(parts.values()) + sum(frozen.values()))
     assert step.total == pytest.approx(0.4)  # two images
+
+
+def test_a_discriminators_gradients_follow_the_autoencoders(no_latency: None) -> None:
+    events = (_work("forward", 10), _work("losses", 4), _work("backward", 10), Gradient(ELEMENTS))
+    trace = Trace((*events, _work("discriminator", 6)))
+    job = _job(trace=trace, parameters=ELEMENTS, rival=Rival(ELEMENTS, 0))
+    step = simulate(job, _cluster(bucket_ms=8), SOFTWARE)
+    assert (step.losses, step.discriminator) == pytest.approx((4e-3, 6e-3))
+    # 8 ms of the autoencoder's bucket, 6 of them beside the discriminator's own pass, and then 8 of its gradients.
+    assert (step.communication_exposed, step.communication_hidden) == pytest.approx((10e-3, 6e-3))
+    sharded = simulate(dataclasses.replace(job, rival=Rival(ELEMENTS, 1)), _cluster(bucket_ms=8), SOFTWARE)
+    assert sharded.communication_exposed == pytest.approx(10e-3), "scattered, and gathered: as long as both at once"
+    assert sharded.optimizer < step.optimizer
+    # Two micro-batches: a forward pass more for each, by which the losses are weighed.
+    twice = simulate(dataclasses.replace(job, accumulation_steps=2), Cluster(H100, 1, 1), SOFTWARE)
+    assert (twice.forward, twice.losses, twice.backward) == pytest.approx((40e-3, 16e-3, 20e-3))
+    alone = simulate(dataclasses.replace(job, accumulation_steps=2, rival=None), Cluster(H100, 1, 1), SOFTWARE)
+    assert alone.forward == pytest.approx(20e-3)
+
+
+def test_what_is_computed_in_fp32_has_its_peak() -> None:
+    product = dataclasses.replace(_work("losses", 1), wide=True)
+    assert operation_s(product, 1, H100, SOFTWARE, "bf16") == pytest.approx(989.4 / 67 * 1e-3)
