@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,10 +36,8 @@ def plot_over_training(points: Sequence[Point], path: Path) -> None:
     figure, (left, middle, right) = _panels(3)
     _lines(left, points, lambda point: point.training_s / 60, "minutes of training steps")
     _lines(middle, points, lambda point: point.images, "images seen")
-    middle.set_xscale("log")
+    _in_doublings(middle, [point.images for point in points])
     _lines(right, points, lambda point: point.training_s / 60, "minutes of training steps", of_recall=True)
-    for axes in (left, middle):
-        axes.set_yscale("log")
     figure.suptitle(f"Equal UNets, equal time; {points[0].steps} DDIM steps; bars: 95% intervals", fontsize=10)
     write_figure(figure, path)
 
@@ -48,11 +47,10 @@ def plot_over_sampling(points: Sequence[Point], path: Path) -> None:
     figure, (left, right) = _panels(2)
     for axes, of_recall in ((left, False), (right, True)):
         _lines(axes, points, lambda point: point.samples_per_s, "throughput, samples/s", of_recall=of_recall)
-        axes.set_xscale("log")
+        _in_doublings(axes, [point.samples_per_s for point in points])
         for point in points:
             where = (point.samples_per_s, point.recall if of_recall else point.distance)
             axes.annotate(str(point.steps), where, fontsize=6, xytext=(3, 3), textcoords="offset points")
-    left.set_yscale("log")
     figure.suptitle("After equal training; numbers are DDIM steps", fontsize=10)
     write_figure(figure, path)
 
@@ -61,6 +59,14 @@ def _panels(count: int) -> tuple[Figure, list[Axes]]:
     figure = Figure(figsize=(5.5 * count, 4.5), layout="constrained")
     FigureCanvasAgg(figure)
     return figure, list(figure.subplots(1, count))
+
+
+def _in_doublings(axes: Axes, values: Sequence[float]) -> None:
+    """A logarithmic axis whose ticks double, written out."""
+    axes.set_xscale("log")
+    ticks = [2.0**power for power in range(math.floor(math.log2(min(values))), math.ceil(math.log2(max(values))) + 1)]
+    axes.set_xticks(ticks, [f"{tick:,g}" for tick in ticks])
+    axes.minorticks_off()
 
 
 def _lines(
@@ -79,4 +85,5 @@ def _lines(
     axes.set_xlabel(label)
     axes.set_ylabel("recall" if of_recall else points[0].name)
     axes.grid(alpha=0.3)
-    axes.legend(fontsize=8)
+    if of_recall:  # where lines leave room
+        axes.legend(fontsize=8)
