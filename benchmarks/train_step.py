@@ -42,6 +42,7 @@ from ldm_scale.engine.health import RankBatch, check_ranks
 from ldm_scale.errors import NumericsError
 from ldm_scale.interchange.artifact import write_artifact
 from ldm_scale.models.autoencoder import LatentStatistics
+from ldm_scale.models.build import build_autoencoder, build_seeded
 from ldm_scale.training.diffusion_step import DiffusionTask
 from ldm_scale.training.skipping import StepGuard
 from ldm_scale.training.state import TrainingState
@@ -112,9 +113,9 @@ def measure(case: Case, here: env.Environment, stage: int, num_pairs: int, name:
 @contextmanager
 def prepared(case: Case, here: env.Environment, stage: int) -> Iterator[Steps]:
     """The two steps, on latents that a batch brings along as a cache does. Collective: all ranks."""
-    # They are the "pixels" of an autoencoder that is none.
+    # Of an autoencoder that is hardly one: its own networks are never asked.
     latents = AutoencoderConfig(
-        kind="identity",
+        kind="kl",
         base_channels=1,
         channel_multipliers=(1,),
         num_res_blocks=1,
@@ -124,7 +125,10 @@ def prepared(case: Case, here: env.Environment, stage: int) -> Iterator[Steps]:
     )
     with tempfile.TemporaryDirectory() as folder:
         artifact = Path(folder) / "artifact"
-        write_artifact(artifact, {}, latents, LatentStatistics(posterior="mode"), {"resolution": case.latent_side})
+        state = build_seeded(lambda: build_autoencoder(latents), seed=0).state_dict()
+        write_artifact(
+            artifact, dict(state), latents, LatentStatistics(posterior="mode"), {"resolution": case.latent_side}
+        )
         config = replace(
             case.config,
             artifact=str(artifact),
@@ -170,6 +174,7 @@ def random_batch(task: DiffusionTask) -> Batch:
     generator = torch.Generator().manual_seed(1 + rank)
     first = rank * plan.micro_batch
     count, kinds = plan.micro_batch, task.config.conditioning.classes
+    channels, *sides = task.latent_shape
     return Batch(
         images=torch.empty(0, 3, task.config.data.resolution, task.config.data.resolution),
         captions=[CAPTIONS[i % len(CAPTIONS)] for i in range(count)],
@@ -177,7 +182,7 @@ def random_batch(task: DiffusionTask) -> Batch:
         keys=[f"{rank}/{i}" for i in range(count)],
         image_numbers=torch.arange(first, first + count),
         bad=[],
-        moments=torch.randn(count, *task.latent_shape, generator=generator),
+        moments=torch.randn(count, 2 * channels, *sides, generator=generator),  # means and log-variances
         cached=torch.ones(count, dtype=torch.bool),
     )
 

@@ -17,7 +17,7 @@ from tests.helpers.runs import tiny_config
 
 
 def _case() -> train_step.Case:
-    return train_step.Case(tiny_config("diffusion", Path(), Path("run")), latent_channels=3, latent_side=8)
+    return train_step.Case(tiny_config("diffusion", Path(), Path("run")), latent_channels=4, latent_side=8)
 
 
 def _here() -> env.Environment:

@@ -18,7 +18,7 @@ from tests.helpers.runs import tiny_config
 
 def _case() -> train_step.Case:
     config = tiny_config("diffusion", Path(), Path("run"), diffusion={"stratified_times": True})
-    return train_step.Case(config, latent_channels=3, latent_side=8)
+    return train_step.Case(config, latent_channels=4, latent_side=8)
 
 
 def _here() -> env.Environment:
