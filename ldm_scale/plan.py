@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import math
 from collections.abc import Sequence
 
 from ldm_scale.command_line import Parser
@@ -131,8 +132,8 @@ def read_cluster(arguments: argparse.Namespace) -> Cluster | None:
     if arguments.ranks is not None:
         raise ConfigError("--ranks and --gpu: a cluster has a rank for each GPU; leave --ranks out")
     for name, value in given.items():
-        if not value > 0:
-            raise ConfigError(f"{_option(name)} {value:g}: must be above 0; leave it out for the default")
+        if not 0 < value < math.inf:
+            raise ConfigError(f"{_option(name)} {value:g}: must be above 0 and finite; leave it out for the default")
     return Cluster(
         find_gpu(arguments.gpu),
         given.get("gpus_per_node", 8),

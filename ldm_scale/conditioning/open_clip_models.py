@@ -13,6 +13,7 @@ from typing import Any
 from unittest import mock
 from urllib.parse import urlsplit
 
+from ldm_scale.config.networks import TOKENIZER_VOCABULARY
 from ldm_scale.errors import ConfigError
 
 
@@ -70,6 +71,15 @@ def text_tower_size(model: str) -> tuple[int, int]:
             "`python -c 'import open_clip; print(open_clip.list_models())'` lists its models"
         )
     return int(config["text_cfg"]["layers"]), int(config["text_cfg"]["width"])
+
+
+def text_tower_parameters(model: str) -> int:
+    """Weights of that tower, by its sizes: attention and MLP of each layer, and the tokens' embeddings.
+
+    Raises: ConfigError as `text_tower_size`.
+    """
+    layers, width = text_tower_size(model)
+    return 12 * layers * width**2 + TOKENIZER_VOCABULARY * width
 
 
 @contextmanager

@@ -127,7 +127,10 @@ def as_on_a_gpu(fused: bool) -> Iterator[None]:
 
     On the meta device torch would write attention out, with a matrix of tokens by tokens that no device keeps.
     """
-    with mock.patch.object(nn.functional, "scaled_dot_product_attention", _attention):
+    with (
+        mock.patch.object(nn.functional, "scaled_dot_product_attention", _attention),
+        mock.patch.object(tuning, "require_kernels"),
+    ):
         if not fused:
             yield
             return

@@ -9,7 +9,8 @@ from dataclasses import dataclass
 
 from ldm_scale.errors import ConfigError
 
-GB = 1e9
+GB, GIB = 1e9, 2**30
+LARGEST_NODE = 72  # GPUs of one NVLink domain: NVIDIA's GB200 NVL72
 STORAGE_PER_NODE = 2 * GB  # an assumption: one client of a parallel file system; measure your own
 
 
@@ -37,15 +38,18 @@ class Gpu:
 # where sheets print those with sparsity as well; NVLink's rate is half of what is printed, which counts both ways.
 # Between nodes: NVIDIA's DGX-1 (4 x 100 Gbit/s for 8 GPUs), DGX A100 (8 x 200), DGX H100, H200 and B200 (8 x 400); of
 # an L40S half of a 400 Gbit/s adapter, which is an assumption.
+# Memory is what CUDA reports as a device's total: of an H100 79.18 GiB (benchmarks/results, the first gpu_proof), of
+# a B200 178.35 (pytorch/ao, pull request 4002), of the others as torch says it when memory runs out ("a total capacity
+# of ..."); of an L40S the data sheet's.
 GPUS = {
     gpu.name: gpu
     for gpu in (
-        Gpu("v100", 125e12, 15.7e12, 15.7e12, 32 * GB, 0.9e12, 150 * GB, 6.25 * GB, 300, has_bf16=False),
-        Gpu("a100-40", 312e12, 156e12, 19.5e12, 40 * GB, 1.555e12, 300 * GB, 25 * GB, 400),
-        Gpu("a100-80", 312e12, 156e12, 19.5e12, 80 * GB, 2.039e12, 300 * GB, 25 * GB, 400),
-        Gpu("h100", 989.4e12, 494.7e12, 67e12, 80 * GB, 3.35e12, 450 * GB, 50 * GB, 700),
-        Gpu("h200", 989.4e12, 494.7e12, 67e12, 141 * GB, 4.8e12, 450 * GB, 50 * GB, 700),
-        Gpu("b200", 2250e12, 1125e12, 75e12, 180 * GB, 8.0e12, 900 * GB, 50 * GB, 1000),
+        Gpu("v100", 125e12, 15.7e12, 15.7e12, 31.74 * GIB, 0.9e12, 150 * GB, 6.25 * GB, 300, has_bf16=False),
+        Gpu("a100-40", 312e12, 156e12, 19.5e12, 39.39 * GIB, 1.555e12, 300 * GB, 25 * GB, 400),
+        Gpu("a100-80", 312e12, 156e12, 19.5e12, 79.15 * GIB, 2.039e12, 300 * GB, 25 * GB, 400),
+        Gpu("h100", 989.4e12, 494.7e12, 67e12, 79.18 * GIB, 3.35e12, 450 * GB, 50 * GB, 700),
+        Gpu("h200", 989.4e12, 494.7e12, 67e12, 139.8 * GIB, 4.8e12, 450 * GB, 50 * GB, 700),
+        Gpu("b200", 2250e12, 1125e12, 75e12, 178.35 * GIB, 8.0e12, 900 * GB, 50 * GB, 1000),
         Gpu("l40s", 362e12, 183e12, 91.6e12, 48 * GB, 0.864e12, 32 * GB, 25 * GB, 350, nvlink=False),
     )
 }
@@ -70,6 +74,10 @@ class Cluster:
         for option, count in (("--gpus-per-node", self.gpus_per_node), ("--nodes", self.num_nodes)):
             if count < 1:
                 raise ConfigError(f"{option} {count}: a cluster has at least 1; give a whole number from 1 on")
+        if self.gpus_per_node > LARGEST_NODE:
+            raise ConfigError(
+                f"--gpus-per-node {self.gpus_per_node}: NVLink joins at most {LARGEST_NODE} GPUs; give more --nodes"
+            )
 
     @property
     def num_gpus(self) -> int:

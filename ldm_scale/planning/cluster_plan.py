@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Set
 from dataclasses import dataclass
 
 from ldm_scale.config.fit import batch_plan
-from ldm_scale.config.schema import BatchPlan, Config
+from ldm_scale.config.schema import BatchPlan, Config, Recomputation
 from ldm_scale.errors import ConfigError
-from ldm_scale.planning.cluster import Cluster
+from ldm_scale.planning.cluster import Cluster, Gpu
 from ldm_scale.planning.efficiency import SOFTWARE, Software
 from ldm_scale.planning.flops import STEP_FLOPS_PER_FORWARD, RunSize
 from ldm_scale.planning.jobs import Workload, ranks_of
@@ -89,7 +91,8 @@ def plan_on_cluster(
     watts = cluster.gpu.watts * WATTS_PER_GPU_WATT if watts is None else watts
     best = recommend(workload, cluster, software)
     better = None if best is None else workload.job(best.choice.batches, best.choice.stage, best.choice.recomputed)
-    scaled = better or job
+    scaled, gpu = better or job, cluster.gpu
+    way = recomputed if best is None else best.choice.recomputed
     return ClusterPlan(
         cluster=cluster,
         software=software,
@@ -104,13 +107,25 @@ def plan_on_cluster(
         step=step,
         images_per_s=speed,
         mfu=_mfu(size, speed, cluster, numbers),
-        weak=scaling(scaled, cluster, software, False, config.train.global_batch),
-        strong=scaling(scaled, cluster, software, True, config.train.global_batch),
+        weak=_judged(scaling(scaled, cluster, software, False, config.train.global_batch), workload, scaled, way, gpu),
+        strong=_judged(scaling(scaled, cluster, software, True, config.train.global_batch), workload, scaled, way, gpu),
         checkpoints=saves,
         cost=run_cost(total, speed, saves.lost_share, cluster, watts, price_per_gpu_hour),
         recommendation=best,
         recommended_job=better,
     )
+
+
+def _judged(
+    rows: list[ScalingRow], workload: Workload, job: Job, recomputed: Recomputation | Set[str], gpu: Gpu
+) -> list[ScalingRow]:
+    """The rows, which know whether they fit into a GPU's memory."""
+    found = []
+    for row in rows:
+        batches = BatchPlan(row.micro_batch, row.accumulation_steps, job.images * row.num_gpus)
+        memory = workload.memory(batches, row.num_gpus, job.stage, recomputed)
+        found.append(dataclasses.replace(row, fits=fits(memory, gpu)))
+    return found
 
 
 def _mfu(size: RunSize, speed: float, cluster: Cluster, precision: Precision) -> float | None:

@@ -6,7 +6,7 @@ import dataclasses
 
 from ldm_scale.planning.cluster import GB
 from ldm_scale.planning.cluster_plan import ClusterPlan
-from ldm_scale.planning.recommend import Recommendation
+from ldm_scale.planning.recommend import USABLE_SHARE, Recommendation
 from ldm_scale.planning.run_cost import ScalingRow
 from ldm_scale.planning.step_time import StepTime
 
@@ -32,7 +32,7 @@ def cluster_dict(plan: ClusterPlan) -> dict[str, object]:
             **{f"{name} at the peak": count for name, count in _at_the_peak(plan).items()},
             "workspace": plan.workspace,
             "total": plan.memory.device.peak + plan.workspace,
-            "available": plan.cluster.gpu.memory,
+            "available": USABLE_SHARE * plan.cluster.gpu.memory,
         },
         "fits": plan.fits,
         "largest_micro_batch": plan.largest_micro_batch,
@@ -81,9 +81,9 @@ def cluster_table(plan: ClusterPlan) -> str:
         f"{cluster.intra / GB:g} GB/s per GPU inside, {cluster.inter / GB:g} between nodes, storage "
         f"{cluster.storage / GB:g} GB/s), {plan.precision}, "
         f"{_input(plan)}: computed, not measured",
+        f"            what software reaches: {plan.software.source}",
         *_memory_lines(plan),
         *_step_lines(plan),
-        "GPUs        weak: images/s  per GPU    strong: images/s  per GPU  micro-batch x accumulation",
         *_scaling_lines(plan),
         *_run_lines(plan),
         *_recommendation_lines(plan),
@@ -103,8 +103,10 @@ def _memory_lines(plan: ClusterPlan) -> list[str]:
     total = plan.memory.device.peak + plan.workspace
     listed = ", ".join(f"{name} {count / 2**30:.2f}" for name, count in parts.items())
     verdict = "fits" if plan.fits else "does NOT fit"
+    usable = USABLE_SHARE * plan.cluster.gpu.memory
     return [
-        f"memory      {total / 2**30:.2f} of {plan.cluster.gpu.memory / 2**30:.1f} GiB, {verdict}: {listed}",
+        f"memory      {total / 2**30:.2f} of {usable / 2**30:.1f} GiB ({100 * USABLE_SHARE:.0f}% of the GPU's), "
+        f"{verdict}: {listed}",
         f"            largest micro-batch {plan.largest_micro_batch or 'none: not one image fits'}"
         + (f"; the configuration takes {plan.batches.micro_batch}" if plan.largest_micro_batch else ""),
     ]
@@ -136,17 +138,30 @@ def _step_lines(plan: ClusterPlan) -> list[str]:
 def _scaling_lines(plan: ClusterPlan) -> list[str]:
     """A line for each number of GPUs; strong scaling ends where the batch does not divide any more."""
     strong = {row.num_gpus: row for row in plan.strong}
-    return [_scaling_line(row, strong.get(row.num_gpus)) for row in plan.weak]
+    what = "as configured" if plan.recommendation is None else "as recommended below"
+    lines = [
+        f"scaling     {what}; weak: {plan.weak[0].micro_batch} x {plan.weak[0].accumulation_steps} images a GPU, so "
+        f"that the global batch grows; strong: a global batch of {plan.batches.global_batch}",
+        "GPUs        weak: images/s  per GPU    strong: images/s  per GPU  micro-batch x accumulation",
+        *(_scaling_line(row, strong.get(row.num_gpus)) for row in plan.weak),
+    ]
+    if not all(row.fits for row in (*plan.weak, *plan.strong)):
+        lines.append("            * does not fit into a GPU's memory at this size: the states are divided by too few")
+    return lines
 
 
 def _scaling_line(weak: ScalingRow, strong: ScalingRow | None) -> str:
-    line = f"{weak.num_gpus:>6}{weak.images_per_s:>20,.0f}{weak.images_per_s / weak.num_gpus:>9.1f}"
+    line = f"{weak.num_gpus:>6}{weak.images_per_s:>20,.0f}{weak.images_per_s / weak.num_gpus:>9.1f}{_mark(weak)}"
     if strong is None:
-        return f"{line}{'-':>20}"
+        return f"{line}{'-':>19}"
     return (
-        f"{line}{strong.images_per_s:>20,.0f}{strong.images_per_s / strong.num_gpus:>9.1f}"
-        f"  {strong.micro_batch} x {strong.accumulation_steps}"
+        f"{line}{strong.images_per_s:>19,.0f}{strong.images_per_s / strong.num_gpus:>9.1f}"
+        f"{_mark(strong)} {strong.micro_batch} x {strong.accumulation_steps}"
     )
+
+
+def _mark(row: ScalingRow) -> str:
+    return " " if row.fits else "*"
 
 
 def _run_lines(plan: ClusterPlan) -> list[str]:

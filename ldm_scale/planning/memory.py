@@ -27,6 +27,7 @@ import torch
 from torch import nn
 
 from ldm_scale.conditioning.latent_diffusion import LatentDiffusion
+from ldm_scale.conditioning.open_clip_models import text_tower_parameters
 from ldm_scale.config.schema import AutoencoderConfig, BatchPlan, Config, Recomputation, ZeroConfig
 from ldm_scale.models.build import build_autoencoder
 from ldm_scale.models.classifier import LatentClassifier
@@ -98,7 +99,10 @@ def plan_memory(
         _add_buffers(result, sizes, stage, zero, accumulates, on_cpu)
     if config.stage != "autoencoder":
         _add(result.device.held, "autoencoder", compute * _autoencoder_parameters(config.autoencoder))
-    elif (perceptual := perceptual_net(config.autoencoder_loss)) is not None:
+    if config.stage == "diffusion" and config.conditioning.frozen_text is not None:
+        tower = text_tower_parameters(config.conditioning.frozen_text.model)
+        _add(result.device.held, "frozen text encoder", compute * tower)
+    if config.stage == "autoencoder" and (perceptual := perceptual_net(config.autoencoder_loss)) is not None:
         _add(result.device.held, "perceptual net", FP32 * sum(weight.numel() for weight in perceptual.parameters()))
     if config.train.async_checkpoints:
         states = ("masters", "moments", "averages")

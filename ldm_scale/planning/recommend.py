@@ -74,13 +74,15 @@ def recommend(workload: Workload, cluster: Cluster, software: Software) -> Recom
     fastest = min(choice.step.total for choice in choices)
     good = [choice for choice in choices if choice.step.total <= fastest * (1 + SAME_SPEED)]
     best = min(good, key=lambda choice: (_RECOMPUTED.index(choice.recomputed), choice.stage, choice.step.total))
-    return Recommendation(best, _reasons(best, choices, cluster))
+    return Recommendation(best, _reasons(best, choices, cluster, workload.config.zero.offload_optimizer))
 
 
 def _choices(workload: Workload, cluster: Cluster, software: Software) -> Iterator[Choice]:
     ranks, gpu = cluster.num_gpus, cluster.gpu
     per_rank = workload.config.train.global_batch // ranks
-    for stage in _STAGES if ranks > 1 else (0,):
+    offloads = workload.config.zero.offload_optimizer  # which there is from stage 1 on, and parameters at 3 alone
+    least = 3 if workload.config.zero.offload_parameters else 1 if offloads else 0
+    for stage in _STAGES[least:] if ranks > 1 else _STAGES[least : least + 1]:
         before = 0
         for recomputed in _RECOMPUTED:
             images = largest_micro_batch(workload, ranks, gpu, stage, recomputed, per_rank)
@@ -94,7 +96,7 @@ def _choices(workload: Workload, cluster: Cluster, software: Software) -> Iterat
                 break
 
 
-def _reasons(best: Choice, choices: list[Choice], cluster: Cluster) -> list[str]:
+def _reasons(best: Choice, choices: list[Choice], cluster: Cluster, offloads: bool) -> list[str]:
     """Why, in sentences without a full stop."""
     reasons = []
     micro, gib = best.batches.micro_batch, best.memory_bytes / 2**30
@@ -106,10 +108,11 @@ def _reasons(best: Choice, choices: list[Choice], cluster: Cluster) -> list[str]
     if others:
         other = min(others, key=lambda choice: choice.step.total)
         percent = 100 * (other.step.total / best.step.total - 1)
-        reasons.append(
-            f"ZeRO stage {best.stage}: the next best, stage {other.stage}, takes {percent:+.1f}% of the time"
-        )
-    missing = [stage for stage in _STAGES if cluster.num_gpus > 1 and stage not in {c.stage for c in choices}]
+        said = f"{abs(percent):.1f}% {'more' if percent >= 0 else 'less'} time"
+        tie = ", which is less than the plan errs by: the one that divides least is taken" if percent < 0 else ""
+        reasons.append(f"ZeRO stage {best.stage}: the next best, stage {other.stage}, takes {said}{tie}")
+    tried = {choice.stage for choice in choices}
+    missing = [stage for stage in _STAGES if cluster.num_gpus > 1 and stage not in tried and not offloads]
     if missing:
         reasons.append(f"stage {', '.join(map(str, missing))}: not even one image fits")
     if best.recomputed == "none":

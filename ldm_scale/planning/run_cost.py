@@ -30,6 +30,7 @@ class ScalingRow:
     step_s: float
     images_per_s: float
     efficiency: float
+    fits: bool = True  # into a GPU's memory
 
 
 @dataclass(frozen=True)

@@ -50,6 +50,9 @@ def autoencoder_step(config: Config, micro_batch: int, dtype: torch.dtype, recom
         if loss.learned_variance:
             network.learn_output_variance()
         network.checkpoint_activations(recomputed)
+        if network.quantizer is not None:
+            # The kernel's search is one operation. Plain torch's are as many as images ask for, and keep nothing.
+            network.quantizer.backend = "triton"
         network = network.to(dtype).train()
         discriminator = make_discriminator(loss).to(dtype) if has_adversary(config) else None
         x = torch.empty(micro_batch, 3, resolution, resolution)

@@ -18,7 +18,7 @@ from ldm_scale.planning.cluster import GPUS, Cluster
 from ldm_scale.planning.cluster_plan import ClusterPlan, plan_on_cluster
 from ldm_scale.planning.flops import measure_run
 from ldm_scale.planning.jobs import Workload, transformer_trace
-from ldm_scale.planning.memory import FP32, STAGE_0_BUCKET
+from ldm_scale.planning.memory import FP32, STAGE_0_BUCKET, plan_memory
 from ldm_scale.planning.recommend import largest_micro_batch, recommend
 from ldm_scale.planning.run_cost import checkpoints, run_cost
 from ldm_scale.planning.trace import trace_step
@@ -257,3 +257,35 @@ def test_a_v100_computes_in_fp32() -> None:
     config = _config("train.global_batch=256")
     plan = plan_on_cluster(config, measure_run(config), Cluster(GPUS["v100"], 8, 1))
     assert (plan.precision, plan.mfu) == ("fp32", None)
+
+
+def test_what_is_offloaded_is_recommended_where_it_can_be() -> None:
+    config = _config("zero.stage=1", "zero.offload_optimizer=true")
+    found = recommend(Workload(config, LATENT, "bf16", cached=True), Cluster(GPUS["h100"], 1, 1), _plan().software)
+    assert found is not None
+    assert found.choice.stage == 1, "stage 0 refuses offload_optimizer"
+    all_of_it = _config("zero.stage=3", "zero.offload_optimizer=true", "zero.offload_parameters=true")
+    found = recommend(Workload(all_of_it, LATENT, "bf16", cached=True), Cluster(GPUS["h100"], 8, 1), _plan().software)
+    assert found is not None
+    assert found.choice.stage == 3
+
+
+def test_sizes_of_clusters_that_do_not_fit_are_marked(capsys: pytest.CaptureFixture[str]) -> None:
+    plan = _plan(2)
+    assert all(row.fits for row in plan.weak + plan.strong)
+    small = dataclasses.replace(GPUS["h100"], memory=plan.memory.device.peak + 2.0 * 2**30)
+    config = _config("train.global_batch=256")
+    tight = plan_on_cluster(config, measure_run(config), Cluster(small, 8, 2))
+    assert tight.recommendation is not None
+    for row in tight.weak:
+        batches = BatchPlan(row.micro_batch, row.accumulation_steps, row.micro_batch * row.num_gpus)
+        choice = tight.recommendation.choice
+        peak = Workload(config, LATENT, "bf16", cached=False).memory(batches, row.num_gpus, choice.stage, "none")
+        assert row.fits == (peak.device.peak + 1.5 * 2**30 <= 0.95 * small.memory)
+
+
+def test_the_frozen_encoder_has_its_weights() -> None:
+    """OpenCLIP ViT-H's text tower has 354.0M (open_clip's table of models, docs/model_profile.csv)."""
+    config = load_config(["experiment=sd2", "conditioning=frozen_openclip_h", "train.device=auto"])
+    memory = plan_memory(config, BatchPlan(1, 1, 1), 1, (4, 64, 64), backward=0)
+    assert memory.device.held["frozen text encoder"] / 2 == pytest.approx(354.0e6, rel=0.01)

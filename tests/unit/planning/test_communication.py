@@ -70,7 +70,7 @@ def test_clusters_are_whole() -> None:
         Cluster(GPUS["h100"], 8, 0)
     with pytest.raises(ConfigError, match="--gpu h1000: unknown; take one of v100, a100-40"):
         find_gpu("h1000")
-    assert find_gpu("H100").memory == 80 * GB
+    assert find_gpu("H100").memory == 79.18 * 2**30
     assert [(part.num_gpus, part.num_nodes) for part in (resized(_cluster(4), n) for n in (1, 4, 8, 64))] == [
         (1, 1),
         (4, 1),
