@@ -9,7 +9,7 @@ an interruption.
     ldm-scale prepare openmoji --resolution 128 --subset no-skin-tones --out data/openmoji_no_skin_tones_128
     OMP_NUM_THREADS=1 python -m benchmarks.compression [--minutes 12] [--jobs 2] [--runs runs/compression] [--out DIR]
 
-A run saves by the clock and is ended, as by Ctrl-C, when it has saved often enough. The figures carry the seconds of
+A run saves by the clock and is ended, as by Ctrl-C, when it has trained long enough. The figures carry the seconds of
 training steps, as the run itself counts them: first stage and evaluation are not in them.
 """
 
@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import shlex
 import subprocess
 import sys
@@ -25,6 +26,7 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from queue import SimpleQueue
 from typing import Any
 
 import torch
@@ -45,6 +47,7 @@ CROPS = ("--resolution", "64", "--crops", "4", "--crop-scale-min", "0.85")
 SWEPT_STEPS = (5, 10, 20, 50)  # of DDIM
 POINT_STEPS = 20
 SAMPLES = 256
+TIME_TOLERANCE = 0.05  # of a model's training: it saves by the clock of the wall, which loading and saving are in
 
 
 @dataclass(frozen=True)
@@ -64,8 +67,19 @@ class Study:
         return self.runs / f"f{factor}" / what
 
     def checkpoints(self, factor: int) -> list[Path]:
-        """Those of a model that are evaluated, in order."""
-        return sorted(complete_folders(self.folder(factor, "run") / "checkpoints"), key=images_of)[: self.points]
+        """Those of a model that are evaluated: nearest to equal parts of the time. None before it is trained.
+
+        An interruption leaves checkpoints at any time, which are passed over.
+        """
+        seconds = {
+            path: read_manifest(path)["state"]["training_s"]
+            for path in complete_folders(self.folder(factor, "run") / "checkpoints")
+        }
+        if max(seconds.values(), default=0.0) < (1 - TIME_TOLERANCE) * 60 * self.minutes:
+            return []
+        wanted = [60 * self.minutes * (part + 1) / self.points for part in range(self.points)]
+        chosen = {min(seconds, key=lambda path: abs(seconds[path] - target)) for target in wanted}
+        return sorted(chosen, key=images_of)
 
 
 def main(argv: Sequence[str]) -> int:
@@ -82,7 +96,13 @@ def main(argv: Sequence[str]) -> int:
     )
     factors = tuple(arguments.factor or FACTORS)
     try:
-        with ThreadPoolExecutor(arguments.jobs) as pool, tqdm(total=len(factors), unit="model") as bar:
+        cores: SimpleQueue[int] = SimpleQueue()
+        for core in sorted(os.sched_getaffinity(0)):
+            cores.put(core)
+        with (
+            ThreadPoolExecutor(arguments.jobs, initializer=_keep_to_a_core, initargs=(cores,)) as pool,
+            tqdm(total=len(factors), unit="model") as bar,
+        ):
             for _ in pool.map(lambda factor: (make(study, factor), bar.update()), factors):
                 pass
     except subprocess.CalledProcessError as error:
@@ -103,6 +123,11 @@ def main(argv: Sequence[str]) -> int:
     settings = {"minutes": study.minutes, "samples": study.samples, "stage_1_images": study.stage_1_images}
     write_results(arguments.out, "compression", torch.device("cpu"), {"settings": settings} | rows)
     return 0
+
+
+def _keep_to_a_core(cores: SimpleQueue[int]) -> None:
+    """Nothing; what this thread starts has one core, and so one thread."""
+    os.sched_setaffinity(0, {cores.get()})
 
 
 def make(study: Study, factor: int) -> None:
@@ -218,19 +243,19 @@ def _first_stage(study: Study, factor: int) -> Path:
 
 
 def _train(study: Study, factor: int, *words: str) -> None:
-    """Nothing; the run has saved as often as asked, and is ended. One that was interrupted goes on."""
-    if len(study.checkpoints(factor)) == study.points:
+    """Nothing; the run has trained as long as asked, and is ended. One that was interrupted goes on."""
+    if study.checkpoints(factor):
         return
     keys = ("train.total_images=1_000_000_000", f"train.checkpoint_every_s={60 * study.minutes / study.points}")
-    keys = (*keys, f"train.keep_checkpoints={study.points + 1}", f"run_dir={study.folder(factor, 'run')}")
+    keys = (*keys, "train.keep_checkpoints=1_000", f"run_dir={study.folder(factor, 'run')}")
     command, log = _command(study, factor, "train", *words, *keys)
     with log.open("a") as stream, subprocess.Popen(command, stdout=stream, stderr=subprocess.STDOUT) as process:
         try:
-            while process.poll() is None and len(study.checkpoints(factor)) < study.points:
+            while process.poll() is None and not study.checkpoints(factor):
                 time.sleep(0.5)
         finally:
             process.terminate()
-    if len(study.checkpoints(factor)) < study.points:
+    if not study.checkpoints(factor):
         raise subprocess.CalledProcessError(process.returncode, command[2:], output=f"see {log}")
 
 
@@ -294,6 +319,8 @@ def _arguments(argv: Sequence[str]) -> argparse.Namespace:
             f"--data {arguments.data} is not there; make it: ldm-scale prepare openmoji --resolution 128 "
             "--subset no-skin-tones --out data/openmoji_no_skin_tones_128"
         )
+    if arguments.jobs > len(os.sched_getaffinity(0)):
+        parser.error(f"--jobs {arguments.jobs}: each takes a core, and there are {len(os.sched_getaffinity(0))}")
     for name in ("minutes", "points", "samples", "jobs", "stage_1_images"):
         if getattr(arguments, name) <= 0:
             parser.error(f"--{name.replace('_', '-')} {getattr(arguments, name)}: must be above 0")

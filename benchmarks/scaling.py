@@ -49,6 +49,7 @@ from ldm_scale.config.schema import TrainConfig
 from ldm_scale.engine import env
 
 WARMUP_STEPS, PROFILED_STEPS = 2, 2
+MIN_TURNS = 3  # what is written has a range
 STEPS = 8  # timed ones of a turn
 MODES = ("weak", "strong")
 COLLECTIVES = ("gloo:", "ncclDevKernel", "ncclKernel")  # how the profiler names them
@@ -63,6 +64,7 @@ def main(argv: Sequence[str]) -> int:
     elif arguments.measure:
         name = arguments.case or "demo"
         here = env.start(env.read_launch(), TrainConfig(device=arguments.device))
+        torch.set_num_threads(1)  # whatever the number of ranks: a run would share the host's cores among them
         found = measure(cases()[name], here, stages, arguments.steps, name)
         if here.is_main:
             arguments.out.mkdir(parents=True, exist_ok=True)
@@ -87,6 +89,11 @@ def parsed(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--measure", action="store_true", help="this process is a rank, which a launcher started")
     parser.add_argument("--join", type=Path, nargs="+", metavar="FILE", help="files of --measure, of any ranks")
     arguments = parser.parse_args(argv)
+    if arguments.turns < 1 or min(arguments.ranks or (1,)) < 1:
+        parser.error("--turns and --ranks: must be at least 1")
+    for path in arguments.join or ():
+        if not path.is_file():
+            parser.error(f"--join {path}: there is no such file; give files that --measure has written")
     if arguments.measure and arguments.join:
         parser.error("--measure and --join: the first makes the files that the second takes; give one")
     if arguments.device == "cuda" and not arguments.join and not torch.cuda.is_available():
@@ -180,9 +187,12 @@ def covered(intervals: Sequence[tuple[float, float]]) -> float:
 
 
 def finish(found: Sequence[dict[str, Any]], out: Path) -> None:
-    """Nothing; table, JSON and picture of what was measured at all numbers of ranks."""
+    """Nothing; the table is printed, and from MIN_TURNS turns on JSON and picture are written."""
     results = report(found)
     print(table(results))
+    if min(len(row["turn_s"]) for row in results["rows"]) < MIN_TURNS:
+        print(f"a trial: fewer than {MIN_TURNS} turns, nothing written")
+        return
     path = write_results(out, "scaling", torch.device(found[0]["device"]), results)
     draw(results, path.with_suffix(".png"))
 

@@ -29,10 +29,10 @@ def report(found: Sequence[dict[str, Any]]) -> dict[str, Any]:
         for row in document["rows"]:
             key = (row["stage"], row["mode"], document["ranks"])
             place = {"hosts": document["hosts"], "cores_of_the_host": document["cores_of_the_host"]}
-            kept = rows.setdefault(key, row | place | {"step_s": [], "communication_share": [], "turns": 0})
+            kept = rows.setdefault(key, row | place | {"step_s": [], "communication_share": [], "turn_s": []})
             kept["step_s"] = kept["step_s"] + row["step_s"]
             kept["communication_share"] = [*kept["communication_share"], row["communication_share"]]
-            kept["turns"] += 1
+            kept["turn_s"] = [*kept["turn_s"], statistics.median(row["step_s"])]
     fewest = min(ranks for _, _, ranks in rows)
     results = []
     for (stage, mode, ranks), row in sorted(rows.items()):
@@ -48,7 +48,7 @@ def report(found: Sequence[dict[str, Any]]) -> dict[str, Any]:
                 "images_per_s_per_rank": rate,
                 "communication_share": statistics.median(row["communication_share"]),
             }
-            | efficiency(row, ranks, rate, rows.get((stage, mode, fewest)), fewest, found[0]["device"])
+            | efficiency(row, ranks, rows.get((stage, mode, fewest)), fewest, found[0]["device"])
         )
     first = found[0]
     named = {key: first[key] for key in ("case", "unet", "environment", "device")}
@@ -56,9 +56,12 @@ def report(found: Sequence[dict[str, Any]]) -> dict[str, Any]:
 
 
 def efficiency(
-    row: dict[str, Any], ranks: int, rate: float, base: dict[str, Any] | None, fewest: int, device: str
+    row: dict[str, Any], ranks: int, base: dict[str, Any] | None, fewest: int, device: str
 ) -> dict[str, Any]:
-    """Images/s per rank over those of the fewest ranks; without that figure if strong scaling has other losses."""
+    """Images/s per rank over those of the fewest ranks in the same turn: median and range over the turns.
+
+    Without these figures if strong scaling has other losses.
+    """
     if base is None:
         return {}
     found: dict[str, Any] = {}
@@ -67,13 +70,14 @@ def efficiency(
         found = {"difference": off, "allowed": TOLERANCE[device]}
         if not off <= TOLERANCE[device]:  # written so that a NaN refuses too
             return found | {"refused": "other losses than on the fewest ranks"}
-    base_rate = base["images"] / spread(base["step_s"])["median"] / fewest
-    return found | {"efficiency": rate / base_rate}
+    work = row["images"] / ranks / (base["images"] / fewest)
+    turns = [work * b / a for a, b in zip(row["turn_s"], base["turn_s"], strict=False)]
+    return found | {"efficiency": statistics.median(turns), "efficiency_range": [min(turns), max(turns)]}
 
 
 def table(results: dict[str, Any]) -> str:
     """A line for each stage, mode and number of ranks."""
-    head = f"{'':<28}{'batch':>6}{'ms':>9}{'quartiles':>20}{'images/s':>10}{'per rank':>10}{'efficiency':>12}"
+    head = f"{'':<28}{'batch':>6}{'ms':>9}{'quartiles':>20}{'images/s':>10}{'per rank':>10}{'efficiency':>20}"
     lines = [f"{head}{'communication':>15}"]
     shared = False
     for row in results["rows"]:
@@ -82,10 +86,13 @@ def table(results: dict[str, Any]) -> str:
         shares = is_shared(row, results["device"])
         shared = shared or shares
         label = f"ZeRO {row['stage']}, {row['mode']}, {row['ranks']} rank(s)" + (" *" if shares else "")
-        known = f"{row['efficiency']:.0%}" if "efficiency" in row else row.get("refused", "")
+        known = row.get("refused", "")
+        if "efficiency" in row:
+            low, high = row["efficiency_range"]
+            known = f"{row['efficiency']:.0%} ({low:.0%} .. {high:.0%})"
         lines.append(
             f"{label:<28}{row['images']:>6}{ms['median']:>9.1f}{quartiles:>20}{row['images_per_s']:>10.1f}"
-            f"{row['images_per_s_per_rank']:>10.1f}{known:>12}{row['communication_share']:>15.0%}"
+            f"{row['images_per_s_per_rank']:>10.1f}{known:>20}{row['communication_share']:>15.0%}"
         )
     if shared:
         lines.append(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 
 from benchmarks.harness import Turns, Way
 from benchmarks.unet_step import Batch, Case
+from ldm_kernels.common.tuning import WINNERS
 from ldm_scale.config.schema import KernelsConfig
 from ldm_scale.errors import ConfigError
 from ldm_scale.interchange.verify import filled
@@ -56,13 +58,14 @@ def rungs(device: torch.device) -> list[Rung]:
         check_compiler(device)
     except ConfigError as error:
         no_compiler = str(error)
+    no_winners = "" if json.loads(WINNERS.read_text()).get("attention") else "no winners have been measured yet"
     gpu_only = "" if device.type == "cuda" else "Triton kernels run on CUDA; the CPU has the reference alone"
     switches: list[tuple[str, dict[str, Any], dict[str, str], str]] = [
         ("channels_last", {"channels_last": True}, {}, ""),
         ("GroupNorm + SiLU in one kernel", {}, {"group_norm_silu": "auto"}, gpu_only),
         ("GEGLU in one kernel", {}, {"geglu": "auto"}, gpu_only),
         ("attention by SDPA", {}, {"attention": "sdpa"}, ""),
-        ("attention by the measured winner", {}, {"attention": "auto"}, gpu_only),
+        ("attention by the measured winner", {}, {"attention": "auto"}, gpu_only or no_winners),
         ("AdamW fused", {"fused_adamw": True}, {}, ""),
         ("blocks compiled", {"compiled": True}, {}, no_compiler),
     ]

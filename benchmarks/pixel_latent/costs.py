@@ -45,7 +45,8 @@ def figures_of(
             if refusal is None:
                 base = image_times(first, seconds[first.key], scale)
                 entry["ratio"] = {name: ratio_of(base[name], values) for name, values in times.items()}
-        entry["gpu_days"] = gpu_days(model, entry.get("mfu", {}), device[0])
+        # Narrowed networks reach another share of the peak than the published ones, whose days these are.
+        entry["gpu_days"] = gpu_days(model, entry.get("mfu", {}) if scale.narrowing == 1 else {}, device[0])
         entry["days_here"] = {
             name: model.paper_images / rate["median"] / 86400
             for name, rate in entry.get("images_per_s", {}).items()
@@ -138,8 +139,9 @@ def utilisation(
 def gpu_days(model: Model, mfu: Mapping[str, float | None], here: str) -> dict[str, dict[str, Any]]:
     """Days of one GPU of each kind to the paper's number of images, by mode: the published network at 256 px.
 
-    images x FLOPs / (peak x share of the peak). The share is the one measured here, taken to be the same on the other
-    GPU; without a known peak here it is that of published trainings on that very GPU, and the figure is computed alone.
+    images x FLOPs / (peak x share of the peak). The share is the one measured here on the published networks, taken to
+    be the same on the other GPU; where none was measured (narrowed networks, no known peak) it is that of published
+    trainings on that very GPU, and the figure is computed alone.
     """
     per_image = {CACHED: model.published.train_cached, ON_THE_FLY: model.published.train_on_the_fly}
     found: dict[str, dict[str, Any]] = {}

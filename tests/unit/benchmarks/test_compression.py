@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from benchmarks import compression
 from benchmarks.compression import FACTORS, Study, main, samples_sheet, table
 from benchmarks.compression_plots import Point, plot_over_sampling, plot_over_training
 from ldm_scale.config.compose import load_config
@@ -82,3 +83,18 @@ def test_a_failed_command_names_its_log(tmp_path: Path, capsys: pytest.CaptureFi
     error = capsys.readouterr().err
     assert f"see {tmp_path / 'runs/f4/log.txt'}" in error
     assert "ldm_scale train experiment=openmoji_kl_f4_small" in error
+
+
+def test_an_interruptions_checkpoint_is_no_point(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seconds = {
+        "images-0000000100": 10.0,
+        "images-0000000310": 31.0,
+        "images-0000000590": 59.0,
+        "images-0000000900": 90.0,
+    }
+    monkeypatch.setattr(compression, "complete_folders", lambda folder: [folder / name for name in seconds])
+    monkeypatch.setattr(compression, "read_manifest", lambda path: {"state": {"training_s": seconds[path.name]}})
+    study = dataclasses.replace(STUDY, runs=tmp_path)  # 120 seconds, in four parts
+    assert study.checkpoints(4) == [], "it is not trained yet"
+    seconds["images-0000001180"] = 118.0
+    assert [path.name[-4:] for path in study.checkpoints(4)] == ["0310", "0590", "0900", "1180"]

@@ -218,6 +218,17 @@ def test_days_are_images_times_flops_over_speed() -> None:
     assert set(GPUS) == {"V100", "A100", "H100", "H200", "B200"}
 
 
+@pytest.mark.parametrize(("scale", "is_projected"), [(SHORT, False), (replace(SHORT, narrowing=1), True)])
+def test_only_published_networks_say_what_share_of_a_gpu_they_reach(scale: Scale, is_projected: bool) -> None:
+    model = BY_KEY["imagenet/LDM-4"]
+    seconds = {model.key: {CACHED: [0.1] * 4, ON_THE_FLY: [0.2] * 4, DENOISE: [0.1] * 4, "denoise_double": [0.4] * 4}}
+    seconds[model.key] |= {"decode": [0.1] * 4, "decode_double": [0.4] * 4}
+    device = ("NVIDIA H100 80GB HBM3", torch.bfloat16)
+    entry = costs.figures_of([model], seconds, {}, scale, device)[model.key]
+    assert entry["mfu"][CACHED] > 0
+    assert (entry["gpu_days"][CACHED]["H100"]["basis"] != costs.COMPUTED) is is_projected
+
+
 def test_utilisation_is_counted_flops_over_the_peak() -> None:
     counted = BY_KEY["imagenet/LDM-4"].published
     rates = {CACHED: {"median": 100.0}, ON_THE_FLY: {"median": 100.0}}

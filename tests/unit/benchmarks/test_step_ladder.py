@@ -36,11 +36,19 @@ def no_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(step_ways, "check_compiler", check_compiler)
 
 
-def test_every_rung_adds_to_the_one_before_and_a_cpu_says_what_it_lacks(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_rung_adds_to_the_one_before_and_a_cpu_says_what_it_lacks(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     assert [rung.missing for rung in step_ways.rungs(CPU) if rung.name == "+ blocks compiled"] == ["no compiler"]
     monkeypatch.setattr(step_ways, "check_compiler", lambda device: None)
     on_cpu, on_gpu = step_ways.rungs(CPU), step_ways.rungs(torch.device("cuda"))
     assert [rung.name for rung in on_cpu] == [rung.name for rung in on_gpu]
+    assert [rung.name for rung in on_gpu if rung.missing] == ["+ attention by the measured winner"]
+    assert {rung.missing for rung in on_gpu} == {"", "no winners have been measured yet"}
+    winners = tmp_path / "winners.json"
+    winners.write_text('{"attention": [{"gpu": "a GPU"}]}')
+    monkeypatch.setattr(step_ways, "WINNERS", winners)
+    on_gpu = step_ways.rungs(torch.device("cuda"))
     assert not any(rung.missing for rung in on_gpu)
     missing = [rung.name for rung in on_cpu if rung.missing]
     assert missing == [rung.name for rung in on_gpu if "kernel" in rung.name or "winner" in rung.name]
