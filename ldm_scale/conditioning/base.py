@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from ldm_scale.data.annotations import Layout
+from ldm_scale.engine.copies import put_on
 
 Inputs = dict[str, Tensor]  # section of the configuration -> what its network takes, one row per image
 
@@ -48,6 +49,10 @@ class Tools:
     device: torch.device
     encode: Callable[[Tensor], Tensor] | None = None  # pixels (B, 3, H, W) -> latents (B, c, H/f, W/f): modes
     encode_text: Callable[[Sequence[str]], Tensor] | None = None  # captions -> frozen_text's context (B, M, d)
+
+    def put(self, x: Tensor) -> Tensor:
+        """See `put_on`; where results shall lie."""
+        return put_on(self.device, x)
 
 
 class Condition(nn.Module, ABC):
@@ -158,7 +163,7 @@ class Conditioner(nn.ModuleDict):
             else:
                 dropped = uniforms[:, column] < p
             if dropped.any():
-                where = dropped.to(given.device).view(-1, *(1,) * (given.ndim - 1))
+                where = put_on(given.device, dropped).view(-1, *(1,) * (given.ndim - 1))
                 result[name] = torch.where(where, condition.null(given), given)
         return result
 

@@ -35,7 +35,7 @@ class ClassCondition(Condition):
                 f"class {int(outside[0])}: conditioning.classes.num_classes={self.num_classes} numbers them from 0 to "
                 f"{self.num_classes - 1}, and -1 is none; give one of these, or train with as many as the data have"
             )
-        return classes.where(classes != NO_CLASS, self.num_classes).to(tools.device, non_blocking=True)
+        return tools.put(classes.where(classes != NO_CLASS, self.num_classes))
 
     def null(self, like: Tensor) -> Tensor:
         """The row after the last class."""

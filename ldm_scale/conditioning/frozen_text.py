@@ -59,7 +59,7 @@ class FrozenTextCondition(Condition):
         else:
             contexts = tools.encode_text(require_captions(y))
         self._require_shape(contexts)
-        return contexts.to(tools.device, torch.float32, non_blocking=True)  # a cache holds float16
+        return tools.put(contexts).float()  # a cache holds float16
 
     def null(self, like: Tensor) -> Tensor:
         """The context of the empty caption."""

@@ -49,8 +49,8 @@ class InpaintingCondition(Condition):
         assert tools.encode is not None, "inpainting encodes its images"
         check_masks(y.images, y.masks)
         self._warn_about_extremes(y.masks)
-        images = y.images.to(tools.device, torch.float32)
-        hole = y.masks.to(tools.device, torch.float32)
+        images = tools.put(y.images).float()
+        hole = tools.put(y.masks).float()
         latents = tools.encode(images * (1 - hole)).float()
         return torch.cat([latents, F.adaptive_max_pool2d(hole, latents.shape[-2:])], dim=1)
 

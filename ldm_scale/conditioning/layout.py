@@ -76,7 +76,7 @@ class LayoutCondition(Condition):
                 "no layouts: the model is conditioned on boxes of objects; give one layout per image (an empty one, if "
                 "there is nothing to place)"
             )
-        return torch.tensor([self.tokens(layout) for layout in y.layouts]).to(tools.device, non_blocking=True)
+        return tools.put(torch.tensor([self.tokens(layout) for layout in y.layouts]))
 
     def null(self, like: Tensor) -> Tensor:
         """None in all places, the crop's too: an empty scene still says which part of the picture is shown."""

@@ -47,7 +47,7 @@ class SemanticMapCondition(Condition):
                 f"(conditioning.semantic_map.num_labels={self.num_labels}), and {UNKNOWN} means unknown; correct the "
                 f"map, or mark what has no label as {UNKNOWN}"
             )
-        return maps.to(tools.device)
+        return tools.put(maps)
 
     def null(self, like: Tensor) -> Tensor:
         """Nothing is known of any pixel."""

@@ -18,6 +18,7 @@ from torch import Tensor
 from ldm_scale.conditioning.base import Condition, Conditions, Tools
 from ldm_scale.conditioning.degradation import degrade, reduce_bicubic
 from ldm_scale.config.schema import LowResolutionConditioningConfig
+from ldm_scale.engine.copies import put_on
 from ldm_scale.errors import ConfigError
 
 _CHANNELS = 3
@@ -53,7 +54,7 @@ class LowResolutionCondition(Condition):
             # One thread an image: its tensors are too small to be worth several.
             with ThreadPoolExecutor() as pool:
                 degraded = list(pool.map(degrade, x.cpu(), [self.factor] * len(x), streams))
-            small = torch.stack(degraded).to(x.device)
+            small = put_on(x.device, torch.stack(degraded))
         return dataclasses.replace(y, low_resolution=small)
 
     def prepare(self, y: Conditions, tools: Tools) -> Tensor:
@@ -72,7 +73,7 @@ class LowResolutionCondition(Condition):
                 f"{y.images.shape[-1]}: conditioning.low_resolution.factor={self.factor} makes it {rows}x{columns}; "
                 "give both in sizes that fit"
             )
-        return small.to(tools.device, torch.float32)
+        return tools.put(small).float()
 
     def null(self, like: Tensor) -> Tensor:
         """Medium grey."""

@@ -17,6 +17,7 @@ from ldm_scale.conditioning.base import Condition, Conditions, Tools
 from ldm_scale.conditioning.tokenizers import Tokenizer, build_tokenizer
 from ldm_scale.conditioning.transformer import TokenTransformer
 from ldm_scale.config.schema import TextConditioningConfig
+from ldm_scale.engine.copies import put_on
 from ldm_scale.errors import ConfigError
 from ldm_scale.telemetry.log import say_once
 
@@ -63,11 +64,11 @@ class TextCondition(Condition):
 
     def prepare(self, y: Conditions, tools: Tools) -> Tensor:
         """Tokens. Shapes: returns (B, max_tokens) int64."""
-        return self.tokens(require_captions(y)).to(tools.device, non_blocking=True)
+        return tools.put(self.tokens(require_captions(y)))
 
     def null(self, like: Tensor) -> Tensor:
         """Tokens of the empty caption."""
-        return self.tokens([""]).to(like.device).expand_as(like)
+        return put_on(like.device, self.tokens([""])).expand_as(like)
 
     def example(self, num_images: int, size: tuple[int, int]) -> Tensor:
         """See `Condition.example`."""

@@ -19,6 +19,7 @@ import torch.distributed as dist
 from ldm_scale import faults
 from ldm_scale.config.schema import TrainConfig, WatchdogConfig
 from ldm_scale.engine import collectives, rendezvous
+from ldm_scale.engine.copies import put_on
 from ldm_scale.engine.rendezvous import Meeting
 from ldm_scale.engine.versions import running_versions
 from ldm_scale.errors import ConfigError
@@ -62,13 +63,8 @@ class Environment:
         return self.launch.rank == 0
 
     def put(self, x: torch.Tensor) -> torch.Tensor:
-        """x on this rank's device; a copy to a GPU is queued there, and nobody waits for it.
-
-        From ordinary memory CUDA would first wait for all that was queued before.
-        """
-        if self.device.type == "cuda" and x.device.type == "cpu" and not x.is_pinned():
-            x = x.pin_memory()
-        return x.to(self.device, non_blocking=True)
+        """See `put_on`; onto this rank's device."""
+        return put_on(self.device, x)
 
     def describe(self) -> str:
         """One line for the log: ranks, device, backend, type."""
