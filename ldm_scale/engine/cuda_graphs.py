@@ -54,7 +54,11 @@ def check_cuda_graphs(config: Config, world_size: int, device: torch.device | No
 
 def record_on_cuda(network: nn.Module, samples: tuple[Tensor, ...]) -> Callable[..., Tensor]:
     """The network's recorded forward and backward pass, by torch."""
-    recorded = torch.cuda.make_graphed_callables(network, samples, num_warmup_iters=WARM_UP)
+    # torch's default, "global", forbids all threads of the process what may not be recorded, and the loader's threads
+    # allocate pinned memory meanwhile: the recording would fail. What other threads queue is not recorded either way.
+    recorded = torch.cuda.make_graphed_callables(
+        network, samples, num_warmup_iters=WARM_UP, capture_error_mode="thread_local"
+    )
     return cast(Callable[..., Tensor], recorded)
 
 

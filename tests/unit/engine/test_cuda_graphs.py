@@ -6,6 +6,7 @@ The recording itself needs a GPU; elsewhere a recorder stands in that computes w
 from __future__ import annotations
 
 import dataclasses
+import inspect
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -148,6 +149,15 @@ def test_another_shape_is_refused() -> None:
         unet(*_inputs(4))
     with pytest.raises(ConfigError, match=r"train\.cuda_graphs=false"):
         unet(*_inputs(2, requires_grad=False))
+
+
+def test_other_threads_may_call_cuda_during_a_recording(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The loader's threads allocate pinned memory, which CUDA's global mode forbids; torch must know the argument."""
+    signature = inspect.signature(torch.cuda.make_graphed_callables)
+    given: list[inspect.BoundArguments] = []
+    monkeypatch.setattr(torch.cuda, "make_graphed_callables", lambda *a, **k: given.append(signature.bind(*a, **k)))
+    record_on_cuda(_unet(), _inputs()[:1])
+    assert given[0].arguments["capture_error_mode"] == "thread_local"
 
 
 def _config(stage: str = "diffusion", **sections: dict[str, Any]) -> Config:
