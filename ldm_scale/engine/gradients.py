@@ -6,7 +6,9 @@ stage 0 not at all; and of two engines the first would have stepped when the sec
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
+import math
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, NamedTuple
 from unittest import mock
 
@@ -33,6 +35,10 @@ def gradient_norm(engine: Any, stage: int) -> GradientNorm:
     for gradient in gradients[:1]:
         faults.poison("step.gradients", gradient)
     method = _norm_method(engine, stage)
+    if _checks_each(engine):
+        # In fp32, as DeepSpeed takes it, which clips by it; torch's own function answers in the gradients' bf16.
+        norms = torch._foreach_norm(gradients, 2, dtype=torch.float32)
+        return GradientNorm(torch.linalg.vector_norm(torch.stack(norms)), is_of_all=True)
     if method is None:
         return GradientNorm(torch.nn.utils.get_total_norm(gradients), is_of_all=stage == 0)
     from deepspeed.runtime.utils import combine_grad_norm_groups
@@ -45,6 +51,8 @@ def gradient_norm(engine: Any, stage: int) -> GradientNorm:
 
 def handed_back(engine: Any, stage: int, norm: GradientNorm | None) -> AbstractContextManager[Any]:
     """A context in which DeepSpeed's step takes its own answer about the norm instead of reading the gradient again."""
+    if norm is not None and _checks_each(engine):
+        return _whole_norm_handed_back(engine.optimizer, float(norm.value))
     method = _norm_method(engine, stage)
     if norm is None or method is None:
         return nullcontext()
@@ -59,6 +67,27 @@ def forget_gradient(engine: Any, adam: torch.optim.Optimizer) -> None:
     """
     with mock.patch.object(adam, "step", return_value=None):
         engine.step()
+
+
+def _checks_each(engine: Any) -> bool:
+    """Whether it is DeepSpeed's optimizer of stage 0 in bf16, which asks the device about each parameter's gradient."""
+    return hasattr(engine.optimizer, "overflow_checker") and hasattr(engine.optimizer, "fp16_groups")
+
+
+@contextmanager
+def _whole_norm_handed_back(optimizer: Any, norm: float) -> Iterator[None]:
+    """A norm of all parameters in place of that optimizer's search for what is not finite, and of its own norm.
+
+    Both read every gradient by itself, and the search waits for the device after each.
+    """
+    from deepspeed.runtime.fp16 import unfused_optimizer
+
+    assert len(optimizer.fp16_groups) == 1, "it takes one norm a group"
+    with (
+        mock.patch.object(optimizer.overflow_checker, "check", return_value=not math.isfinite(norm)),
+        mock.patch.object(unfused_optimizer, "get_weight_norm", return_value=norm),
+    ):
+        yield
 
 
 def _norm_method(engine: Any, stage: int) -> str | None:

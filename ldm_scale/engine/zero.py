@@ -140,7 +140,8 @@ class ShardedModel:
         known, self._holds_gradient, self._norm = self._norm, False, None
         if self.stage == 0:
             # DeepSpeed clips stage 0 without returning the norm, and steps on non-finite gradients.
-            norm = float((known or gradient_norm(self.engine, 0)).value)
+            known = known or gradient_norm(self.engine, 0)
+            norm = float(known.value)
         if self.stage > 0 or math.isfinite(norm):
             with handed_back(self.engine, self.stage, known):
                 self.engine.step()

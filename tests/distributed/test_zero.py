@@ -6,6 +6,7 @@ Each case runs once, in ranks of its own, and reports everything; the tests then
 from __future__ import annotations
 
 import math
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 from unittest import mock
@@ -16,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from ldm_scale.config.schema import EmaConfig
+from ldm_scale.engine import gradients
 from ldm_scale.engine.collectives import barrier
 from ldm_scale.engine.ema import ShardedEma
 from ldm_scale.engine.zero import MOMENTS, ShardedModel
@@ -295,7 +297,42 @@ def _judged_and_not(stage: int, precision: str) -> dict[str, Any]:
     }
 
 
-@pytest.mark.parametrize(("stage", "precision"), [(0, "fp32"), (1, "fp32"), (2, "fp32"), (3, "fp32"), (1, "bf16")])
+def _one_norm_and_each(num_steps: int) -> dict[str, Any]:
+    """Steps in bf16 at stage 0 by the one norm, and by DeepSpeed's own checks of every parameter."""
+    from deepspeed.runtime.utils import CheckOverflow
+
+    ours, theirs = sharded(network(), 0, "bf16"), sharded(network(), 0, "bf16")
+    report: dict[str, Any] = {"norms": [], "searches": []}
+    search = CheckOverflow.has_overflow_serial
+    for step in range(num_steps):
+        for model, patched in ((ours, nullcontext()), (theirs, mock.patch.object(gradients, "_checks_each", _never))):
+            with patched, mock.patch.object(CheckOverflow, "has_overflow_serial", autospec=True) as counted:
+                counted.side_effect = search
+                norm = train_step(model, step, RATES[step % 3], LOSS_SCALES[step % 3])
+            own = float(model.engine.optimizer._global_grad_norm)
+            report["norms"].append((norm, own))
+            report["searches"].append(counted.call_count)
+    report["difference"] = max_difference(masters(ours), masters(theirs))
+    report["size"] = max(float(master.abs().max()) for master in masters(ours).values())
+    return report
+
+
+def _never(engine: Any) -> bool:
+    return False
+
+
+def test_stage_0_in_bf16_steps_by_one_norm_as_by_each_parameters() -> None:
+    for report in run_ranks(_one_norm_and_each, 2, 20, timeout_s=60.0):
+        assert report["searches"] == [0, 1] * 20, "DeepSpeed asked the device about each parameter"
+        for (norm, handed), (_, theirs) in zip(report["norms"][::2], report["norms"][1::2], strict=True):
+            assert norm == pytest.approx(handed, rel=1e-6)
+            assert norm == pytest.approx(theirs, rel=1e-4), "also after steps that differ by rounding"
+        assert report["difference"] <= 1e-5 * report["size"]
+
+
+@pytest.mark.parametrize(
+    ("stage", "precision"), [(0, "fp32"), (1, "fp32"), (2, "fp32"), (3, "fp32"), (1, "bf16"), (0, "bf16")]
+)
 def test_a_gradient_that_was_looked_at_makes_the_same_step(stage: int, precision: str) -> None:
     reports = run_ranks(_judged_and_not, 2, stage, precision, timeout_s=30.0)
     assert [report["difference"] for report in reports] == [0.0, 0.0]
