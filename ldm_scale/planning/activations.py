@@ -19,7 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from ldm_kernels.common import tuning
 from ldm_scale.conditioning.base import Inputs
 from ldm_scale.conditioning.latent_diffusion import LatentDiffusion
-from ldm_scale.config.schema import Config, Recomputation
+from ldm_scale.config.schema import Config, KernelsConfig, Recomputation
 from ldm_scale.models.classifier import LatentClassifier
 from ldm_scale.planning.live_bytes import LiveBytes
 from ldm_scale.planning.meta_step import MetaStep, Phase
@@ -119,6 +119,11 @@ def make_network(
         inputs = {name: part.example(micro_batch, latent_shape[1:]) for name, part in parts}
         whole = {name: x.to(dtype) if x.is_floating_point() else x for name, x in inputs.items()}
         return model.to(dtype), (z, t, whole)
+
+
+def takes_fused(kernels: KernelsConfig) -> bool:
+    """Whether a GPU computes GroupNorm and GEGLU, which keep most beside attention, by Triton's kernels."""
+    return "reference" not in (kernels.group_norm_silu, kernels.geglu)
 
 
 @contextmanager

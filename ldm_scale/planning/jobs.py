@@ -12,6 +12,7 @@ from ldm_scale.conditioning.open_clip_models import text_tower_size
 from ldm_scale.config.schema import BatchPlan, Config, Recomputation
 from ldm_scale.errors import ConfigError
 from ldm_scale.models.build import build_autoencoder
+from ldm_scale.planning.activations import takes_fused
 from ldm_scale.planning.cluster import Cluster
 from ldm_scale.planning.memory import (
     FP32,
@@ -51,8 +52,7 @@ class Workload:
             raise ConfigError(
                 "--cached with stage=autoencoder: a cache holds latents, and stage 1 trains on images; leave it out"
             )
-        kernels = self.config.kernels
-        self.fused = self.fused and "reference" not in (kernels.group_norm_silu, kernels.geglu)
+        self.fused = self.fused and takes_fused(self.config.kernels)
         self.sizes = network_sizes(self.config, self.latent_shape[0])
 
     @property

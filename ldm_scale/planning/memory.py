@@ -10,6 +10,10 @@ again, byte for byte up to padding). With P parameters, N ranks, c bytes a numbe
                         and 2 also cP/N and the largest parameter twice (one on the device) to copy through
     averages            4P/N each (stage 0: 4P)
 
+Of activations, what a GPU's fused kernels keep is counted, and plain operations' on a CPU or where `kernels.*` asks for
+them. A CUDA graph keeps the memory of its backward pass, gradients included, between the steps; the gradients that are
+copied out of it come on top.
+
 A backward pass adds activations, gradients, a bucket of them put side by side for the reduction; at stage 3 gathered
 parameters as `zero.live_elements` allows. A step adds its gradients as one fp32 tensor. The peak is the larger of both.
 
@@ -31,7 +35,7 @@ from ldm_scale.conditioning.open_clip_models import text_tower_parameters
 from ldm_scale.config.schema import AutoencoderConfig, BatchPlan, Config, Recomputation, ZeroConfig
 from ldm_scale.models.build import build_autoencoder
 from ldm_scale.models.classifier import LatentClassifier
-from ldm_scale.planning.activations import backward_peak
+from ldm_scale.planning.activations import backward_peak, takes_fused
 from ldm_scale.planning.recomputation import Choice, MetaPass, within_budget
 from ldm_scale.planning.stage_1 import make_discriminator, perceptual_net
 
@@ -85,15 +89,16 @@ def plan_memory(
 ) -> MemoryPlan:
     """What one of so many ranks holds. Nothing is allocated.
 
-    train.precision=auto counts as bf16, as on CUDA, unless train.device is cpu. `backward` is the peak of a backward
-    pass and `networks` those that are trained, where they are known already.
+    train.device=auto counts as CUDA, so that train.precision=auto is bf16 and kernels are fused. `backward` is the peak
+    of a backward pass and `networks` those that are trained, where they are known already.
     Raises: ConfigError if train.memory_budget_gib is less than it takes with every block recomputed.
     """
     precision, on_cpu = config.train.precision, config.train.device == "cpu"
     compute = FP32 if precision == "fp32" or (precision == "auto" and on_cpu) else 2
     averages = len(config.ema.power_stds) + (config.ema.half_life_images > 0)
     result = MemoryPlan(ranks, config.zero.stage, compute)
-    for stage, sizes, is_averaged in networks or network_sizes(config, latent_shape[0]):
+    networks = networks or network_sizes(config, latent_shape[0])
+    for stage, sizes, is_averaged in networks:
         zero, accumulates = config.zero, plan.accumulation_steps > 1
         _add_states(result, sizes, stage, zero, averages if is_averaged else 0, accumulates)
         _add_buffers(result, sizes, stage, zero, accumulates, on_cpu)
@@ -112,14 +117,25 @@ def plan_memory(
     if backward is None:
         bucket = STAGE_0_BUCKET if config.zero.stage == 0 else config.zero.bucket_elements
         dtype = torch.float32 if compute == FP32 else torch.bfloat16
+        fused = not on_cpu and takes_fused(config.kernels)
         if config.train.activation_checkpointing == "budget":
-            meta = MetaPass(config, plan.micro_batch, latent_shape, dtype, bucket)
+            meta = MetaPass(config, plan.micro_batch, latent_shape, dtype, bucket, fused)
             choice = _within_budget(meta, config, result, on_cpu)
             result.recomputed, backward = choice.blocks, choice.backward_peak
         else:
-            backward = backward_peak(config, plan.micro_batch, latent_shape, dtype, bucket)
-    _add(result.device.backward, "activations and gradients", backward)
+            backward = backward_peak(config, plan.micro_batch, latent_shape, dtype, bucket, fused)
+    _add_pass(result, backward, sum(sum(sizes) for _, sizes, _ in networks), config.train.cuda_graphs)
     return result
+
+
+def _add_pass(plan: MemoryPlan, peak: int, parameters: int, in_a_graph: bool) -> None:
+    """Activations and gradients: of a backward pass, or of one in a CUDA graph, which keeps them (at stage 0 alone)."""
+    if not in_a_graph or plan.stage > 0:
+        _add(plan.device.backward, "activations and gradients", peak)
+        return
+    _add(plan.device.held, "CUDA graph's activations and gradients", peak)
+    _add(plan.device.backward, "gradients copied out", plan.compute_bytes * parameters)
+    _add(plan.device.backward, "bucket", plan.compute_bytes * min(parameters, STAGE_0_BUCKET))
 
 
 def _within_budget(meta: MetaPass, config: Config, plan: MemoryPlan, on_cpu: bool) -> Choice:

@@ -35,9 +35,10 @@ class MetaPass:
         latent_shape: tuple[int, int, int],
         dtype: torch.dtype,
         bucket_elements: int,
+        fused: bool = False,
     ) -> None:
         self._network, self._arguments = make_network(config, micro_batch, latent_shape, dtype, "none")
-        self._bucket_elements = bucket_elements
+        self._bucket_elements, self.fused = bucket_elements, fused
         (self.unet,) = (module for module in self._network.modules() if isinstance(module, UNetEncoder))
 
     def forward(self, recomputed: Recomputation | Set[str]) -> Tensor:
@@ -48,7 +49,7 @@ class MetaPass:
     def backward_peak(self, recomputed: Recomputation | Set[str]) -> int:
         """Most bytes beside weights and optimizer at once."""
         self.unet.checkpoint_activations = recomputed
-        return peak_of(step_of(self._network, self._arguments), self._bucket_elements)
+        return peak_of(step_of(self._network, self._arguments), self._bucket_elements, self.fused)
 
 
 @dataclass(frozen=True)
@@ -138,7 +139,7 @@ def block_costs(meta: MetaPass) -> list[BlockCost]:
 def _growth_by_block(meta: MetaPass, recomputed: Recomputation) -> dict[str, int]:
     """Bytes that live after each block and did not before it."""
     growth: dict[str, int] = {}
-    with as_on_a_gpu(fused=False), LiveBytes("meta") as live, _around_blocks(meta, growth, lambda: live.now):
+    with as_on_a_gpu(meta.fused), LiveBytes("meta") as live, _around_blocks(meta, growth, lambda: live.now):
         meta.forward(recomputed)
     return growth
 

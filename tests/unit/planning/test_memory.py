@@ -12,7 +12,15 @@ import torch
 
 from ldm_scale.conditioning.latent_diffusion import LatentDiffusion
 from ldm_scale.config.fit import batch_plan
-from ldm_scale.config.schema import ConditioningConfig, Config, EmaConfig, Recomputation, UNetConfig, ZeroConfig
+from ldm_scale.config.schema import (
+    ConditioningConfig,
+    Config,
+    EmaConfig,
+    KernelsConfig,
+    Recomputation,
+    UNetConfig,
+    ZeroConfig,
+)
 from ldm_scale.engine import env
 from ldm_scale.engine.ema import ShardedEma
 from ldm_scale.engine.zero import ShardedModel
@@ -142,3 +150,32 @@ def test_both_engines_of_stage_1_count() -> None:
     alone = dataclasses.replace(config.autoencoder_loss, adversarial_weight=0.0)
     one = _planned(dataclasses.replace(config, autoencoder_loss=alone), 2)
     assert both.device.held["moments"] > one.device.held["moments"] > 0
+
+
+def _on_cuda(config: Config, **train: Any) -> Config:
+    return dataclasses.replace(config, train=dataclasses.replace(config.train, device="cuda", **train))
+
+
+def test_a_cuda_graph_keeps_its_backward_pass_through_the_step() -> None:
+    plain = _planned(_on_cuda(_config({"stage": 0}, "bf16")), 1).device
+    graph = _planned(_on_cuda(_config({"stage": 0}, "bf16"), cuda_graphs=True), 1).device
+    parameters = plain.held["masters"] // 4
+    activations = plain.backward["activations and gradients"]
+    assert graph.held == plain.held | {"CUDA graph's activations and gradients": activations}
+    assert graph.backward == {"gradients copied out": 2 * parameters, "bucket": 2 * parameters}
+    # The step: the copied gradients, and each in fp32.
+    assert graph.peak == plain.total_held + activations + 6 * parameters
+    assert plain.peak == plain.total_held + max(activations, 6 * parameters)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_a_gpu_keeps_what_fused_kernels_keep(precision: str) -> None:
+    config = _config({"stage": 0}, precision)
+    reference = dataclasses.replace(config, kernels=KernelsConfig(group_norm_silu="reference"))
+    dtype = torch.float32 if precision == "fp32" else torch.bfloat16
+    fused, plain = (backward_peak(config, 4, LATENT, dtype, 10**9, fused) for fused in (True, False))
+    assert fused < plain
+    key = "activations and gradients"
+    assert _planned(_on_cuda(config), 1).device.backward[key] == fused
+    assert _planned(config, 1).device.backward[key] == plain, "on a CPU"
+    assert _planned(_on_cuda(reference), 1).device.backward[key] == plain

@@ -11,9 +11,10 @@ from torch import Tensor
 
 from ldm_scale.conditioning.latent_diffusion import LatentDiffusion
 from ldm_scale.config.fit import batch_plan
-from ldm_scale.config.schema import Config
+from ldm_scale.config.schema import Config, KernelsConfig
 from ldm_scale.errors import ConfigError
 from ldm_scale.models.build import build_seeded
+from ldm_scale.planning.jobs import Workload
 from ldm_scale.planning.live_bytes import LiveBytes
 from ldm_scale.planning.memory import blocks_to_recompute, plan_memory
 from ldm_scale.planning.recomputation import GIB, MetaPass, block_costs, within_budget
@@ -117,3 +118,25 @@ def test_the_loss_is_the_same_to_the_last_bit_and_gradients_to_rounding() -> Non
     # Blocks that are computed again give their parts of the context's gradient in another order.
     kept, again = (torch.cat([gradient.flatten() for gradient in gradients[1:]]) for gradients in found)
     assert (kept - again).norm() <= 1e-6 * kept.norm()
+
+
+def test_a_gpus_budget_counts_the_kernels_of_a_gpu() -> None:
+    """`plan`, `plan --gpu` and a run choose alike, and nothing is recomputed that fits as it is computed there."""
+
+    def on_cuda(budget_gib: float | None) -> Config:
+        config = _config(budget_gib)
+        return dataclasses.replace(config, train=dataclasses.replace(config.train, device="cuda", precision="bf16"))
+
+    config = on_cuda(None)
+    plan = batch_plan(config, 1)
+    whole = plan_memory(config, plan, 1, LATENT).device.peak
+    plain = dataclasses.replace(config, kernels=KernelsConfig(group_norm_silu="reference", geglu="reference"))
+    between = (whole + plan_memory(plain, plan, 1, LATENT).device.peak) / 2
+    assert between > whole
+    enough, less = on_cuda(between / GIB), on_cuda(0.9 * whole / GIB)
+    assert blocks_to_recompute(enough, plan, 1, LATENT) == frozenset()
+    assert blocks_to_recompute(dataclasses.replace(enough, kernels=plain.kernels), plan, 1, LATENT)
+    chosen = blocks_to_recompute(less, plan, 1, LATENT)
+    assert chosen
+    assert Workload(less, LATENT, "bf16", cached=True).configured(plan, 1) == chosen
+    assert plan_memory(less, plan, 1, LATENT).device.peak <= 0.9 * whole
