@@ -29,7 +29,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from benchmarks.both import give_both
-from benchmarks.harness import Way, are_same, take_turns
+from benchmarks.harness import Way, are_same, median_range, take_turns
 from benchmarks.measured import command_line, is_trial, parse, spread, step_clock, write_results
 from ldm_scale.config.compose import load_config
 from ldm_scale.config.schema import UNetConfig
@@ -157,6 +157,7 @@ def measure(case: Case, device: torch.device, num_pairs: int, name: str) -> dict
         "gradient_difference": gradient,
         "pairs": num_pairs,
         "ratio_images_per_s": spread(turns.ratios("theirs", "ours")),
+        "ratio_median_range": list(median_range(turns.ratios("theirs", "ours"))),
         "ours_step_s": turns.spreads()["ours"],
         "theirs_step_s": turns.spreads()["theirs"],
     }
@@ -231,13 +232,14 @@ def training_step(model: nn.Module, predict: Callable[[], Tensor], batch: Batch)
 
 def table(results: dict[str, Any]) -> str:
     """Images/s of ours as a multiple of theirs, a line per case."""
-    lines = [f"{'images/s, ours / diffusers':<28}{'median':>8}{'quartiles':>18}{'min .. max':>18}{'pairs':>7}"]
+    lines = [f"{'images/s, ours / diffusers':<28}{'median':>8}{'quartiles':>18}{'holds at 95%':>18}{'pairs':>7}"]
     for name, result in results.items():
         ratio = result["ratio_images_per_s"]
         quartiles = f"{ratio['lower_quartile']:.3f} .. {ratio['upper_quartile']:.3f}"
-        extremes = f"{ratio['min']:.3f} .. {ratio['max']:.3f}"
+        low, high = result["ratio_median_range"]
+        holds = f"{low:.3f} .. {high:.3f}"
         label = f"{name} ({result['parameters'] / 1e6:.1f}M, {result['dtype']})"
-        lines.append(f"{label:<28}{ratio['median']:>8.3f}{quartiles:>18}{extremes:>18}{result['pairs']:>7}")
+        lines.append(f"{label:<28}{ratio['median']:>8.3f}{quartiles:>18}{holds:>18}{result['pairs']:>7}")
     return "\n".join(lines)
 
 

@@ -212,7 +212,7 @@ def measure(
     for index in range(WARMUP_ROUNDS + MAX_ROUNDS):
         if index > WARMUP_ROUNDS + 3 and time.perf_counter() > deadline_s:
             break
-        for name, kernels in settings.items():
+        for name, kernels in list(settings.items())[:: -1 if index % 2 else 1]:
             set_kernels(networks[name], kernels)
             before = launch.outcomes()
             if device.type == "cuda":
