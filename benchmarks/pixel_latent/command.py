@@ -112,7 +112,10 @@ def _peaks_of_a_process(arguments: argparse.Namespace) -> dict[str, dict[str, in
     command += ["--device", arguments.device, *(word for name in arguments.family for word in ("--family", name))]
     paths = [str(ROOT), str(ROOT / "kernels"), *filter(None, [os.environ.get("PYTHONPATH")])]
     variables = os.environ | {"PYTHONPATH": os.pathsep.join(paths)}
-    output = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True, env=variables).stdout
-    (line,) = [line for line in output.splitlines() if line.startswith(MARK)]
-    found: dict[str, dict[str, int]] = json.loads(line.removeprefix(MARK))
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False, env=variables)
+    lines = [line for line in done.stdout.splitlines() if line.startswith(MARK)]
+    if done.returncode or not lines:  # killed for memory, perhaps: the times are worth having without
+        print(f"peak memory is not known: its process ended with {done.returncode}", file=sys.stderr)
+        return {}
+    found: dict[str, dict[str, int]] = json.loads(lines[-1].removeprefix(MARK))
     return found

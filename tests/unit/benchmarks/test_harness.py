@@ -5,13 +5,14 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
 from benchmarks.harness import Turns, Way, are_same, median_range, speed_up, take_turns
-from benchmarks.measured import command_line
+from benchmarks.measured import command_line, parse
 
 
 def _turns(ways: dict[str, Way], rounds: int, warmup: int = 0, clock: Any = lambda: 0.0) -> Turns:
@@ -73,3 +74,12 @@ def test_one_round_is_refused_in_a_line(capsys: pytest.CaptureFixture[str]) -> N
     with pytest.raises(SystemExit):
         command_line("tiny", ["a"], "rounds", 20).parse_args(["--rounds", "1"])
     assert "argument --rounds: 1: one timing has no spread; give a whole number from 2 up" in capsys.readouterr().err
+
+
+def test_an_out_that_is_a_file_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "file").write_text("")
+    parser = command_line("A benchmark.", ("demo",), "rounds", 20)
+    for out in (tmp_path / "file", tmp_path / "file" / "below"):
+        with pytest.raises(SystemExit):
+            parse(parser, ["--out", str(out)])
+        assert f"--out {out}: cannot be a folder" in capsys.readouterr().err
