@@ -48,6 +48,11 @@ class Workload:
     _frozen: tuple[tuple[str, Trace], ...] | None = None
 
     def __post_init__(self) -> None:
+        if self.config.stage == "autoencoder" and self.config.autoencoder.kind == "identity":
+            raise ConfigError(
+                "autoencoder.kind=identity with --gpu: pixels are taken as they are, and no stage 1 is trained; leave "
+                "--gpu out, or name an experiment of stage 2"
+            )
         if self.config.stage == "autoencoder" and self.cached:
             raise ConfigError(
                 "--cached with stage=autoencoder: a cache holds latents, and stage 1 trains on images; leave it out"

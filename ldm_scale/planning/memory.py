@@ -114,6 +114,8 @@ def plan_memory(
         copied = sum(place.held.get(name, 0) for place in (result.device, result.host) for name in states)
         _add(result.host.held, "copy that is written", copied)
     result.recomputed = config.train.activation_checkpointing
+    if config.stage == "autoencoder" and config.autoencoder.kind == "identity":
+        backward = 0  # nothing is trained
     if backward is None:
         bucket = STAGE_0_BUCKET if config.zero.stage == 0 else config.zero.bucket_elements
         dtype = torch.float32 if compute == FP32 else torch.bfloat16

@@ -231,6 +231,13 @@ def test_stage_1_has_its_losses_and_its_discriminator(capsys: pytest.CaptureFixt
     assert ", discriminator " not in words
 
 
+def test_pixels_have_no_stage_1(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run_command(main, ["experiment=identity_f1", "--gpu", "h100"]) == 2
+    assert "autoencoder.kind=identity with --gpu" in capsys.readouterr().err
+    assert main(["experiment=identity_f1", "--json"]) == 0
+    assert "activations and gradients" not in json.loads(capsys.readouterr().out)["memory"]["device"]["backward"]
+
+
 def test_stage_1_has_no_cache(capsys: pytest.CaptureFixture[str]) -> None:
     assert run_command(main, [*STAGE_1, "--gpu", "h100", "--cached"]) == 2
     assert "--cached with stage=autoencoder" in capsys.readouterr().err
