@@ -12,16 +12,21 @@ and gradients are compared in fp32; if they differ, the two are not the same fun
 There is a case for every family of models that the paper trains, its UNet made narrower: captions (SD-1, SD-2 with
 linear projections), classes, boxes, nothing, a label map, a small picture, a picture with a hole.
 
-    python -m benchmarks.unet_step [--device cuda] [--case demo] [--pairs 20]
+    python -m benchmarks.unet_step [--device cuda] [--case demo] [--pairs 20] [--compile]
 
-CUDA computes in bf16 (weights and AdamW's moments too, on both sides), the CPU in fp32.
+SD-2's UNet at its full width, on the latents of 512 and of 256 px, is for a GPU and is measured when it is named. With
+--compile theirs is compiled as a whole by torch.compile, ours block by block as train.compile=blocks does; graphs are
+made in the warm-up. CUDA computes in bf16 (weights and AdamW's moments too, on both sides), the CPU in fp32. On CUDA
+the peak memory of either alone is counted: of its weights, moments and gradients, and what its step takes beside them.
 """
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -34,16 +39,16 @@ from benchmarks.measured import command_line, is_trial, parse, spread, step_cloc
 from ldm_scale.config.compose import load_config
 from ldm_scale.config.schema import UNetConfig
 from ldm_scale.engine.env import cpu_threads
+from ldm_scale.errors import ConfigError
 from ldm_scale.interchange.comparison import relative_difference
 from ldm_scale.interchange.diffusers_unet import empty_unet
 from ldm_scale.interchange.name_maps import NameMap, translate, unet_names
 from ldm_scale.models.build import build_seeded, build_unet
+from ldm_scale.models.compiled import check_compiler, compile_blocks
 
 TOLERANCE = 1e-4  # of the norm, for outputs and for gradients
 WARMUP_PAIRS = 3
 LEARNING_RATE = 1e-5
-
-Step = Callable[[], None]
 
 
 @dataclass(frozen=True)
@@ -110,6 +115,16 @@ def cases() -> dict[str, Case]:
     }
 
 
+def full_cases() -> dict[str, Case]:
+    """SD-2's UNet as it is, on 32 latents: what docs/speed.md has goals for. Too much for a CPU."""
+    unet = load_config(["model=sd2"]).unet
+    sizes = {"sd2_512": 64, "sd2_256": 32}
+    return {
+        name: Case(unet, 32, latent_channels=4, latent_side=side, context_tokens=77, context_width=1024)
+        for name, side in sizes.items()
+    }
+
+
 def _narrow(model: str, base_channels: int, **fields: Any) -> UNetConfig:
     """The UNet of a file of configs/model, of another width."""
     return replace(load_config([f"model={model}"]).unet, base_channels=base_channels, **fields)
@@ -117,14 +132,22 @@ def _narrow(model: str, base_channels: int, **fields: Any) -> UNetConfig:
 
 def main(argv: Sequence[str]) -> int:
     """0; 1 if two UNets of a case do not compute the same."""
-    arguments = parse(command_line("Training step of our UNet against diffusers'.", cases(), "pairs", 20), argv)
+    known = cases() | full_cases()
+    parser = command_line("Training step of our UNet against diffusers'.", known, "pairs", 20)
+    parser.add_argument("--compile", action="store_true", help="theirs as a whole, ours block by block")
+    arguments = parse(parser, argv)
     device = torch.device(arguments.device)
     if device.type == "cpu":
         torch.set_num_threads(cpu_threads())  # as training does on one rank
+    if arguments.compile:
+        try:
+            check_compiler(device)
+        except ConfigError as error:
+            parser.error(str(error))
     results: dict[str, Any] = {}
     for name in arguments.case or cases():
-        case = cases()[name]
-        result = measure(case, device, arguments.pairs, name)
+        case = known[name]
+        result = measure(case, device, arguments.pairs, name, "inductor" if arguments.compile else None)
         if result is None:
             return 1
         results[name] = {"case": asdict(case)} | result
@@ -134,8 +157,13 @@ def main(argv: Sequence[str]) -> int:
     return 0
 
 
-def measure(case: Case, device: torch.device, num_pairs: int, name: str) -> dict[str, Any] | None:
-    """Times and ratios of a case; None, with the reason on stderr, if the two UNets are not the same function."""
+def measure(
+    case: Case, device: torch.device, num_pairs: int, name: str, backend: str | None = None
+) -> dict[str, Any] | None:
+    """Times and ratios of a case; None, with the reason on stderr, if the two UNets are not the same function.
+
+    `backend` is torch.compile's for both; None: neither is compiled.
+    """
     ours, theirs, names = both_unets(case, device)
     batch = random_batch(case, device)
     output, gradient = differences(ours, theirs, names, batch)
@@ -146,9 +174,21 @@ def measure(case: Case, device: torch.device, num_pairs: int, name: str) -> dict
         ours, theirs = ours.to(dtype), theirs.to(dtype)
     context = None if batch.context is None else batch.context.detach().to(dtype).requires_grad_()
     batch = Batch(batch.z_t.to(dtype), batch.t, context, batch.noise)
-    our_step = training_step(ours, lambda: ours(*_inputs(batch)), batch)
-    their_step = training_step(theirs, lambda: theirs(*_inputs(batch), return_dict=False)[0], batch)
-    ways, clock = {"ours": Way(our_step), "theirs": Way(their_step)}, step_clock(device, ranks=1)
+    call_theirs: Callable[..., Any] = theirs
+    if backend is not None:
+        compile_blocks(ours, backend)
+        call_theirs = torch.compile(theirs, backend=backend)
+    predict = {
+        "ours": lambda: ours(*_inputs(batch)),
+        "theirs": lambda: call_theirs(*_inputs(batch), return_dict=False)[0],
+    }
+    networks, peaks = {"ours": ours, "theirs": theirs}, dict[str, float]()
+    ways, clock = {}, step_clock(device, ranks=1)
+    for way, network in networks.items():
+        optimizer = torch.optim.AdamW(network.parameters(), lr=LEARNING_RATE, fused=True)
+        ways[way] = Way(
+            partial(train, predict[way], optimizer, batch), partial(own_peak, device, network, optimizer, peaks, way)
+        )
     turns = take_turns(ways, num_pairs, warmup=WARMUP_PAIRS, clock=clock, name=name, unit="pair")
     return {
         "parameters": sum(parameter.numel() for parameter in ours.parameters()),
@@ -156,6 +196,8 @@ def measure(case: Case, device: torch.device, num_pairs: int, name: str) -> dict
         "output_difference": output,
         "gradient_difference": gradient,
         "pairs": num_pairs,
+        "compiled": backend is not None,
+        "peak_mem_gib": peaks,
         "ratio_images_per_s": spread(turns.ratios("theirs", "ours")),
         "ratio_median_range": list(median_range(turns.ratios("theirs", "ours"))),
         "ours_step_s": turns.spreads()["ours"],
@@ -216,18 +258,36 @@ def differences(ours: nn.Module, theirs: nn.Module, names: NameMap, batch: Batch
     )
 
 
-def training_step(model: nn.Module, predict: Callable[[], Tensor], batch: Batch) -> Step:
+def train(predict: Callable[[], Tensor], optimizer: torch.optim.Optimizer, batch: Batch) -> None:
     """One optimizer step on the batch; the weights move, so no step repeats another's values."""
-    optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, fused=True)
+    optimizer.zero_grad(set_to_none=True)
+    if batch.context is not None:
+        batch.context.grad = None
+    torch.autograd.backward(F.mse_loss(predict().float(), batch.noise))
+    optimizer.step()
 
-    def step() -> None:
-        optimizer.zero_grad(set_to_none=True)
-        if batch.context is not None:
-            batch.context.grad = None
-        torch.autograd.backward(F.mse_loss(predict().float(), batch.noise))
-        optimizer.step()
 
-    return step
+@contextmanager
+def own_peak(
+    device: torch.device, network: nn.Module, optimizer: torch.optim.Optimizer, peaks: dict[str, float], name: str
+) -> Iterator[None]:
+    """Notes the most GiB that a step in the block takes on CUDA, as if nothing else lay there; a CPU counts none."""
+    if device.type != "cuda":
+        yield
+        return
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats(device)
+    before, own = torch.cuda.memory_allocated(device), own_bytes(network, optimizer)
+    yield
+    torch.cuda.synchronize()
+    peaks[name] = (torch.cuda.max_memory_allocated(device) - before + own) / 2**30
+
+
+def own_bytes(network: nn.Module, optimizer: torch.optim.Optimizer) -> int:
+    """Of weights, gradients and the optimizer's states."""
+    tensors = [x for p in network.parameters() for x in (p.detach(), p.grad) if x is not None]
+    states = [x for state in optimizer.state.values() for x in state.values() if isinstance(x, Tensor)]
+    return sum(x.nbytes for x in (*tensors, *states))
 
 
 def table(results: dict[str, Any]) -> str:
@@ -239,7 +299,10 @@ def table(results: dict[str, Any]) -> str:
         low, high = result["ratio_median_range"]
         holds = f"{low:.3f} .. {high:.3f}"
         label = f"{name} ({result['parameters'] / 1e6:.1f}M, {result['dtype']})"
-        lines.append(f"{label:<28}{ratio['median']:>8.3f}{quartiles:>18}{holds:>18}{result['pairs']:>7}")
+        peaks = ", ".join(f"{way} {gib:.2f} GiB" for way, gib in result["peak_mem_gib"].items())
+        lines.append(
+            f"{label:<28}{ratio['median']:>8.3f}{quartiles:>18}{holds:>18}{result['pairs']:>7}  {peaks}".rstrip()
+        )
     return "\n".join(lines)
 
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
 
 from benchmarks import unet_step
 from ldm_scale.config.networks import check_unet
+from tests.helpers.ranks import run_ranks
 
 CPU = torch.device("cpu")
 
@@ -36,6 +38,36 @@ def test_a_case_is_measured(name: str) -> None:
     assert result["ours_step_s"]["min"] > 0
     assert result["theirs_step_s"]["min"] > 0
     assert name in unet_step.table({name: result})
+
+
+def _compiled() -> dict[str, Any]:
+    result = unet_step.measure(_tiny("sd2"), CPU, 3, "sd2", backend="eager")
+    assert result is not None
+    return result
+
+
+def test_both_may_be_compiled() -> None:
+    (result,) = run_ranks(_compiled, 1)
+    assert result["compiled"]
+    assert result["ours_step_s"]["min"] > 0
+
+
+def test_a_networks_own_bytes_are_its_weights_gradients_and_moments() -> None:
+    network = torch.nn.Linear(10, 10, bias=False)
+    optimizer = torch.optim.AdamW(network.parameters(), fused=True)
+    assert unet_step.own_bytes(network, optimizer) == 400
+    network(torch.ones(1, 10)).sum().backward()
+    optimizer.step()
+    assert unet_step.own_bytes(network, optimizer) == 4 * 400 + 4  # the step's count
+
+
+def test_the_goals_have_their_cases() -> None:
+    full = unet_step.full_cases()
+    assert {name: (case.batch, case.latent_side) for name, case in full.items()} == {
+        "sd2_512": (32, 64),
+        "sd2_256": (32, 32),
+    }
+    assert not full.keys() & unet_step.cases().keys()
 
 
 def test_another_function_gets_no_figure(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
