@@ -284,10 +284,11 @@ def test_sizes_of_clusters_that_do_not_fit_are_marked(capsys: pytest.CaptureFixt
     config = _config("train.global_batch=256")
     tight = plan_on_cluster(config, measure_run(config), Cluster(small, 8, 2))
     assert tight.recommendation is not None
+    work = Workload(config, LATENT, "bf16", cached=False)
     for row in tight.weak:
         batches = BatchPlan(row.micro_batch, row.accumulation_steps, row.micro_batch * row.num_gpus)
         choice = tight.recommendation.choice
-        peak = Workload(config, LATENT, "bf16", cached=False).memory(batches, row.num_gpus, choice.stage, "none")
+        peak = work.memory(batches, row.num_gpus, choice.stage, "none")
         assert row.fits == (peak.device.peak + 1.5 * 2**30 <= 0.95 * small.memory)
 
 
