@@ -25,10 +25,9 @@ from torch import Tensor, nn
 
 from benchmarks.both import give_both
 from benchmarks.harness import Turns, Way, are_same, take_turns
-from benchmarks.measured import command_line, is_trial, parse, spread, step_clock, write_results
+from benchmarks.measured import command_line, is_trial, parse, set_threads, spread, step_clock, write_results
 from ldm_scale.config.compose import load_config
 from ldm_scale.config.schema import AutoencoderConfig
-from ldm_scale.engine.env import cpu_threads
 from ldm_scale.interchange.artifact import make_artifact
 from ldm_scale.interchange.comparison import relative_difference
 from ldm_scale.interchange.diffusers_autoencoder import empty_autoencoder
@@ -69,8 +68,7 @@ def main(argv: Sequence[str]) -> int:
     description = "Encoding and decoding by our autoencoder against diffusers'."
     arguments = parse(command_line(description, cases(), "rounds", 15), argv)
     device = torch.device(arguments.device)
-    if device.type == "cpu":
-        torch.set_num_threads(cpu_threads())  # as training does on one rank
+    set_threads(device)
     results: dict[str, Any] = {}
     for name in arguments.case or cases():
         case = cases()[name]

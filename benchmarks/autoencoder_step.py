@@ -25,7 +25,7 @@ import torch
 import torch.nn.functional as F
 
 from benchmarks.harness import Way, take_turns
-from benchmarks.measured import RESULTS, write_results
+from benchmarks.measured import RESULTS, set_threads, write_results
 from ldm_scale.config.compose import load_config
 from ldm_scale.config.fit import batch_plan
 from ldm_scale.config.schema import Recomputation
@@ -63,7 +63,7 @@ def main(argv: Sequence[str]) -> int:
             line = next(line for line in output.splitlines() if line.startswith(MARK))
             results[experiment][name] = json.loads(line.removeprefix(MARK))
     print(table(results))
-    torch.set_num_threads(env.cpu_threads())
+    set_threads(torch.device("cpu"))
     write_results(arguments.out, "autoencoder_step", torch.device("cpu"), results)
     return 0
 
@@ -75,7 +75,9 @@ def measure(experiment: str, resolution: int, checkpointing: Recomputation, num_
     config = load_config([f"experiment={experiment}", "data.manifest=unused", f"data.resolution={resolution}"])
     config = replace(config, train=replace(config.train, activation_checkpointing=checkpointing))
     launch = env.read_launch()
-    task = AutoencoderTask(config, batch_plan(config, launch.world_size), env.start(launch, config.train))
+    here = env.start(launch, config.train)
+    set_threads(here.device)
+    task = AutoencoderTask(config, batch_plan(config, launch.world_size), here)
     held_gib = _peak_gib()
     # Past its start, its ramp and any pretraining.
     images = config.autoencoder_loss.discriminator_start_images + config.autoencoder_loss.adversarial_ramp_images

@@ -32,7 +32,7 @@ from unittest import mock
 import torch.nn.functional as F
 
 from benchmarks.harness import Way, take_turns
-from benchmarks.measured import command_line, is_trial, parse, spread, write_results
+from benchmarks.measured import command_line, is_trial, parse, set_threads, spread, write_results
 from benchmarks.unet_step import Case, random_batch
 from benchmarks.unet_step import common_cases as cases
 from ldm_scale.config.schema import OptimizerConfig, TrainConfig, ZeroConfig
@@ -57,6 +57,7 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--folder", type=Path, help="where to write, on the disk that is meant (default: a temporary)")
     arguments = parse(parser, argv)
     here = env.start(env.read_launch(), TrainConfig(device=arguments.device))
+    set_threads(here.device, here.launch.local_world_size)
     results: dict[str, Any] = {}
     if arguments.folder:
         arguments.folder.mkdir(parents=True, exist_ok=True)

@@ -24,7 +24,7 @@ import torch
 import torch.nn.functional as F
 
 from benchmarks.harness import Way, take_turns
-from benchmarks.measured import command_line, is_trial, parse, spread, step_clock, write_results
+from benchmarks.measured import command_line, is_trial, parse, set_threads, spread, step_clock, write_results
 from benchmarks.unet_step import Case, random_batch
 from benchmarks.unet_step import common_cases as cases
 from ldm_scale.config.schema import EmaConfig, OptimizerConfig, TrainConfig, ZeroConfig
@@ -44,6 +44,7 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--stage", type=int, choices=range(4), default=1, help="of ZeRO")
     arguments = parse(parser, argv)
     here = env.start(env.read_launch(), TrainConfig(device=arguments.device))
+    set_threads(here.device, here.launch.local_world_size)
     results: dict[str, Any] = {}
     for name in arguments.case or cases():
         case = cases()[name]

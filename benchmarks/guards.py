@@ -28,7 +28,7 @@ from typing import Any, cast
 from unittest import mock
 
 from benchmarks.harness import Way, median_range, take_turns
-from benchmarks.measured import command_line, is_trial, parse, spread, step_clock, write_results
+from benchmarks.measured import command_line, is_trial, parse, set_threads, spread, step_clock, write_results
 from benchmarks.train_step import Case, cases, prepared, random_batch
 from ldm_scale.config.convert import config_to_dict
 from ldm_scale.config.schema import DataConfig
@@ -56,6 +56,7 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--stage", type=int, choices=range(4), default=1, help="of ZeRO")
     arguments = parse(parser, argv)
     here = env.start(env.read_launch(), replace(cases()["demo"].config.train, device=arguments.device))
+    set_threads(here.device, here.launch.local_world_size)
     results: dict[str, Any] = {}
     for name in arguments.case or cases():
         results[name] = measure(cases()[name], here, arguments.stage, arguments.pairs, name)

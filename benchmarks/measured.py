@@ -16,6 +16,9 @@ from typing import Any
 
 import torch
 
+from ldm_scale.engine.env import cpu_threads
+from ldm_scale.errors import ConfigError
+
 RESULTS = Path(__file__).resolve().parent / "results"
 MIN_TIMED = 10  # rounds or pairs; fewer are a trial: printed, not written
 
@@ -51,10 +54,34 @@ def parse(parser: argparse.ArgumentParser, argv: Sequence[str]) -> argparse.Name
     if arguments.device == "cuda" and not torch.cuda.is_available():
         parser.error("--device cuda: torch sees no CUDA device")
     try:
+        threads()
+    except ConfigError as error:
+        parser.error(str(error))
+    try:
         arguments.out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         parser.error(f"--out {arguments.out}: cannot be a folder ({error.strerror}); give another")
     return arguments
+
+
+def threads(processes: int = 1) -> int:
+    """Threads that each of so many processes on this host computes with on a CPU: OMP_NUM_THREADS, where it is set.
+
+    Else as training has it, which does not ask that variable: its share of the cores.
+    Raises: ConfigError if the variable is no number of threads.
+    """
+    wanted = os.environ.get("OMP_NUM_THREADS")
+    if wanted is None:
+        return cpu_threads(processes)
+    if not wanted.isdecimal() or int(wanted) < 1:
+        raise ConfigError(f"OMP_NUM_THREADS={wanted}: must be a whole number from 1 up; set it so, or unset it")
+    return int(wanted)
+
+
+def set_threads(device: torch.device, processes: int = 1) -> None:
+    """Nothing; on a CPU this process computes with `threads` threads from now on."""
+    if device.type == "cpu":
+        torch.set_num_threads(threads(processes))
 
 
 def spread(values: Sequence[float]) -> dict[str, float]:

@@ -33,11 +33,10 @@ import matplotlib.pyplot as plt
 import torch
 
 from benchmarks.harness import Way, take_turns
-from benchmarks.measured import command_line, is_trial, parse, step_clock, write_results
+from benchmarks.measured import command_line, is_trial, parse, set_threads, step_clock, write_results
 from ldm_scale.config.compose import load_config
 from ldm_scale.config.schema import Config
 from ldm_scale.diffusion.sampler import Sampler
-from ldm_scale.engine.env import cpu_threads
 from ldm_scale.interchange.artifact import DiffusionArtifact
 from ldm_scale.interchange.load import LoadedDiffusion
 from ldm_scale.interchange.publish import untrained_artifact
@@ -86,8 +85,7 @@ def main(argv: Sequence[str]) -> int:
     """0."""
     arguments = parse(command_line("Sampling latency.", cases(), "rounds", 10), argv)
     device = torch.device(arguments.device)
-    if device.type == "cpu":
-        torch.set_num_threads(cpu_threads())  # as training and `ldm-scale sample` do on one rank
+    set_threads(device)
     config = load_config(["experiment=demo_text"])
     chosen = {name: settings for name, settings in cases().items() if name in (arguments.case or cases())}
     results = {"experiment": "demo_text", "rounds": arguments.rounds}

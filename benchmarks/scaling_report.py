@@ -28,7 +28,8 @@ def report(found: Sequence[dict[str, Any]]) -> dict[str, Any]:
     for document in found:
         for row in document["rows"]:
             key = (row["stage"], row["mode"], document["ranks"])
-            place = {"hosts": document["hosts"], "cores_of_the_host": document["cores_of_the_host"]}
+            place = {name: document[name] for name in ("hosts", "cores_of_the_host")}
+            place["threads"] = document["environment"]["threads"]
             kept = rows.setdefault(key, row | place | {"step_s": [], "communication_share": [], "turn_s": []})
             kept["step_s"] = kept["step_s"] + row["step_s"]
             kept["communication_share"] = [*kept["communication_share"], row["communication_share"]]

@@ -37,7 +37,7 @@ import matplotlib.pyplot as plt
 import torch
 
 from benchmarks.harness import Way, speed_up, take_turns
-from benchmarks.measured import command_line, is_trial, parse, step_clock, write_results
+from benchmarks.measured import command_line, is_trial, parse, set_threads, step_clock, write_results
 from benchmarks.step_sweeps import SWEEPS, WARMUP_ROUNDS
 from benchmarks.step_ways import (
     LEARNING_RATE,
@@ -116,6 +116,7 @@ def main(argv: Sequence[str]) -> int:
     if launch.world_size > 1 and wanted != ["zero"]:
         parser.error(f"{launch.world_size} ranks: they compare ZeRO stages alone; give --only zero, or start one rank")
     here = env.start(launch, TrainConfig(device=arguments.device))
+    set_threads(here.device, here.launch.local_world_size)
     results: dict[str, Any] = {}
     for name in arguments.case or ["demo"]:
         case = cases()[name]

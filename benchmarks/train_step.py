@@ -31,7 +31,7 @@ import torch.nn.functional as F
 
 from benchmarks import unet_step
 from benchmarks.harness import Way, take_turns
-from benchmarks.measured import command_line, is_trial, parse, spread, step_clock, write_results
+from benchmarks.measured import command_line, is_trial, parse, set_threads, spread, step_clock, write_results
 from ldm_scale.config.compose import load_config
 from ldm_scale.config.convert import config_to_dict
 from ldm_scale.config.fit import batch_plan
@@ -92,6 +92,7 @@ def main(argv: Sequence[str]) -> int:
     arguments = parse(parser, argv)
     train = replace(cases()["demo"].config.train, device=arguments.device)
     here = env.start(env.read_launch(), train)
+    set_threads(here.device, here.launch.local_world_size)
     results: dict[str, Any] = {}
     for name in arguments.case or cases():
         case = cases()[name]

@@ -35,10 +35,9 @@ from torch import Tensor, nn
 
 from benchmarks.both import give_both
 from benchmarks.harness import Way, are_same, median_range, take_turns
-from benchmarks.measured import command_line, is_trial, parse, spread, step_clock, write_results
+from benchmarks.measured import command_line, is_trial, parse, set_threads, spread, step_clock, write_results
 from ldm_scale.config.compose import load_config
 from ldm_scale.config.schema import UNetConfig
-from ldm_scale.engine.env import cpu_threads
 from ldm_scale.errors import ConfigError
 from ldm_scale.interchange.comparison import relative_difference
 from ldm_scale.interchange.diffusers_unet import empty_unet
@@ -137,8 +136,7 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--compile", action="store_true", help="theirs as a whole, ours block by block")
     arguments = parse(parser, argv)
     device = torch.device(arguments.device)
-    if device.type == "cpu":
-        torch.set_num_threads(cpu_threads())  # as training does on one rank
+    set_threads(device)
     if arguments.compile:
         try:
             check_compiler(device)

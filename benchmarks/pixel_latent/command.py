@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from benchmarks.measured import environment, is_trial, write_results
+from benchmarks.measured import environment, is_trial, set_threads, threads, write_results
 from benchmarks.pixel_latent import costs, quality, tables
 from benchmarks.pixel_latent.models import SCALES, Model, Scale, models
 from benchmarks.pixel_latent.plots import plot_cost, plot_quality
@@ -44,9 +44,10 @@ def run(arguments: argparse.Namespace) -> int:
     with ThreadPoolExecutor(1) as beside:
         memory = beside.submit(_peaks_of_a_process, arguments)
         # Where one thread computes, its own clock times it, and the process of memory is no matter.
-        if arguments.device == "cuda" or env.cpu_threads() > 1:
+        if arguments.device == "cuda" or threads() > 1:
             wait([memory])
         here = env.start(env.read_launch(), replace(TrainConfig(), device=arguments.device))
+        set_threads(here.device)
         figures = measure(chosen, scale, here, arguments.rounds)
         for key, entry in figures.items():
             entry["peak_bytes"] = memory.result().get(key, {})
@@ -94,6 +95,7 @@ def write_all(
 
 def _peaks(chosen: Sequence[Model], scale: Scale, device: str) -> dict[str, dict[str, int]]:
     here = env.start(env.read_launch(), replace(TrainConfig(), device=device))
+    set_threads(here.device)
     # What only the first model would load is none of its memory.
     peaks(chosen[-1], scale, here)
     found: dict[str, dict[str, int]] = {}

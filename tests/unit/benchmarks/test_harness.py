@@ -10,9 +10,12 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
+from benchmarks import measured
 from benchmarks.harness import Turns, Way, are_same, median_range, speed_up, take_turns
-from benchmarks.measured import command_line, parse
+from benchmarks.measured import command_line, parse, set_threads, threads
+from ldm_scale.errors import ConfigError
 
 
 def _turns(ways: dict[str, Way], rounds: int, warmup: int = 0, clock: Any = lambda: 0.0) -> Turns:
@@ -83,3 +86,28 @@ def test_an_out_that_is_a_file_is_one_line(tmp_path: Path, capsys: pytest.Captur
         with pytest.raises(SystemExit):
             parse(parser, ["--out", str(out)])
         assert f"--out {out}: cannot be a folder" in capsys.readouterr().err
+
+
+def test_a_benchmark_computes_with_the_threads_that_it_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(measured, "cpu_threads", lambda processes: 12 // processes)
+    set_to: list[int] = []
+    monkeypatch.setattr(torch, "set_num_threads", set_to.append)
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    assert [threads(1), threads(4)] == [12, 3]
+    monkeypatch.setenv("OMP_NUM_THREADS", "2")
+    assert [threads(1), threads(4)] == [2, 2]
+    set_threads(torch.device("cuda"))
+    set_threads(torch.device("cpu"), 4)
+    assert set_to == [2]
+
+
+@pytest.mark.parametrize("wanted", ["0", "many", ""])
+def test_what_is_no_number_of_threads_is_one_line(
+    wanted: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("OMP_NUM_THREADS", wanted)
+    with pytest.raises(ConfigError):
+        threads()
+    with pytest.raises(SystemExit):
+        parse(command_line("A benchmark.", ("demo",), "rounds", 20), [])
+    assert f"error: OMP_NUM_THREADS={wanted}: must be a whole number from 1 up" in capsys.readouterr().err

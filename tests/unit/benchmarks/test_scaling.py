@@ -46,7 +46,7 @@ def _document(ranks: int, step_s: float, losses: list[float], cores: int = 2) ->
         row | {"mode": "strong", "images": 8, "step_s": [step_s / ranks] * 3, "losses": losses},
     ]
     place = {"ranks": ranks, "hosts": 1, "cores_of_the_host": cores, "device": "cpu"}
-    return place | {"case": "tiny", "unet": {}, "environment": {"device": "a CPU"}, "rows": rows}
+    return place | {"case": "tiny", "unet": {}, "environment": {"device": "a CPU", "threads": 1}, "rows": rows}
 
 
 def test_efficiency_is_per_rank_and_needs_equal_losses() -> None:
@@ -55,6 +55,7 @@ def test_efficiency_is_per_rank_and_needs_equal_losses() -> None:
     assert rows["weak", 4]["efficiency"] == pytest.approx(0.8)
     assert rows["strong", 4]["efficiency"] == pytest.approx(0.8)
     assert rows["weak", 2]["images_per_s"] == pytest.approx(10.0)
+    assert {row["threads"] for row in found["rows"]} == {1}
     table = scaling_report.table(found)
     assert "ZeRO 1, weak, 4 rank(s) *" in table
     assert "not how training scales" in table
