@@ -47,7 +47,7 @@ CROPS = ("--resolution", "64", "--crops", "4", "--crop-scale-min", "0.85")
 SWEPT_STEPS = (5, 10, 20, 50)  # of DDIM
 POINT_STEPS = 20
 SAMPLES = 256
-TIME_TOLERANCE = 0.05  # of a model's training: it saves by the clock of the wall, which loading and saving are in
+TIME_TOLERANCE = 0.05  # of a model's training, and between models: the wall's clock saves, with loading and saving
 
 
 @dataclass(frozen=True)
@@ -110,11 +110,13 @@ def main(argv: Sequence[str]) -> int:
             f"error: {shlex.join(map(str, error.cmd))} ended with {error.returncode}: {error.output}", file=sys.stderr
         )
         return 1
+    models = {f"f{factor}": about(study, factor) for factor in factors}
+    if unequal := unequal_times(models, study):
+        print(f"error: {unequal}", file=sys.stderr)
+        return 1
     training = [point for factor in factors for point in training_points(study, factor)]
     sampling = [point for factor in factors for point in sampling_points(study, factor)]
-    models = {f"f{factor}": about(study, factor) for factor in factors}
     print(table(models, training))
-    arguments.out.mkdir(parents=True, exist_ok=True)
     write_csv([*map(vars, training), *map(vars, sampling)], arguments.out / "compression.csv")
     plot_over_training(training, arguments.out / "compression_training.png")
     plot_over_sampling(sampling, arguments.out / "compression_sampling.png")
@@ -194,6 +196,19 @@ def about(study: Study, factor: int) -> dict[str, Any]:
     judged = json.loads((study.folder(factor, "reconstructions") / "result.json").read_text())["figures"]
     own = {"images": first["images"], "training_s": first["training_s"], "psnr_db": judged["psnr_db"]["mean"]}
     return found | {"first_stage": own | {"frechet_paired": judged["frechet"]["distance"]}}
+
+
+def unequal_times(models: dict[str, dict[str, Any]], study: Study) -> str | None:
+    """Why the models' trainings cannot be compared, and what to do; None if they took equally long."""
+    seconds = {name: model["training_s"] for name, model in models.items()}
+    short, long = min(seconds, key=seconds.__getitem__), max(seconds, key=seconds.__getitem__)
+    if seconds[long] <= (1 + TIME_TOLERANCE) * seconds[short]:
+        return None
+    off = max((short, long), key=lambda name: abs(seconds[name] - 60 * study.minutes))
+    return (
+        f"{long} trained for {seconds[long]:.0f} s and {short} for {seconds[short]:.0f} s: equal time is within "
+        f"{TIME_TOLERANCE:.0%}; remove run, over_training and sweep in {study.runs / off}; call again"
+    )
 
 
 def table(models: dict[str, dict[str, Any]], training: Sequence[Point]) -> str:
@@ -319,6 +334,10 @@ def _arguments(argv: Sequence[str]) -> argparse.Namespace:
             f"--data {arguments.data} is not there; make it: ldm-scale prepare openmoji --resolution 128 "
             "--subset no-skin-tones --out data/openmoji_no_skin_tones_128"
         )
+    try:
+        arguments.out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        parser.error(f"--out {arguments.out}: cannot be a folder ({error.strerror}); give another")
     if arguments.jobs > len(os.sched_getaffinity(0)):
         parser.error(f"--jobs {arguments.jobs}: each takes a core, and there are {len(os.sched_getaffinity(0))}")
     for name in ("minutes", "points", "samples", "jobs", "stage_1_images"):

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import json
 from pathlib import Path
 
 import pytest
 from PIL import Image
 
 from benchmarks import compression
-from benchmarks.compression import FACTORS, Study, main, samples_sheet, table
+from benchmarks.compression import FACTORS, Study, main, samples_sheet, table, unequal_times
 from benchmarks.compression_plots import Point, plot_over_sampling, plot_over_training
+from benchmarks.measured import RESULTS
 from ldm_scale.config.compose import load_config
 from ldm_scale.planning.flops import measure_run
 
@@ -98,3 +100,23 @@ def test_an_interruptions_checkpoint_is_no_point(tmp_path: Path, monkeypatch: py
     assert study.checkpoints(4) == [], "it is not trained yet"
     seconds["images-0000001180"] = 118.0
     assert [path.name[-4:] for path in study.checkpoints(4)] == ["0310", "0590", "0900", "1180"]
+
+
+def test_models_that_trained_unequally_long_are_not_compared() -> None:
+    committed = json.loads((RESULTS / "compression-cpu-2026-11-27.json").read_text())["results"]["models"]
+    study = dataclasses.replace(STUDY, minutes=8.0)
+    assert {len(committed), unequal_times(committed, study)} == {5, None}
+    committed["f8"]["training_s"] = 500.0  # f = 16 has 466
+    found = unequal_times(committed, study) or ""
+    assert "f8 trained for 500 s and f16 for 466 s: equal time is within 5%" in found
+    assert "sweep in runs/f8; call again" in found
+
+
+def test_an_out_that_is_a_file_is_refused_before_anything_runs(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in ("file", "manifest.json"):
+        (tmp_path / name).write_text("{}")
+    with pytest.raises(SystemExit):
+        main(["--data", str(tmp_path / "manifest.json"), "--out", str(tmp_path / "file")])
+    assert "cannot be a folder" in capsys.readouterr().err
