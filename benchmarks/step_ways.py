@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -191,8 +192,10 @@ def peak_memory(device: torch.device, peaks: dict[str, float], name: str) -> Ite
         peaks[name] = torch.cuda.max_memory_allocated(device) / 2**30
 
 
-def differences(module: nn.Module, batch: Batch, ladder: Sequence[Rung], dtype: torch.dtype) -> dict[str, float]:
-    """|rung - plain in fp32| / |plain in fp32| of the output, the gradients or the update, whichever is largest."""
+def differences(
+    module: nn.Module, batch: Batch, ladder: Sequence[Rung], dtype: torch.dtype
+) -> dict[str, dict[str, float]]:
+    """|rung - plain in fp32| / |plain in fp32| of output, gradients and update, by rung."""
     batch = rows(batch, slice(CHECKED_IMAGES))
     tf32, torch.backends.cudnn.allow_tf32 = torch.backends.cudnn.allow_tf32, False
     try:
@@ -201,13 +204,28 @@ def differences(module: nn.Module, batch: Batch, ladder: Sequence[Rung], dtype: 
         found = {}
         for rung in ladder:
             results = _results(computing[rung.setting.compiled], cast(batch, dtype), rung.setting)
-            found[rung.name] = max(_relative(a, b) for a, b in zip(results, exact, strict=True))
+            relative = (_relative(a, b) for a, b in zip(results, exact, strict=True))
+            found[rung.name] = dict(zip(("output", "gradients"), relative, strict=True))
     finally:
         torch.backends.cudnn.allow_tf32 = tf32
     weights, gradients = [p.detach() for p in module.parameters()], exact[1]
     foreach, fused = (_update(weights, gradients, fused) for fused in (False, True))
     off = _relative(fused, foreach)
-    return {rung.name: max(found[rung.name], off if rung.setting.fused_adamw else 0.0) for rung in ladder}
+    return {rung.name: found[rung.name] | {"update": off if rung.setting.fused_adamw else 0.0} for rung in ladder}
+
+
+def furthest_off(off: Mapping[str, float], plain: Mapping[str, float]) -> tuple[str, float, float]:
+    """What of a rung is nearest to its allowance or the most beyond, by how much it is off, and its allowance.
+
+    Each may be off by TOLERANCE, or by twice what the plainest step is: gradients allow the output nothing.
+    """
+    allowed = {what: max(TOLERANCE, 2 * plain[what]) for what in off}
+
+    def share(what: str) -> float:
+        return math.inf if math.isnan(off[what]) else off[what] / allowed[what]
+
+    worst = max(off, key=share)
+    return worst, off[worst], allowed[worst]
 
 
 def _results(module: nn.Module, batch: Batch, setting: Setting) -> tuple[Tensor, Tensor]:

@@ -113,7 +113,8 @@ def test_a_rung_that_computes_something_else_is_refused(tmp_path: Path, monkeypa
 def test_two_adamws_that_differ_are_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
     module, batch = step_ways.network(CASE, CPU), random_batch(CASE, CPU)
     ladder = [rung for rung in step_ways.rungs(CPU) if not rung.missing]
-    assert max(step_ways.differences(module, batch, ladder, torch.float32).values()) < 1e-4
+    off = step_ways.differences(module, batch, ladder, torch.float32)
+    assert max(value for of_rung in off.values() for value in of_rung.values()) < 1e-4
     honest = step_ways.adamw
 
     def faster(parameters: Any, fused: bool, lr: float) -> torch.optim.Optimizer:
@@ -121,8 +122,18 @@ def test_two_adamws_that_differ_are_noticed(monkeypatch: pytest.MonkeyPatch) -> 
 
     monkeypatch.setattr(step_ways, "adamw", faster)
     off = step_ways.differences(module, batch, ladder, torch.float32)
-    assert off["+ AdamW fused"] == pytest.approx(0.01, rel=1e-3)
-    assert max(value for name, value in off.items() if name != "+ AdamW fused") < 1e-4
+    assert off["+ AdamW fused"].pop("update") == pytest.approx(0.01, rel=1e-3)
+    assert max(value for of_rung in off.values() for value in of_rung.values()) < 1e-4
+
+
+def test_what_gradients_may_be_off_the_output_may_not() -> None:
+    plain = {"output": 1e-3, "gradients": 1e-2, "update": 0.0}  # as in bf16
+    same = step_ways.furthest_off(plain, plain)
+    assert same == ("output", 1e-3, 2e-3)
+    for what, off in (("output", 5e-3), ("update", 2e-4), ("gradients", 0.03), ("gradients", float("nan"))):
+        worst, difference, allowed = step_ways.furthest_off(plain | {what: off}, plain)
+        assert worst == what
+        assert not difference <= allowed
 
 
 def _rows_with_compiled_blocks() -> list[dict[str, Any]]:
