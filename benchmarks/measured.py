@@ -8,13 +8,15 @@ import os
 import platform
 import statistics
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from ldm_scale.engine.env import cpu_threads
 from ldm_scale.errors import ConfigError
@@ -153,3 +155,26 @@ def step_clock(device: torch.device, ranks: int) -> Callable[[], float]:
     """
     alone = device.type == "cpu" and torch.get_num_threads() == 1 and ranks == 1
     return time.process_time if alone else wall_clock(device)
+
+
+@contextmanager
+def own_peak(
+    device: torch.device, network: nn.Module, optimizer: torch.optim.Optimizer, peaks: dict[str, float], name: str
+) -> Iterator[None]:
+    """Notes the most GiB that a step in the block takes on CUDA, as if nothing else lay there; a CPU counts none."""
+    if device.type != "cuda":
+        yield
+        return
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats(device)
+    before, own = torch.cuda.memory_allocated(device), own_bytes(network, optimizer)
+    yield
+    torch.cuda.synchronize()
+    peaks[name] = (torch.cuda.max_memory_allocated(device) - before + own) / 2**30
+
+
+def own_bytes(network: nn.Module, optimizer: torch.optim.Optimizer) -> int:
+    """Of weights, gradients and the optimizer's states."""
+    tensors = [x for p in network.parameters() for x in (p.detach(), p.grad) if x is not None]
+    states = [x for state in optimizer.state.values() for x in state.values() if isinstance(x, torch.Tensor)]
+    return sum(x.nbytes for x in (*tensors, *states))

@@ -16,7 +16,9 @@ sends).
     python -m benchmarks.step_ladder [--device cuda] [--case demo] [--rounds 20] [--only ladder --only batch]
     torchrun --nproc-per-node 2 -m benchmarks.step_ladder --only zero
 
-CUDA computes in bf16, the CPU in fp32. Output: JSON, the same rows as CSV, and a picture of bars.
+CUDA computes in bf16, the CPU in fp32. On CUDA a rung's peak memory is of its own weights, gradients and moments, and
+what its step takes beside them: what other rungs keep on the device is not in it. Output: JSON, the same rows as CSV,
+and a picture of bars.
 """
 
 from __future__ import annotations
@@ -37,7 +39,7 @@ import matplotlib.pyplot as plt
 import torch
 
 from benchmarks.harness import Way, speed_up, take_turns
-from benchmarks.measured import command_line, is_trial, parse, set_threads, step_clock, write_results
+from benchmarks.measured import command_line, is_trial, own_peak, parse, set_threads, step_clock, write_results
 from benchmarks.step_sweeps import SWEEPS, WARMUP_ROUNDS
 from benchmarks.step_ways import (
     LEARNING_RATE,
@@ -50,7 +52,6 @@ from benchmarks.step_ways import (
     fitting,
     furthest_off,
     network,
-    peak_memory,
     rungs,
     timed,
     train,
@@ -81,16 +82,20 @@ def measure(case: Case, device: torch.device, rounds: int, name: str) -> list[di
     }
     peaks: dict[str, float] = {}
 
-    @contextmanager
-    def around(rung: Rung) -> Iterator[None]:
-        with using(networks[rung.setting.compiled], rung.setting), peak_memory(device, peaks, rung.name):
-            yield
+    def way(rung: Rung) -> Way:
+        trained, optimizer = (
+            networks[rung.setting.compiled],
+            optimizers[rung.setting.compiled, rung.setting.fused_adamw],
+        )
 
-    ways = {}
-    for rung in here:
-        compiled = rung.setting.compiled
-        optimizer = optimizers[compiled, rung.setting.fused_adamw]
-        ways[rung.name] = Way(partial(train, networks[compiled], optimizer, batch), around=partial(around, rung))
+        @contextmanager
+        def around() -> Iterator[None]:
+            with using(trained, rung.setting), own_peak(device, trained, optimizer, peaks, rung.name):
+                yield
+
+        return Way(partial(train, trained, optimizer, batch), around)
+
+    ways = {rung.name: way(rung) for rung in here}
     ways, clock = fitting(ways), step_clock(device, ranks=1)
     turns = take_turns(ways, rounds, warmup=WARMUP_ROUNDS, clock=clock, name=f"{name}: ladder")
     base = next(iter(ways), PLAIN)

@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from benchmarks.harness import Way, speed_up, take_turns
-from benchmarks.measured import step_clock
+from benchmarks.measured import own_peak, step_clock
 from benchmarks.step_ways import (
     CHECKED_IMAGES,
     LEARNING_RATE,
@@ -29,7 +29,6 @@ from benchmarks.step_ways import (
     inputs,
     loss,
     network,
-    peak_memory,
     rows,
     rungs,
     timed,
@@ -74,7 +73,7 @@ def _by_case(found: dict[str, Case], here: env.Environment, rounds: int, part: s
 
     @contextmanager
     def around(label: str) -> Iterator[None]:
-        with using(module, setting), peak_memory(device, peaks, label):
+        with using(module, setting), own_peak(device, module, optimizer, peaks, label):
             yield
 
     ways = {
@@ -110,7 +109,7 @@ def by_recomputation(case: Case, here: env.Environment, rounds: int, name: str) 
     @contextmanager
     def around(kind: Recomputation) -> Iterator[None]:
         module.checkpoint_activations = kind
-        with using(module, setting), peak_memory(device, peaks, kind):
+        with using(module, setting), own_peak(device, module, optimizer, peaks, kind):
             yield
 
     ways = {kind: Way(partial(train, module, optimizer, batch), partial(around, kind)) for kind in RECOMPUTED}

@@ -182,16 +182,6 @@ def timed(turns: Turns, way: str, images: int, peaks: Mapping[str, float]) -> di
     return found | ({"peak_mem_gib": peaks[way]} if way in peaks else {})
 
 
-@contextmanager
-def peak_memory(device: torch.device, peaks: dict[str, float], name: str) -> Iterator[None]:
-    """Notes the most GiB that torch held on CUDA inside the block; a CPU has no such count."""
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-    yield
-    if device.type == "cuda":
-        peaks[name] = torch.cuda.max_memory_allocated(device) / 2**30
-
-
 def differences(
     module: nn.Module, batch: Batch, ladder: Sequence[Rung], dtype: torch.dtype
 ) -> dict[str, dict[str, float]]:

@@ -23,8 +23,7 @@ the peak memory of either alone is counted: of its weights, moments and gradient
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from typing import Any
@@ -35,7 +34,7 @@ from torch import Tensor, nn
 
 from benchmarks.both import give_both
 from benchmarks.harness import Way, are_same, median_range, take_turns
-from benchmarks.measured import command_line, is_trial, parse, set_threads, spread, step_clock, write_results
+from benchmarks.measured import command_line, is_trial, own_peak, parse, set_threads, spread, step_clock, write_results
 from ldm_scale.config.compose import load_config
 from ldm_scale.config.schema import UNetConfig
 from ldm_scale.errors import ConfigError
@@ -263,29 +262,6 @@ def train(predict: Callable[[], Tensor], optimizer: torch.optim.Optimizer, batch
         batch.context.grad = None
     torch.autograd.backward(F.mse_loss(predict().float(), batch.noise))
     optimizer.step()
-
-
-@contextmanager
-def own_peak(
-    device: torch.device, network: nn.Module, optimizer: torch.optim.Optimizer, peaks: dict[str, float], name: str
-) -> Iterator[None]:
-    """Notes the most GiB that a step in the block takes on CUDA, as if nothing else lay there; a CPU counts none."""
-    if device.type != "cuda":
-        yield
-        return
-    torch.cuda.synchronize()
-    torch.cuda.reset_peak_memory_stats(device)
-    before, own = torch.cuda.memory_allocated(device), own_bytes(network, optimizer)
-    yield
-    torch.cuda.synchronize()
-    peaks[name] = (torch.cuda.max_memory_allocated(device) - before + own) / 2**30
-
-
-def own_bytes(network: nn.Module, optimizer: torch.optim.Optimizer) -> int:
-    """Of weights, gradients and the optimizer's states."""
-    tensors = [x for p in network.parameters() for x in (p.detach(), p.grad) if x is not None]
-    states = [x for state in optimizer.state.values() for x in state.values() if isinstance(x, Tensor)]
-    return sum(x.nbytes for x in (*tensors, *states))
 
 
 def table(results: dict[str, Any]) -> str:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from itertools import pairwise
 from pathlib import Path
@@ -108,6 +110,24 @@ def test_a_rung_that_computes_something_else_is_refused(tmp_path: Path, monkeypa
     assert sum("computes something else" in line for line in lines) == 3
     step_ladder.draw(results, tmp_path / "bars.png")
     assert (tmp_path / "bars.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_rungs_peak_is_counted_with_its_own_optimizer(monkeypatch: pytest.MonkeyPatch) -> None:
+    counted: dict[str, bool] = {}
+
+    @contextmanager
+    def own_peak(device: Any, network: Any, optimizer: Any, peaks: dict[str, float], name: str) -> Iterator[None]:
+        (group,) = optimizer.param_groups
+        assert all(a is b for a, b in zip(group["params"], network.parameters(), strict=True))
+        yield
+        assert optimizer.state, "it has trained"
+        counted[name] = group["fused"]
+        peaks[name] = 2.0 if group["fused"] else 1.0
+
+    monkeypatch.setattr(step_ladder, "own_peak", own_peak)
+    rows = step_ladder.measure(CASE, CPU, 2, "tiny")
+    assert list(counted.values()) == [False, False, False, True]
+    assert {row["name"]: row["peak_mem_gib"] for row in rows if "step_s" in row}["+ AdamW fused"] == 2.0
 
 
 def test_two_adamws_that_differ_are_noticed(monkeypatch: pytest.MonkeyPatch) -> None:

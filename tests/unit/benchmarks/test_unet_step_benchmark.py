@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from benchmarks import unet_step
+from benchmarks.measured import own_bytes
 from ldm_scale.config.networks import check_unet
 from tests.helpers.ranks import run_ranks
 
@@ -55,10 +56,10 @@ def test_both_may_be_compiled() -> None:
 def test_a_networks_own_bytes_are_its_weights_gradients_and_moments() -> None:
     network = torch.nn.Linear(10, 10, bias=False)
     optimizer = torch.optim.AdamW(network.parameters(), fused=True)
-    assert unet_step.own_bytes(network, optimizer) == 400
+    assert own_bytes(network, optimizer) == 400
     network(torch.ones(1, 10)).sum().backward()
     optimizer.step()
-    assert unet_step.own_bytes(network, optimizer) == 4 * 400 + 4  # the step's count
+    assert own_bytes(network, optimizer) == 4 * 400 + 4  # the step's count
 
 
 def test_the_goals_have_their_cases() -> None:
