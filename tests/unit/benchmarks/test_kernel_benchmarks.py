@@ -337,15 +337,25 @@ def test_the_training_step_is_that_of_sd2() -> None:
     assert sum(parameter.numel() for parameter in model.parameters()) == UNET_PARAMETERS["sd2"]
 
 
-def test_a_way_to_compute_is_measured_on_the_same_weights(tmp_path: Path) -> None:
-    path = tmp_path / "unet.json"
+def test_a_way_to_compute_is_measured_on_a_copy_of_the_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path, timed, honest = tmp_path / "unet.json", list[tuple[Any, Any]](), unet_step_gpu._time
+
+    def noted(model: torch.nn.Module, inputs: Any, optimizer: Any, device: torch.device) -> float:
+        timed.append((model, optimizer))
+        return honest(model, inputs, optimizer, device)
+
+    monkeypatch.setattr(unet_step_gpu, "_time", noted)
     assert unet_step_gpu.main(["--dry-run", "--way", "replayed", "--seconds", "0", "--out", str(path)]) == 0
     document = json.loads(path.read_text())
     assert list(document["step_s"]) == [unet_step_gpu.OFF, unet_step_gpu.ON, "replayed"]
-    model = unet_step_gpu._model(unet_step_gpu.TINY, torch.device("cpu"))
-    twin = unet_step_gpu.faster(unet_step_gpu.twin(model), "replayed")
-    assert all(a is b for a, b in zip(model.parameters(), twin.parameters(), strict=True))
-    assert "forward" not in vars(model)
+    (off, _), (on, _), (way, _) = timed[:3]
+    assert off is on is not way
+    assert [model for model, _ in timed[3:6]] == [way, on, off], "in the other order"
+    assert not {id(p) for p in off.parameters()} & {id(p) for p in way.parameters()}
+    assert not any(p._backward_hooks for p in off.parameters()), "only the graph copies gradients"
+    assert all(p._backward_hooks for p in way.parameters())
+    for model, optimizer in timed:
+        assert optimizer.param_groups[0]["params"] == list(model.parameters())
 
 
 def test_a_wrong_training_step_is_not_timed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
