@@ -116,6 +116,20 @@ def write_results(out: Path, benchmark: str, device: torch.device, results: dict
     return path
 
 
+def write_cases(out: Path, benchmark: str, device: torch.device, results: dict[str, dict[str, Any]]) -> Path:
+    """As `write_results`, of results by case: those of the day's other cases stay, each with what it was measured on."""
+    date = datetime.now(UTC).date().isoformat()
+    path = out / f"{benchmark}-{device.type}-{date}.json"
+    kept: dict[str, Any] = {}
+    if path.is_file():
+        before = json.loads(path.read_text())
+        kept = {name: {"environment": before["environment"]} | case for name, case in before["results"].items()}
+    here = environment(device, date)
+    return write_results(
+        out, benchmark, device, kept | {name: case | {"environment": here} for name, case in results.items()}
+    )
+
+
 def environment(device: torch.device, date: str) -> dict[str, Any]:
     """What was measured on."""
     return {

@@ -24,6 +24,7 @@ and a picture of bars.
 from __future__ import annotations
 
 import csv
+import json
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -39,7 +40,7 @@ import matplotlib.pyplot as plt
 import torch
 
 from benchmarks.harness import Way, speed_up, take_turns
-from benchmarks.measured import command_line, is_trial, own_peak, parse, set_threads, step_clock, write_results
+from benchmarks.measured import command_line, is_trial, own_peak, parse, set_threads, step_clock, write_cases
 from benchmarks.step_sweeps import SWEEPS, WARMUP_ROUNDS
 from benchmarks.step_ways import (
     LEARNING_RATE,
@@ -133,7 +134,8 @@ def main(argv: Sequence[str]) -> int:
     if here.is_main:
         print(table(results))
         if not is_trial(arguments.rounds, "rounds"):
-            path = write_results(arguments.out, "step_ladder", here.device, results)
+            path = write_cases(arguments.out, "step_ladder", here.device, results)
+            results = json.loads(path.read_text())["results"]  # those of the day's other cases too
             write_csv(results, path.with_suffix(".csv"))
             draw(results, path.with_suffix(".png"))
     env.stop()

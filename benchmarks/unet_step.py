@@ -34,7 +34,7 @@ from torch import Tensor, nn
 
 from benchmarks.both import give_both
 from benchmarks.harness import Way, are_same, median_range, take_turns
-from benchmarks.measured import command_line, is_trial, own_peak, parse, set_threads, spread, step_clock, write_results
+from benchmarks.measured import command_line, is_trial, own_peak, parse, set_threads, spread, step_clock, write_cases
 from ldm_scale.config.compose import load_config
 from ldm_scale.config.schema import UNetConfig
 from ldm_scale.errors import ConfigError
@@ -150,7 +150,7 @@ def main(argv: Sequence[str]) -> int:
         results[name] = {"case": asdict(case)} | result
     print(table(results))
     if not is_trial(arguments.pairs, "pairs"):
-        write_results(arguments.out, "unet_step", device, results)
+        write_cases(arguments.out, "unet_step", device, results)
     return 0
 
 

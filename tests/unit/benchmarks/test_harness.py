@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,7 +15,7 @@ import torch
 
 from benchmarks import measured
 from benchmarks.harness import Turns, Way, are_same, median_range, speed_up, take_turns
-from benchmarks.measured import command_line, parse, set_threads, threads
+from benchmarks.measured import command_line, parse, set_threads, threads, write_cases
 from ldm_scale.errors import ConfigError
 
 
@@ -111,3 +112,20 @@ def test_what_is_no_number_of_threads_is_one_line(
     with pytest.raises(SystemExit):
         parse(command_line("A benchmark.", ("demo",), "rounds", 20), [])
     assert f"error: OMP_NUM_THREADS={wanted}: must be a whole number from 1 up" in capsys.readouterr().err
+
+
+def test_a_case_is_written_beside_the_days_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    cpu = torch.device("cpu")
+    for machine, results in (("one", {"a": {"ratio": 1}, "b": {"ratio": 2}}), ("another", {"b": {"ratio": 3}})):
+        monkeypatch.setattr(measured, "_cpu_name", lambda machine=machine: machine)
+        path = write_cases(tmp_path, "tiny", cpu, results)
+    found = json.loads(path.read_text())["results"]
+    assert {name: (case["ratio"], case["environment"]["device"]) for name, case in found.items()} == {
+        "a": (1, "one"),
+        "b": (3, "another"),
+    }
+    older = {"benchmark": "tiny", "environment": {"device": "old"}, "results": {"c": {"ratio": 4}}}
+    path.write_text(json.dumps(older))  # as files were before each case had its environment
+    found = json.loads(write_cases(tmp_path, "tiny", cpu, {"a": {"ratio": 1}}).read_text())["results"]
+    assert found["c"] == {"ratio": 4, "environment": {"device": "old"}}
+    assert found["a"]["environment"]["device"] == "another"
