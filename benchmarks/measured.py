@@ -125,9 +125,8 @@ def write_cases(out: Path, benchmark: str, device: torch.device, results: dict[s
         before = json.loads(path.read_text())
         kept = {name: {"environment": before["environment"]} | case for name, case in before["results"].items()}
     here = environment(device, date)
-    return write_results(
-        out, benchmark, device, kept | {name: case | {"environment": here} for name, case in results.items()}
-    )
+    measured = {name: case | {"environment": here} for name, case in results.items()}
+    return write_results(out, benchmark, device, kept | measured)
 
 
 def environment(device: torch.device, date: str) -> dict[str, Any]:
