@@ -32,7 +32,7 @@ def figures_of(
     counts = {model.key: count(model.at(scale)) for model in group}
     found = {}
     for model in group:
-        entry = describe(model, counts[model.key])
+        entry = describe(model, counts[model.key], scale)
         entry["failed"] = failed.get(model.key)
         entry["counted_ratio"] = counted_ratios(first.published, model.published)
         entry["counted_ratio_as_measured"] = counted_ratios(counts[first.key], counts[model.key])
@@ -56,7 +56,7 @@ def figures_of(
     return found
 
 
-def describe(model: Model, counted: Counted) -> dict[str, Any]:
+def describe(model: Model, counted: Counted, scale: Scale) -> dict[str, Any]:
     """What is known without measuring."""
     published = model.published
     return {
@@ -64,6 +64,7 @@ def describe(model: Model, counted: Counted) -> dict[str, Any]:
         "name": model.name,
         "f": model.f,
         "paper_images": model.paper_images,
+        "micro_batch": model.at(scale).train.micro_batch,
         "published": flops(published),
         "measured": flops(counted),
     }

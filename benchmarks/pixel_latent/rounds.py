@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import math
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -21,6 +22,11 @@ from ldm_scale.errors import NumericsError
 WARMUP_ROUNDS = 1
 SAMPLING_EVERY = 3  # rounds: sampling's spread is small, and at twice the resolution it takes long
 Seconds = dict[str, dict[str, list[float]]]  # of one image, by model and action, a value a round
+
+
+def sampling_rounds(rounds: int) -> int:
+    """In how many of so many timed rounds sampling is timed."""
+    return math.ceil(rounds / SAMPLING_EVERY)
 
 
 def groups(models: Sequence[Model], pairs: bool) -> list[list[Model]]:

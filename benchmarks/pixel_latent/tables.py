@@ -10,6 +10,7 @@ from typing import Any
 from benchmarks.pixel_latent.costs import COMPUTED, SAMPLES, SAMPLING_STEPS
 from benchmarks.pixel_latent.models import FAMILIES, Scale
 from benchmarks.pixel_latent.published import CLAIM, GPUS, TABLE_6, TABLE_6_CAVEATS, TABLE_18
+from benchmarks.pixel_latent.rounds import sampling_rounds
 from benchmarks.pixel_latent.steps import CACHED, ON_THE_FLY, TRAINING
 
 Figures = Mapping[str, dict[str, Any]]
@@ -29,7 +30,7 @@ def csv_text(figures: Figures) -> str:
 
 
 def _csv_row(entry: Mapping[str, Any]) -> dict[str, Any]:
-    row = {name: entry[name] for name in ("family", "name", "f", "paper_images")}
+    row = {name: entry[name] for name in ("family", "name", "f", "paper_images", "micro_batch")}
     for width in ("published", "measured"):
         row |= {f"{width}_{name}": value for name, value in entry[width].items()}
     row |= {f"counted_ratio_{name}": value for name, value in entry["counted_ratio"].items()}
@@ -63,7 +64,7 @@ def markdown(figures: Figures, scale: Scale, rounds: int, environment: Mapping[s
         "are of images/s, LDM-1 = 1. Counted ratios are of FLOPs, of the published networks at 256 px and, in "
         "brackets, of those that were measured.",
         *_training(figures, px),
-        *_sampling(figures, px),
+        *_sampling(figures, scale, rounds),
         *_table_6(figures, px),
         *_table_18(figures),
         *_days(figures),
@@ -76,11 +77,12 @@ def markdown(figures: Figures, scale: Scale, rounds: int, environment: Mapping[s
 
 def _training(figures: Figures, px: int) -> Iterable[str]:
     yield f"## Training, {px} px"
+    yield 'Peak memory is of a step whose micro-batches are as large as "images at once" says: more where more fitted.'
     for family, title in _families(figures):
         header = ["", "parameters, published (measured)", "GFLOP a forward pass, published"]
         for way in WAYS.values():
             header += [f"images/s, {way}", "ratio", "counted"]
-        header += ["peak MiB, cached", "on the fly"]
+        header += ["images at once", "peak MiB, cached", "on the fly"]
         lines = []
         for entry in _of(figures, family):
             published, measured = entry["published"], entry["measured"]
@@ -91,14 +93,19 @@ def _training(figures: Figures, px: int) -> Iterable[str]:
             ]
             for mode in WAYS:
                 line += [_spread(entry, "images_per_s", mode), _spread(entry, "ratio", mode), _counted(entry, mode)]
-            line += [_mib(entry, mode) for mode in WAYS]
+            line += [str(entry["micro_batch"]), *(_mib(entry, mode) for mode in WAYS)]
             lines.append(line)
         yield f"**{title}**"
         yield _table(header, lines)
 
 
-def _sampling(figures: Figures, px: int) -> Iterable[str]:
+def _sampling(figures: Figures, scale: Scale, rounds: int) -> Iterable[str]:
+    px, timed = scale.resolution, sampling_rounds(rounds)
     yield f"## Sampling, {SAMPLING_STEPS} DDIM steps and the decoder"
+    yield (
+        f"Timed in {timed} of the {rounds} rounds, each time {scale.ddim_steps} DDIM step(s), from whose mean those of "
+        f"{SAMPLING_STEPS} are made; medians and quartiles are of {timed} values."
+    )
     for family, title in _families(figures):
         header = ["", f"images/s, {px} px", "ratio", f"counted, {px} px", f"images/s, {2 * px} px", "ratio"]
         header += [f"peak MiB, {2 * px} px"]

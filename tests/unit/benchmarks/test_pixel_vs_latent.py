@@ -151,6 +151,7 @@ def test_a_model_that_gives_nan_has_no_figures_and_no_ratio(monkeypatch: pytest.
     assert list(seconds) == ["celeba/LDM-1", "celeba/LDM-2"] or list(seconds) == ["celeba/LDM-2", "celeba/LDM-1"]
     assert len(seconds["celeba/LDM-1"][ON_THE_FLY]) == 4
     assert len(seconds["celeba/LDM-1"][DENOISE]) == 2, "sampling is timed in every third round"
+    assert [rounds.sampling_rounds(n) for n in (4, 6, 7, 10)] == [2, 2, 3, 4]
     assert list(failed) == ["celeba/LDM-4"]
     assert "denoise gave values that are not finite" in failed["celeba/LDM-4"]
     counts = {model.key: model.published for model in group}
@@ -309,4 +310,11 @@ def test_a_table_has_no_figure_where_there_is_none() -> None:
     found = costs.figures_of(group, {}, failed, SHORT, ("cpu", torch.float32))
     text = tables.markdown(found, SHORT, 10, environment(CPU, "2026-11-27"))
     assert re.search(r"\| LDM-4 \| 401\.4M \(6\.37M\) \| 208 \| - \| - \| 5\.70 \(", text)
+    assert "Timed in 4 of the 10 rounds, each time 1 DDIM step(s)" in text
+    full = SCALES["full"]
+    text = tables.markdown(
+        costs.figures_of(group, {}, failed, full, ("cpu", torch.float32)), full, 10, environment(CPU, "")
+    )
+    for name, micro_batch in (("LDM-1", 7), ("LDM-4", 28)):  # divisors of 112 that the paper's GPU held
+        assert re.search(rf"\| {name} \|.*\| {micro_batch} \| - \| - \|", text)
     assert "- imagenet LDM-4: does not fit" in text
