@@ -117,7 +117,7 @@ def write_results(out: Path, benchmark: str, device: torch.device, results: dict
 
 
 def write_cases(out: Path, benchmark: str, device: torch.device, results: dict[str, dict[str, Any]]) -> Path:
-    """As `write_results`, of results by case: those of the day's other cases stay, each with what it was measured on."""
+    """As `write_results`, of results by case: the day's other cases stay, each with what it was measured on."""
     date = datetime.now(UTC).date().isoformat()
     path = out / f"{benchmark}-{device.type}-{date}.json"
     kept: dict[str, Any] = {}

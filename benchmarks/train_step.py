@@ -37,6 +37,7 @@ from ldm_scale.config.convert import config_to_dict
 from ldm_scale.config.fit import batch_plan
 from ldm_scale.config.schema import AutoencoderConfig, ClassConditioningConfig, ConditioningConfig, Config, ZeroConfig
 from ldm_scale.data import Batch
+from ldm_scale.data.batch import join
 from ldm_scale.engine import collectives, env
 from ldm_scale.engine.health import RankBatch, check_ranks
 from ldm_scale.errors import NumericsError
@@ -170,13 +171,13 @@ def _measure(steps: Steps, num_pairs: int, name: str) -> dict[str, Any]:
 
 
 def random_batch(task: DiffusionTask) -> Batch:
-    """This rank's part of a global batch of random latents, with a caption and a class for each."""
+    """This rank's part of a global batch of random latents, each with a caption and a class; pinned as loaded ones."""
     plan, rank = task.plan, task.environment.rank
     generator = torch.Generator().manual_seed(1 + rank)
     first = rank * plan.micro_batch
     count, kinds = plan.micro_batch, task.config.conditioning.classes
     channels, *sides = task.latent_shape
-    return Batch(
+    batch = Batch(
         images=torch.empty(0, 3, task.config.data.resolution, task.config.data.resolution),
         captions=[CAPTIONS[i % len(CAPTIONS)] for i in range(count)],
         classes=torch.arange(count) % (kinds.num_classes if kinds else 1),
@@ -186,6 +187,7 @@ def random_batch(task: DiffusionTask) -> Batch:
         moments=torch.randn(count, 2 * channels, *sides, generator=generator),  # means and log-variances
         cached=torch.ones(count, dtype=torch.bool),
     )
+    return join([batch], pin=task.environment.device.type == "cuda")
 
 
 class Steps:

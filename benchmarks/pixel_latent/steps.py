@@ -16,6 +16,7 @@ from ldm_scale.conditioning.latent_diffusion import conditional_denoiser
 from ldm_scale.config.fit import batch_plan
 from ldm_scale.config.schema import Config
 from ldm_scale.data import Batch
+from ldm_scale.data.batch import join
 from ldm_scale.diffusion.sampler import sample
 from ldm_scale.engine.env import Environment
 from ldm_scale.errors import NumericsError
@@ -105,11 +106,11 @@ def random_artifact(config: Config, folder: Path) -> Path:
 
 
 def random_batch(task: DiffusionTask, count: int, side: int) -> Batch:
-    """Smooth random pictures, each of a class. Shapes: images (count, 3, side, side)."""
+    """Smooth random pictures, each of a class; pinned as loaded ones. Shapes: images (count, 3, side, side)."""
     generator = torch.Generator().manual_seed(1)
     coarse = torch.rand(count, 3, 8, 8, generator=generator) * 2 - 1
     classes = task.config.conditioning.classes
-    return Batch(
+    batch = Batch(
         images=F.interpolate(coarse, size=side, mode="bilinear").contiguous(memory_format=torch.channels_last),
         captions=[""] * count,
         classes=torch.arange(count) % (classes.num_classes if classes else 1),
@@ -117,6 +118,7 @@ def random_batch(task: DiffusionTask, count: int, side: int) -> Batch:
         image_numbers=torch.arange(count),
         bad=[],
     )
+    return join([batch], pin=task.environment.device.type == "cuda")
 
 
 @torch.no_grad()
@@ -124,9 +126,10 @@ def cached(task: DiffusionTask, batch: Batch) -> Batch:
     """The batch as a cache of latents gives it: moments in float16 in place of its pictures."""
     pixels = batch.images.to(task.environment.device, task.environment.dtype)
     moments = torch.cat([part for part in task.autoencoder.network.encode_moments(pixels) if part is not None], dim=1)
-    return replace(
+    latents = replace(
         batch,
         images=batch.images[:0],
         moments=moments.half().cpu(),
         cached=torch.ones(len(batch.keys), dtype=torch.bool),
     )
+    return join([latents], pin=task.environment.device.type == "cuda")

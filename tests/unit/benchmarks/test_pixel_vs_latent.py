@@ -8,20 +8,24 @@ import json
 import re
 import subprocess
 import sys
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
+from benchmarks import train_step
 from benchmarks.measured import environment
-from benchmarks.pixel_latent import command, costs, quality, rounds, tables
+from benchmarks.pixel_latent import command, costs, quality, rounds, steps, tables
 from benchmarks.pixel_latent.models import FAMILIES, SCALES, Model, Scale, models
 from benchmarks.pixel_latent.published import CLAIM, GPUS, TABLE_6, TABLE_18
 from benchmarks.pixel_latent.steps import CACHED, DENOISE, ON_THE_FLY, Prepared
 from ldm_scale.config.fit import batch_plan
 from ldm_scale.config.schema import ConditioningConfig, TrainConfig
+from ldm_scale.data import Batch, batch
 from ldm_scale.engine import env
 from ldm_scale.errors import CheckpointError, ConfigError
 from ldm_scale.planning.flops import measure_run
@@ -302,6 +306,27 @@ def test_it_starts_by_its_path_and_refuses_in_one_line(tmp_path: Path) -> None:
     few = subprocess.run([*script, "--rounds", "3"], cwd=tmp_path, env={"PATH": ""}, capture_output=True, text=True)
     assert few.returncode == 2
     assert "at least 4" in few.stderr
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_batches_are_pinned_once_where_there_is_a_gpu(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    pinned: list[bool] = []
+
+    def noted(parts: Sequence[Batch], pin: bool = False) -> Batch:
+        pinned.append(pin)
+        return batch.join(parts)
+
+    for module in (steps, train_step):
+        monkeypatch.setattr(module, "join", noted)
+    here = SimpleNamespace(device=torch.device(device), rank=0)
+    config = SimpleNamespace(conditioning=SimpleNamespace(classes=None), data=SimpleNamespace(resolution=8))
+    task: Any = SimpleNamespace(
+        environment=here, config=config, plan=SimpleNamespace(micro_batch=2), latent_shape=(4, 8, 8)
+    )
+    pictures = steps.random_batch(task, 2, 16)
+    assert pictures.images.is_contiguous(memory_format=torch.channels_last)
+    assert train_step.random_batch(task).moments is not None
+    assert pinned == [device == "cuda"] * 2
 
 
 def test_a_table_has_no_figure_where_there_is_none() -> None:
