@@ -52,15 +52,16 @@ WARMUP_STEPS, PROFILED_STEPS = 2, 2
 MIN_TURNS = 3  # what is written has a range
 STEPS = 8  # timed ones of a turn
 MODES = ("weak", "strong")
+MEASURED = {"case", "unet", "ranks", "hosts", "cores_of_the_host", "device", "environment", "rows"}
 COLLECTIVES = ("gloo:", "ncclDevKernel", "ncclKernel")  # how the profiler names them
 
 
 def main(argv: Sequence[str]) -> int:
-    """0."""
+    """0; 1 if ranks that were started here failed."""
     arguments = parsed(argv)
     stages = arguments.stage or [0, 1, 2, 3]
     if arguments.join:
-        finish([json.loads(path.read_text()) for path in arguments.join], arguments.out)
+        finish(arguments.join, arguments.out)
     elif arguments.measure:
         name = arguments.case or "demo"
         here = env.start(env.read_launch(), TrainConfig(device=arguments.device))
@@ -72,7 +73,11 @@ def main(argv: Sequence[str]) -> int:
             path.write_text(json.dumps(found, indent=2) + "\n")
         env.stop()
     else:
-        finish(turns_here(arguments, stages), arguments.out)
+        try:
+            finish(turns_here(arguments, stages), arguments.out)
+        except subprocess.CalledProcessError as error:
+            print(f"error: the ranks ended with {error.returncode}; why is said above", file=sys.stderr)
+            return 1
     return 0
 
 
@@ -91,14 +96,28 @@ def parsed(argv: Sequence[str]) -> argparse.Namespace:
     arguments = parser.parse_args(argv)
     if arguments.turns < 1 or min(arguments.ranks or (1,)) < 1:
         parser.error("--turns and --ranks: must be at least 1")
-    for path in arguments.join or ():
-        if not path.is_file():
-            parser.error(f"--join {path}: there is no such file; give files that --measure has written")
+    if arguments.join:
+        arguments.join = [_measured(parser, path) for path in arguments.join]
+    try:
+        arguments.out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        parser.error(f"--out {arguments.out}: cannot be a folder ({error.strerror}); give another")
     if arguments.measure and arguments.join:
         parser.error("--measure and --join: the first makes the files that the second takes; give one")
     if arguments.device == "cuda" and not arguments.join and not torch.cuda.is_available():
         parser.error("--device cuda: torch sees no CUDA device")
     return arguments
+
+
+def _measured(parser: argparse.ArgumentParser, path: Path) -> dict[str, Any]:
+    """What --measure wrote there; ends the process where it did not."""
+    try:
+        found: Any = json.loads(path.read_text())
+        if not found.keys() >= MEASURED:
+            raise ValueError("no such file of ranks")
+    except (OSError, ValueError, AttributeError):
+        parser.error(f"--join {path}: is not there or not of --measure; give files scaling-ranks-*.json")
+    return dict(found)
 
 
 def turns_here(arguments: argparse.Namespace, stages: Sequence[int]) -> list[dict[str, Any]]:

@@ -95,6 +95,11 @@ def table(results: dict[str, Any]) -> str:
             f"{label:<28}{row['images']:>6}{ms['median']:>9.1f}{quartiles:>20}{row['images_per_s']:>10.1f}"
             f"{row['images_per_s_per_rank']:>10.1f}{known:>20}{row['communication_share']:>15.0%}"
         )
+    strong = {row["ranks"] for row in results["rows"] if row["mode"] == "strong"}
+    lines += [
+        f"{ranks} ranks: no strong scaling, the case's batch is not divided by {ranks}"
+        for ranks in sorted({row["ranks"] for row in results["rows"]} - strong)
+    ]
     if shared:
         lines.append(
             "*: more ranks than cores, which they share; this says what sharing costs, not how training scales"

@@ -67,6 +67,48 @@ def test_efficiency_is_per_rank_and_needs_equal_losses() -> None:
     assert "*" not in scaling_report.table(found)
 
 
+def test_ranks_that_do_not_divide_the_batch_are_named() -> None:
+    whole, part = _document(1, 1.0, [1.0]), _document(3, 1.0, [1.0])
+    part["rows"] = part["rows"][:1]  # weak alone
+    assert "3 ranks: no strong scaling" in scaling_report.table(scaling_report.report([whole, part]))
+    assert "no strong" not in scaling_report.table(scaling_report.report([whole, _document(3, 1.0, [1.0])]))
+
+
+def test_mistakes_are_one_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, text in (("other.json", "{}"), ("list.json", "[1]"), ("torn.json", "{")):
+        (tmp_path / name).write_text(text)
+    for name in ("other.json", "list.json", "torn.json", "missing.json"):
+        with pytest.raises(SystemExit):
+            scaling.main(["--join", str(tmp_path / name), "--out", str(tmp_path)])
+        assert f"--join {tmp_path / name}: is not there or not of --measure" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        scaling.main(["--out", str(tmp_path / "other.json")])
+    assert "cannot be a folder" in capsys.readouterr().err
+
+    def failed(*_: Any, **__: Any) -> None:
+        raise scaling.subprocess.CalledProcessError(7, "torchrun")
+
+    monkeypatch.setattr(scaling.subprocess, "run", failed)
+    assert scaling.main(["--out", str(tmp_path), "--ranks", "1"]) == 1
+    assert "error: the ranks ended with 7" in capsys.readouterr().err
+
+
+def test_too_few_turns_write_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    one, both = _document(1, 1.0, [1.0]), _document(2, 1.25, [1.0])
+    scaling.finish([one, both] * 2, tmp_path)
+    assert "a trial: fewer than 3 turns" in capsys.readouterr().out
+    assert not list(tmp_path.iterdir())
+    turns = [_document(2, seconds, [1.0]) for seconds in (1.25, 1.0, 2.0)]
+    scaling.finish([one, turns[0], one, turns[1], one, turns[2]], tmp_path)
+    assert {path.suffix for path in tmp_path.iterdir()} == {".json", ".png"}
+    (path,) = tmp_path.glob("*.json")
+    rows = json.loads(path.read_text())["results"]["rows"]
+    (weak,) = [row for row in rows if (row["mode"], row["ranks"]) == ("weak", 2)]
+    assert (weak["efficiency"], weak["efficiency_range"]) == (0.8, [0.5, 1.0])
+
+
 def test_what_overlaps_is_counted_once() -> None:
     assert scaling.covered([(5, 6), (0, 2), (1, 3), (1, 2)]) == 4
     assert scaling.covered([]) == 0
