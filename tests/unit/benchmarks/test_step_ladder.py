@@ -189,6 +189,25 @@ def test_the_sweeps_compare_what_trains_the_same() -> None:
         assert found[part][0]["difference"] == 0.0
 
 
+def _without_memory_for_stage_2() -> list[dict[str, Any]]:
+    honest = step_sweeps.sharded
+
+    def sharded(module: Any, stage: int, *rest: Any) -> Any:
+        if stage == 2:
+            raise torch.OutOfMemoryError("tried to allocate")
+        return honest(module, stage, *rest)
+
+    with mock.patch.object(step_sweeps, "sharded", sharded):
+        return step_sweeps.by_stage(CASE, env.start(env.read_launch(), TrainConfig(device="cpu")), 2, "tiny")
+
+
+def test_a_zero_stage_that_does_not_fit_is_listed() -> None:
+    (found,) = run_ranks(_without_memory_for_stage_2, 1)
+    assert ["speed_up" in row for row in found] == [True, True, False, True]
+    assert "does not fit" in found[2]["missing"]
+    assert "ZeRO 2, 1 rank(s)" in step_ladder.table({"tiny": {"rows": found}})
+
+
 def test_what_does_not_fit_is_listed_and_the_first_that_fits_is_the_baseline(monkeypatch: pytest.MonkeyPatch) -> None:
     honest = step_ladder.train
 
