@@ -34,7 +34,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from benchmarks.compression_plots import Point, plot_over_sampling, plot_over_training
-from benchmarks.measured import RESULTS, write_results
+from benchmarks.measured import RESULTS, make_folder, write_results
 from ldm_scale.config.compose import load_config
 from ldm_scale.engine.rank_files import complete_folders, images_of, read_manifest
 from ldm_scale.evaluation.sweep import write_csv
@@ -334,10 +334,7 @@ def _arguments(argv: Sequence[str]) -> argparse.Namespace:
             f"--data {arguments.data} is not there; make it: ldm-scale prepare openmoji --resolution 128 "
             "--subset no-skin-tones --out data/openmoji_no_skin_tones_128"
         )
-    try:
-        arguments.out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        parser.error(f"--out {arguments.out}: cannot be a folder ({error.strerror}); give another")
+    make_folder(parser, arguments.out)
     if arguments.jobs > len(os.sched_getaffinity(0)):
         parser.error(f"--jobs {arguments.jobs}: each takes a core, and there are {len(os.sched_getaffinity(0))}")
     for name in ("minutes", "points", "samples", "jobs", "stage_1_images"):

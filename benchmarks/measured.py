@@ -59,11 +59,16 @@ def parse(parser: argparse.ArgumentParser, argv: Sequence[str]) -> argparse.Name
         threads()
     except ConfigError as error:
         parser.error(str(error))
-    try:
-        arguments.out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        parser.error(f"--out {arguments.out}: cannot be a folder ({error.strerror}); give another")
+    make_folder(parser, arguments.out)
     return arguments
+
+
+def make_folder(parser: argparse.ArgumentParser, out: Path) -> None:
+    """Nothing; the folder of --out is there. Ends the process with a line where it cannot be."""
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        parser.error(f"--out {out}: cannot be a folder ({error.strerror}); give another")
 
 
 def threads(processes: int = 1) -> int:

@@ -40,7 +40,7 @@ from typing import Any
 import torch
 
 from benchmarks.harness import Way, take_turns
-from benchmarks.measured import RESULTS, at_least_two, environment, wall_clock, write_results
+from benchmarks.measured import RESULTS, at_least_two, environment, make_folder, wall_clock, write_results
 from benchmarks.scaling_report import draw, report, table
 from benchmarks.step_sweeps import first_losses, sharded, train_sharded
 from benchmarks.step_ways import cast, network, rows
@@ -98,10 +98,7 @@ def parsed(argv: Sequence[str]) -> argparse.Namespace:
         parser.error("--turns and --ranks: must be at least 1")
     if arguments.join:
         arguments.join = [_measured(parser, path) for path in arguments.join]
-    try:
-        arguments.out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        parser.error(f"--out {arguments.out}: cannot be a folder ({error.strerror}); give another")
+    make_folder(parser, arguments.out)
     if arguments.measure and arguments.join:
         parser.error("--measure and --join: the first makes the files that the second takes; give one")
     if arguments.device == "cuda" and not arguments.join and not torch.cuda.is_available():

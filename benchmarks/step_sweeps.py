@@ -27,7 +27,6 @@ from benchmarks.step_ways import (
     adamw,
     cast,
     fitting,
-    inputs,
     loss,
     network,
     rows,
@@ -36,7 +35,7 @@ from benchmarks.step_ways import (
     train,
     using,
 )
-from benchmarks.unet_step import Batch, Case, random_batch
+from benchmarks.unet_step import Batch, Case, inputs, random_batch
 from ldm_scale.config.schema import OptimizerConfig, Recomputation, ZeroConfig
 from ldm_scale.engine import collectives, env
 from ldm_scale.engine.zero import ShardedModel

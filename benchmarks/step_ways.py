@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from benchmarks.harness import Turns, Way
-from benchmarks.unet_step import Batch, Case
+from benchmarks.unet_step import Batch, Case, inputs
 from ldm_kernels.common.tuning import WINNERS
 from ldm_scale.config.schema import KernelsConfig
 from ldm_scale.errors import ConfigError
@@ -115,11 +115,6 @@ def rows(batch: Batch, chosen: slice) -> Batch:
     """Some images of the batch."""
     context = None if batch.context is None else batch.context.detach()[chosen]
     return replace(batch, z_t=batch.z_t[chosen], t=batch.t[chosen], noise=batch.noise[chosen], context=context)
-
-
-def inputs(batch: Batch) -> tuple[Tensor, ...]:
-    """What the UNet is called with: latents, times and, where the model has one, the context."""
-    return (batch.z_t, batch.t) if batch.context is None else (batch.z_t, batch.t, batch.context)
 
 
 @contextmanager

@@ -176,8 +176,8 @@ def measure(
         compile_blocks(ours, backend)
         call_theirs = torch.compile(theirs, backend=backend)
     predict = {
-        "ours": lambda: ours(*_inputs(batch)),
-        "theirs": lambda: call_theirs(*_inputs(batch), return_dict=False)[0],
+        "ours": lambda: ours(*inputs(batch)),
+        "theirs": lambda: call_theirs(*inputs(batch), return_dict=False)[0],
     }
     networks, peaks = {"ours": ours, "theirs": theirs}, dict[str, float]()
     ways, clock = {}, step_clock(device, ranks=1)
@@ -234,16 +234,16 @@ def random_batch(case: Case, device: torch.device) -> Batch:
     )
 
 
-def _inputs(batch: Batch) -> tuple[Tensor, ...]:
-    """What either UNet is called with."""
+def inputs(batch: Batch) -> tuple[Tensor, ...]:
+    """What a UNet is called with: latents, times and, where the model has one, the context."""
     return (batch.z_t, batch.t) if batch.context is None else (batch.z_t, batch.t, batch.context)
 
 
 def differences(ours: nn.Module, theirs: nn.Module, names: NameMap, batch: Batch) -> tuple[float, float]:
     """|theirs - ours| / |ours| of the outputs, and of the loss's gradients over all weights together."""
     torch.backends.cudnn.allow_tf32 = False
-    our_output = ours(*_inputs(batch))
-    their_output = theirs(*_inputs(batch)).sample
+    our_output = ours(*inputs(batch))
+    their_output = theirs(*inputs(batch)).sample
     torch.autograd.backward([F.mse_loss(output, batch.noise) for output in (our_output, their_output)])
     torch.backends.cudnn.allow_tf32 = True
     their_gradients = _gradients(theirs)

@@ -124,8 +124,8 @@ class Workload:
         peak = self.trace(recomputed).peak(plan.micro_batch, compute, bucket_elements(self.config, stage))
         encoding = [trace.peak(plan.micro_batch, compute, 0) for _, trace in self.frozen() if trace.moments]
         peak = max([peak, *encoding])  # images are encoded before anything is kept for a backward pass
-        (_, *first), *rest = self.sizes
-        networks: NetworkSizes = [(stage, *first), *rest]  # type: ignore[list-item]
+        (_, sizes, is_averaged), *rest = self.sizes
+        networks: NetworkSizes = [(stage, sizes, is_averaged), *rest]
         found = plan_memory(self._on_gpus(stage), plan, ranks, self.latent_shape, peak, networks)
         found.recomputed = recomputed
         return found

@@ -2,7 +2,7 @@
 
 What is computed is what `training/autoencoder_step.py` computes once the discriminator is felt, with the values that a
 step only reports left out: a forward pass, the losses' gradients at the pixels, their weights' ratio at the last
-convolution, the backward pass, and the discriminator's own. `tests/distributed/test_stage_1_plan.py` holds FLOPs and
+convolution, the backward pass, and the discriminator's own. `tests/unit/planning/test_stage_1.py` holds FLOPs and
 memory against that step.
 """
 
