@@ -25,7 +25,7 @@ PIP_INSTALL := $(BIN)/python -m pip --disable-pip-version-check install --progre
 # pip's own report reduced to what takes time: large downloads, source builds and the copying at the end.
 PIP_PROGRESS := sed -un 's/^ *\(Downloading\|Using cached\) \([^ ]*\) \(([0-9.]* MB)\)/      \2 \3/p; s/^ *Building [^ ]* for \([^ ]*\) .*started/      building \1/p; s/^Installing collected packages.*/      copying files/p'
 
-.PHONY: help env lint types test test-faults test-slurm test-slurm-quick slurm-programs soak soak-short browser-programs test-browser aot demo docs bench pixel-vs-latent data-soak gpu-proof gpu-demo clean
+.PHONY: help env lint types test test-rest test-slurm test-slurm-quick slurm-programs soak soak-short browser-programs test-browser aot demo docs bench pixel-vs-latent data-soak gpu-proof gpu-demo clean
 
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 26
@@ -99,8 +99,8 @@ soak: $(STAMP) slurm-programs ## as root: a run on that cluster for two hours, a
 soak-short: $(STAMP) slurm-programs ## as root: five of the faults in ten minutes
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.soak --short
 
-test-faults: $(STAMP) ## kills at every point of a save, resumptions in many settings, other ranks and ZeRO stages, all conditioning (25 minutes)
-	$(BIN)/python -m pytest --numprocesses 2 --dist load -m faults
+test-rest: $(STAMP) ## kills at every point of a save, resumptions in many settings, other ranks and ZeRO stages, all conditioning (25 minutes)
+	$(BIN)/python -m pytest --numprocesses 2 --dist load -m rest
 
 aot: $(STAMP) ## compile every kernel for sm_80, sm_90 and sm_100 and compare with the committed table (no GPU needed)
 	$(BIN)/python -m ldm_kernels.common.aot --all

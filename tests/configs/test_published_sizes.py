@@ -1,4 +1,4 @@
-"""Our networks have the published sizes: parameters and FLOPs counted on the meta device.
+"""Every experiment builds on the meta device, and our networks have the published sizes, counted there.
 
 Stable Diffusion 1.x and 2.x at 512 px with 77 tokens, the models of arXiv:2112.10752, Tables 12 to 15 and its first
 stages, Table 8. The GFLOP were counted independently from the original projects' code and configurations; the
@@ -12,10 +12,10 @@ import json
 
 import pytest
 
-from ldm_scale.config.compose import load_config
+from ldm_scale.config.compose import list_experiments, load_config
 from ldm_scale.plan import main, plan_dict, plan_table
 from ldm_scale.planning.flops import measure_run
-from tests.helpers.sizes import measured
+from tests.helpers.sizes import composed, measured
 
 FLOPS_TOLERANCE = 0.005
 
@@ -139,7 +139,7 @@ RECIPES: dict[str, tuple[int, int, float, dict[str, object]]] = {
 @pytest.mark.parametrize("experiment", RECIPES)
 def test_recipes_of_the_paper(experiment: str) -> None:
     iterations, batch, lr, diffusion = RECIPES[experiment]
-    config = load_config([f"experiment={experiment}"])
+    config = composed(f"experiment={experiment}")
     assert config.train.total_images == iterations * batch
     assert config.train.global_batch == batch
     assert config.optimizer.lr == pytest.approx(lr)
@@ -303,3 +303,16 @@ def test_a_classifier_is_planned_by_itself() -> None:
 def test_without_adversarial_loss_there_is_no_discriminator() -> None:
     config = load_config(["experiment=demo_autoencoder", "autoencoder_loss.adversarial_weight=0"])
     assert measure_run(config).discriminator is None
+
+
+@pytest.mark.parametrize("name", list_experiments())
+def test_experiment_builds_on_meta(name: str) -> None:
+    config = composed(f"experiment={name}")
+    size = measured(f"experiment={name}")
+    assert size.latent_shape[0] == config.autoencoder.latent_channels
+    assert size.latent_shape[1] * config.autoencoder.downsampling_factor == config.data.resolution
+    assert (size.unet is not None) == (config.stage == "diffusion")
+    assert (size.classifier is not None) == (config.stage == "classifier")
+    trains = config.autoencoder.kind != "identity" or config.stage != "autoencoder"
+    assert (size.trained.parameters > 0) == trains
+    assert (size.trained.forward_flops > 0) == trains

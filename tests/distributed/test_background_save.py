@@ -147,6 +147,7 @@ def test_a_run_that_is_stopped_while_it_saves_completes_that_save(tmp_path: Path
     ]
 
 
+@pytest.mark.rest
 def test_a_run_that_all_ranks_end_by_an_error_completes_its_save(tmp_path: Path) -> None:
     config = _config(tmp_path, "run", checkpoint_every_images=16, total_images=400, max_skipped_steps=2)
     rules = "sleep:at=save.write,seconds=3; nan:at=step.loss,rank=1,nth=3,times=2"

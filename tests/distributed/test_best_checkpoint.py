@@ -81,7 +81,16 @@ def test_a_run_ends_early_and_keeps_its_best(tmp_path: Path) -> None:
     assert read_initial(begins).content_hash == best.content_hash
     assert run_ranks(attempt, 1, unbroken, 0, "") == ["finished"], "again: nothing is left to do"
     assert left(tmp_path / "unbroken") == found
+    shutil.rmtree(tmp_path / "unbroken" / found["named"]["checkpoint"])
+    with pytest.raises(CheckpointError, match=r"best\.json names .*0016, which is not there \(there: .*32\): put"):
+        read_source(tmp_path / "unbroken" / "best.json")
 
+
+@pytest.mark.rest
+def test_a_run_that_is_stopped_or_killed_keeps_the_same_best(tmp_path: Path) -> None:
+    unbroken = config_of(SETTING, tmp_path, "unbroken", **KEYS)
+    assert run_ranks(attempt, 1, unbroken, 0, "") == ["finished"]
+    found = left(tmp_path / "unbroken")
     # Asked to stop in the validation before the best step: that step is saved first, and looked at later.
     stopped = config_of(SETTING, tmp_path, "stopped", **KEYS)
     assert run_ranks(attempt, 1, stopped, 8, "stop") == ["stopped"]
@@ -93,7 +102,3 @@ def test_a_run_ends_early_and_keeps_its_best(tmp_path: Path) -> None:
         assert rank.end() == 9
     assert run_ranks(attempt, 1, killed, 0, "") == ["finished"]
     assert left(tmp_path / "killed") == found
-
-    shutil.rmtree(tmp_path / "killed" / found["named"]["checkpoint"])
-    with pytest.raises(CheckpointError, match=r"best\.json names .*0016, which is not there \(there: .*32\): put"):
-        read_source(tmp_path / "killed" / "best.json")

@@ -1,7 +1,7 @@
 """kill -9 of a launcher, a rank, a loader process or of all of them, at any moment of a run, leaves nothing behind: no
 process, shared memory, lock or port; and the next start goes on, as fast as one that nothing went before.
 
-Most of it is `make test-faults`'s.
+Most of it is `make test-rest`'s.
 """
 
 from __future__ import annotations
@@ -94,7 +94,7 @@ def test_a_kill_leaves_nothing(tmp_path: Path, temporary: Path) -> None:
             _check_nothing_is_left(start, temporary, tmp_path / "run", port)
 
 
-@pytest.mark.faults
+@pytest.mark.rest
 @pytest.mark.timeout(2400)
 def test_fifty_kills_leave_nothing_and_change_nothing(tmp_path: Path, temporary: Path) -> None:
     run_dir, port, choice = tmp_path / "run", port_for_rank_0(random.Random()), random.Random(7)

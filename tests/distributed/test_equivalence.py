@@ -360,6 +360,7 @@ def _free_run(config: Config) -> list[float]:
     return losses
 
 
+@pytest.mark.rest
 def test_free_running_autoencoder_losses_are_recorded(
     folder: Path, record_property: Callable[[str, object], None]
 ) -> None:

@@ -119,7 +119,7 @@ def _train_run(config: Config) -> bool:
     return train(config, env.read_launch())
 
 
-@pytest.mark.faults
+@pytest.mark.rest
 def test_a_run_is_resumed_bit_for_bit_when_its_source_is_gone(tmp_path: Path, folder: Path) -> None:
     shutil.copytree(folder / "origin", tmp_path / "origin")
     source_hash = read_diffusion_artifact(tmp_path / "origin").content_hash

@@ -1,5 +1,5 @@
 """kill -9 of a rank at every named point of a save: a run that is started again finds the checkpoint before or the new
-one, whole. Most cases are `make test-faults`'s.
+one, whole. Most cases are `make test-rest`'s.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ def weights() -> dict[int, dict[str, Tensor]]:
 
 @pytest.mark.timeout(180)
 @pytest.mark.parametrize(
-    "case", [pytest.param(case, id=str(case), marks=() if case in SAMPLE else pytest.mark.faults) for case in CASES]
+    "case", [pytest.param(case, id=str(case), marks=() if case in SAMPLE else pytest.mark.rest) for case in CASES]
 )
 def test_after_a_kill_the_checkpoint_before_or_the_new_one_is_there_whole(
     tmp_path: Path, weights: dict[int, dict[str, Tensor]], case: Case

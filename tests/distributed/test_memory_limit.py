@@ -74,7 +74,7 @@ def _losses(environment: env.Environment, stage: int) -> list[float]:
     return losses
 
 
-@pytest.mark.faults
+@pytest.mark.rest
 @pytest.mark.timeout(400)
 def test_four_ranks_train_what_neither_one_nor_lower_stages_can_hold() -> None:
     for ranks, stage in ((1, 3), (4, 1), (4, 2)):

@@ -71,7 +71,7 @@ def test_stage_2_goes_on_with_any_ranks_and_any_zero_stage(
         assert {model["optimizer_steps"] for model in end["models"].values()} == {steps}
 
 
-@pytest.mark.faults
+@pytest.mark.rest
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize(("ranks", "zero"), [(2, 3), (1, 0), (3, 1)])
 def test_the_next_step_of_stage_1_is_the_same_on_other_ranks(tmp_path: Path, ranks: int, zero: int) -> None:
@@ -86,7 +86,7 @@ def test_the_next_step_of_stage_1_is_the_same_on_other_ranks(tmp_path: Path, ran
     assert seen(tmp_path / "chain")[4 * BATCH] == seen(tmp_path / "unbroken")[4 * BATCH]
 
 
-@pytest.mark.faults
+@pytest.mark.rest
 @pytest.mark.timeout(1_800)
 def test_stage_1_passes_through_all_of_them(tmp_path: Path) -> None:
     """The whole chain: the same batches and counters, and at each link the step that the other division would make."""

@@ -47,7 +47,7 @@ EMA_CODES = {"codebook_update": "ema", "dead_code_images": 16}
     ("stage", "ranks", "zero_stage", "sections"),
     [
         ("autoencoder", 2, 2, {"autoencoder_loss": GAN}),
-        (
+        rarely(
             "autoencoder",
             1,
             3,
@@ -121,7 +121,7 @@ def _train_under_faults(config: Config, rules: str) -> bool:
         ("enospc:at=save.write", True),
         rarely("enospc:at=save.write", False),
         rarely("eio:at=save.rename", True),
-        ("eio:at=save.rename", False),
+        rarely("eio:at=save.rename", False),
         rarely("erofs:at=save.begin,times=2", True),
         rarely("erofs:at=save.begin,times=2", False),
     ],

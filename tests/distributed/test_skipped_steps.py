@@ -178,7 +178,7 @@ def _case(
     ("stage", "zero", "precision", "fault", "accumulation", "sections"),
     [
         _case("diffusion", 0, "fp32", "nan:at=step.gradients,rank=1,nth=2", rare=True),
-        _case("diffusion", 0, "bf16", "inf:at=step.latents,rank=0,nth=3", 2),
+        _case("diffusion", 0, "bf16", "inf:at=step.latents,rank=0,nth=3", 2, rare=True),
         _case("diffusion", 1, "fp32", "inf:at=step.input,rank=1,nth=3", 2, rare=True),
         _case("diffusion", 1, "bf16", "nan:at=step.gradients,rank=0,nth=2", rare=True),
         _case("diffusion", 2, "fp32", "nan:at=step.loss,rank=0,nth=4", 2),
@@ -296,7 +296,7 @@ def _go_back_disturbed(config: Config) -> dict[str, Any]:
     }
 
 
-@pytest.mark.faults
+@pytest.mark.rest
 def test_a_rollback_leads_where_configuration_and_images_say_or_to_the_one_before_in_plain_words(
     tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:

@@ -18,6 +18,7 @@ from ldm_scale.engine.rank_files import complete_folders, read_manifest
 from ldm_scale.engine.snapshots import remove_snapshots_beyond, save_snapshot, snapshot_bytes
 from ldm_scale.engine.weights import read_full_tensors
 from ldm_scale.errors import CheckpointError, ConfigError
+from tests.helpers.cases import rarely
 from tests.helpers.ranks import run_ranks
 from tests.helpers.sharded import BATCH, max_difference, network, sharded, train_step, whole
 
@@ -48,7 +49,9 @@ def _run(root: Path, stage: int, ema: EmaConfig, past_the_checkpoint: int = 0) -
     return result
 
 
-@pytest.mark.parametrize(("ranks", "stage"), [(1, 0), (2, 0), (1, 1), (2, 1), (2, 2), (1, 3), (2, 3)])
+@pytest.mark.parametrize(
+    ("ranks", "stage"), [(1, 0), rarely(2, 0), rarely(1, 1), (2, 1), rarely(2, 2), rarely(1, 3), (2, 3)]
+)
 def test_a_reconstructed_profile_equals_a_tracked_one(tmp_path: Path, ranks: int, stage: int) -> None:
     tracked = run_ranks(_run, ranks, tmp_path, stage, KEPT)[0]
     (path,) = complete_folders(tmp_path / "checkpoints")
@@ -182,7 +185,7 @@ def _averages_after(root: Path, stage: int, interrupted_at: int | None) -> dict[
     return {name: whole(model, values)[0] for name, values in item.ema.averages.items()}
 
 
-@pytest.mark.parametrize("stage", range(4))
+@pytest.mark.parametrize("stage", [0, rarely(1), rarely(2), 3])
 def test_a_resumed_run_has_the_same_averages_bit_for_bit(tmp_path: Path, stage: int) -> None:
     through = run_ranks(_averages_after, 2, tmp_path, stage, None)[0]
     resumed = run_ranks(_averages_after, 2, tmp_path, stage, 3)[0]

@@ -1,4 +1,4 @@
-"""Cases that are many: `make test` runs a sample of them, `make test-faults` the others."""
+"""Cases that are many: `make test` runs a sample of them, `make test-rest` the others."""
 
 from __future__ import annotations
 
@@ -8,5 +8,5 @@ import pytest
 
 
 def rarely(*values: Any, id: str | None = None) -> Any:
-    """A case of `make test-faults` alone, for `pytest.mark.parametrize`."""
-    return pytest.param(*values, marks=pytest.mark.faults, id=id)
+    """A case of `make test-rest` alone, for `pytest.mark.parametrize`."""
+    return pytest.param(*values, marks=pytest.mark.rest, id=id)

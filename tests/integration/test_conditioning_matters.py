@@ -31,7 +31,6 @@ from ldm_scale.engine import env
 from ldm_scale.interchange.artifact import write_artifact
 from ldm_scale.models.autoencoder import LatentStatistics
 from ldm_scale.operations.train import train
-from tests.helpers.cases import rarely
 from tests.helpers.ranks import run_ranks
 from tests.helpers.runs import tiny_config
 from tests.helpers.towers import tiny_tower
@@ -60,8 +59,6 @@ KINDS: dict[str, ConditioningConfig] = {
     "inpainting": ConditioningConfig(inpainting=InpaintingConditioningConfig()),
     "text and inpainting": ConditioningConfig(text=TEXT, inpainting=InpaintingConditioningConfig(masks="thick")),
 }
-
-SAMPLE = ("text",)  # of `make test`
 
 
 @pytest.fixture(scope="module")
@@ -137,7 +134,8 @@ def _last_validation(folder: Path, name: str, conditioning: ConditioningConfig, 
     return [row for row in rows if "validation/true/mean" in row][-1]  # type: ignore[no-any-return]
 
 
-@pytest.mark.parametrize("name", [name if name in SAMPLE else rarely(name) for name in KINDS])
+@pytest.mark.rest
+@pytest.mark.parametrize("name", KINDS)
 def test_the_loss_is_lower_with_the_images_own_conditioning(
     folder: Path, kinds: dict[str, ConditioningConfig], name: str
 ) -> None:

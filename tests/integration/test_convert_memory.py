@@ -14,7 +14,7 @@ CASE = "small"  # 186 MB
 STEPS = ("artifact:diffusers", "diffusers:safetensors", "checkpoint:diffusers", "artifact:load_diffusion")
 
 
-@pytest.mark.faults  # a minute, of a property that few changes touch
+@pytest.mark.rest  # a minute, of a property that few changes touch
 def test_conversions_take_less_than_the_goal(tmp_path: Path) -> None:
     """In one process, warm from a tiny model; a diffusers folder is there when its way back is."""
     for case in (TINY, CASE):

@@ -1,5 +1,7 @@
 """`ldm-scale evaluate` end to end: figures of an artifact, results compared and drawn, mistakes in one line."""
 
+import contextlib
+import io
 import json
 import os
 import subprocess
@@ -28,15 +30,10 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def run(*arguments: str | Path) -> dict[str, Any]:
-    done = subprocess.run(
-        [sys.executable, "-m", "ldm_scale", "evaluate", *map(str, arguments), "--json"],
-        capture_output=True,
-        text=True,
-        timeout=100,
-    )
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.count("\n") == 1
-    document: dict[str, Any] = json.loads(done.stdout)
+    with contextlib.redirect_stdout(io.StringIO()) as printed:
+        assert main(["evaluate", *map(str, arguments), "--json"]) == 0
+    (line,) = printed.getvalue().splitlines()
+    document: dict[str, Any] = json.loads(line)
     return document
 
 

@@ -24,6 +24,7 @@ from ldm_scale.engine import env
 from ldm_scale.engine.collectives import mean_over_ranks
 from ldm_scale.training import diffusion_product
 from ldm_scale.training.diffusion_step import DiffusionTask
+from tests.helpers.cases import rarely
 from tests.helpers.commands import stage2
 from tests.helpers.latents import encode, other_artifact
 from tests.helpers.ranks import run_ranks
@@ -104,7 +105,7 @@ def on_the_fly(folder: Path) -> dict[str, Any]:
     return run_ranks(_run, 1, _config(folder, "data"))[0]  # type: ignore[no-any-return]
 
 
-@pytest.mark.parametrize(("manifest", "tolerance"), [("whole", 1e-5), ("mixed", 1e-5), ("half", 1e-3)])
+@pytest.mark.parametrize(("manifest", "tolerance"), [rarely("whole", 1e-5), ("mixed", 1e-5), ("half", 1e-3)])
 def test_cached_mixed_and_on_the_fly_training_agree_step_by_step(
     folder: Path, on_the_fly: dict[str, Any], manifest: str, tolerance: float
 ) -> None:
@@ -140,7 +141,7 @@ def test_flips_fall_as_they_do_for_images(folder: Path, on_the_fly: dict[str, An
 @pytest.mark.parametrize(
     "kind",
     [
-        {"kind": "vq", "codebook_size": 16},
+        rarely({"kind": "vq", "codebook_size": 16}),
         {"kind": "identity", "channel_multipliers": (1,), "latent_channels": 3},
     ],
 )
@@ -219,7 +220,7 @@ def _main_and_errors(arguments: list[str]) -> tuple[int, str]:
         return main(["train", *arguments]), errors.getvalue()
 
 
-@pytest.mark.slow
+@pytest.mark.rest
 def test_a_run_that_was_started_on_images_goes_on_with_their_cache(folder: Path, tmp_path: Path) -> None:
     common = ["data.crop_scale_min=1", "train.log_every_images=8", "train.checkpoint_every_images=0"]
     common += ["optimizer.decay=constant", "train.validate_every_images=0"]

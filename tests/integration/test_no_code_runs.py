@@ -1,18 +1,17 @@
 """Nothing that a data set, a checkpoint, a configuration or a name contains is ever run, by the interpreter or a shell.
 
-Canaries stand in all of them. A process with an audit hook prepares, trains, resumes and exports, and writes down every
+Canaries stand in all of them. Forks with an audit hook prepare, train, resume and export, and write down every
 program that is started and every name that a pickle looks up.
 """
 
 from __future__ import annotations
 
-import json
 import os
 import pickle
 import shutil
-import subprocess
 import sys
-import textwrap
+import tempfile
+import traceback
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,27 +19,11 @@ from typing import Any
 import numpy as np
 import pytest
 
+from ldm_scale.__main__ import main
 from tests.helpers.commands import stage2
+from tests.helpers.ranks import run_ranks
 from tests.helpers.runs import tiny_artifact
 from tests.helpers.shards import make_sample, write_tar
-
-ROOT = Path(__file__).parents[2]
-SCRIPT = """
-    import json, sys, traceback
-
-    seen = []
-
-    def watch(event, arguments):
-        started = event in ("os.system", "os.exec", "os.posix_spawn", "subprocess.Popen", "pty.spawn")
-        if started or event == "pickle.find_class":
-            seen.append((event, repr(arguments), [frame.filename for frame in traceback.extract_stack()]))
-
-    sys.addaudithook(watch)
-    from ldm_scale.__main__ import main
-
-    status = main(sys.argv[1:])
-    print(json.dumps({"status": status, "seen": seen}))
-"""
 
 
 class _Canary:
@@ -62,16 +45,30 @@ class _Outcome:
 
 
 def _audited(folder: Path, *arguments: str) -> _Outcome:
-    environment = os.environ | {"PYTHONPATH": f"{ROOT}:{ROOT / 'kernels'}", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-c", textwrap.dedent(SCRIPT), *arguments]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=folder, env=environment)
-    assert done.returncode == 0, done.stderr
-    told = json.loads(done.stdout.splitlines()[-1])
-    strange = [
-        (event, f"{what} by {files[-3:]}") for event, what, files in told["seen"] if not _is_known(event, what, files)
-    ]
-    num_lookups = sum(event == "pickle.find_class" for event, *_ in told["seen"])
-    return _Outcome(told["status"], done.stderr, strange, num_lookups)
+    ((status, stderr, seen),) = run_ranks(_watched, 1, folder, arguments)
+    strange = [(event, f"{what} by {files[-3:]}") for event, what, files in seen if not _is_known(event, what, files)]
+    num_lookups = sum(event == "pickle.find_class" for event, *_ in seen)
+    return _Outcome(status, stderr, strange, num_lookups)
+
+
+def _watched(folder: Path, arguments: tuple[str, ...]) -> tuple[int, str, list[tuple[str, str, list[str]]]]:
+    """Status and stderr of the command, and what it started or looked up, with the files that did. In a fork."""
+    seen: list[tuple[str, str, list[str]]] = []
+
+    def watch(event: str, values: tuple[object, ...]) -> None:
+        started = event in ("os.system", "os.exec", "os.posix_spawn", "subprocess.Popen", "pty.spawn")
+        if started or event == "pickle.find_class":
+            seen.append((event, repr(values), [frame.filename for frame in traceback.extract_stack()]))
+
+    os.chdir(folder)
+    sys.addaudithook(watch)
+    with tempfile.TemporaryFile("w+") as errors:
+        os.dup2(errors.fileno(), 2)
+        sys.stderr = os.fdopen(2, "w", closefd=False)
+        status = main(list(arguments))
+        sys.stderr.flush()
+        errors.seek(0)
+        return status, errors.read(), seen
 
 
 def _is_known(event: str, what: str, files: list[str]) -> bool:

@@ -125,7 +125,7 @@ def test_other_data_do_not_continue_a_run(tmp_path: Path) -> None:
         run_ranks(_run, 1, tiny_config("autoencoder", second, tmp_path / "run", train={"total_images": 16}))
 
 
-@pytest.mark.faults
+@pytest.mark.rest
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_both_stages_end_although_a_rank_has_no_image_in_the_last_batch(tmp_path: Path, precision: str) -> None:
     manifest = make_dataset(tmp_path / "data", num_samples=7, resolution=20)

@@ -89,18 +89,17 @@ def _images(run_dir: Path) -> int:
     return int(read_manifest(path)["state"]["cur_images"])
 
 
-@pytest.mark.slow
+def _start(processes: list[Process], log: Path, *command: str) -> Process:
+    processes.append(Process([*PYTHON, *command], log))
+    return processes[-1]
+
+
 @pytest.mark.timeout(400)
-def test_stops_on_signals_and_continues_where_it_stopped(
+def test_stops_on_a_signal_and_continues_where_it_stopped(
     folder: Path, tmp_path: Path, processes: list[Process]
 ) -> None:
     run_dir = tmp_path / "run"
-
-    def start(name: str, *command: str) -> Process:
-        processes.append(Process([*PYTHON, *command], tmp_path / f"{name}.log"))
-        return processes[-1]
-
-    first = start("first", "ldm_scale/train.py", *stage1(folder, run_dir))
+    first = _start(processes, tmp_path / "first.log", "ldm_scale/train.py", *stage1(folder, run_dir))
     first.wait_for_progress(run_dir)
     os.killpg(first.process.pid, signal.SIGTERM)  # as schedulers do: the loader's worker gets it as well
     assert first.wait() == 0, first.output
@@ -109,7 +108,36 @@ def test_stops_on_signals_and_continues_where_it_stopped(
     assert f"stopped by SIGTERM at {stopped} images" in first.output
     assert not (run_dir / "result.json").exists()
 
-    other_batch = start("batch", "ldm_scale/train.py", *stage1(folder, run_dir, "train.global_batch=16"))
+    second = _start(processes, tmp_path / "second.log", "-m", "ldm_scale", "train", *stage1(folder, run_dir))
+    assert second.wait() == 0, second.output
+    assert f"continuing at {stopped} images" in second.output
+    _require_finished(run_dir)
+    assert "Traceback" not in first.output + second.output
+
+
+def _require_finished(run_dir: Path) -> None:
+    result = json.loads((run_dir / "result.json").read_text())
+    assert (result["images"], result["steps"]) == (TOTAL_IMAGES, TOTAL_IMAGES // 8)
+    rows = [json.loads(line)["images"] for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    assert rows == sorted(rows), "a continued run's rows overlap those before it"
+
+
+@pytest.mark.rest
+@pytest.mark.timeout(400)
+def test_ctrl_c_stops_it_and_another_batch_does_not_continue_it(
+    folder: Path, tmp_path: Path, processes: list[Process]
+) -> None:
+    run_dir = tmp_path / "run"
+    first = _start(processes, tmp_path / "first.log", "-m", "ldm_scale", "train", *stage1(folder, run_dir))
+    first.wait_for_progress(run_dir)
+    os.killpg(first.process.pid, signal.SIGINT)  # as a terminal does for Ctrl-C
+    assert first.wait() == 0, first.output
+    stopped = _images(run_dir)
+    assert 0 < stopped < TOTAL_IMAGES
+    assert f"stopped by SIGINT at {stopped} images" in first.output
+
+    other = stage1(folder, run_dir, "train.global_batch=16")
+    other_batch = _start(processes, tmp_path / "batch.log", "ldm_scale/train.py", *other)
     assert other_batch.wait() == 2, other_batch.output
     *_, last = other_batch.output.splitlines()
     assert last.startswith("error: ")
@@ -117,27 +145,14 @@ def test_stops_on_signals_and_continues_where_it_stopped(
     assert "Traceback" not in other_batch.output
     assert _images(run_dir) == stopped
 
-    second = start("second", "-m", "ldm_scale", "train", *stage1(folder, run_dir))
-    second.wait_for_progress(run_dir)
-    os.killpg(second.process.pid, signal.SIGINT)  # as a terminal does for Ctrl-C
+    second = _start(processes, tmp_path / "second.log", "ldm_scale/train.py", *stage1(folder, run_dir))
     assert second.wait() == 0, second.output
     assert f"continuing at {stopped} images" in second.output
-    assert f"stopped by SIGINT at {_images(run_dir)} images" in second.output
-    assert stopped < _images(run_dir) < TOTAL_IMAGES
-    stopped = _images(run_dir)
-
-    third = start("third", "ldm_scale/train.py", *stage1(folder, run_dir))
-    assert third.wait() == 0, third.output
-    assert f"continuing at {stopped} images" in third.output
-    result = json.loads((run_dir / "result.json").read_text())
-    assert (result["images"], result["steps"]) == (TOTAL_IMAGES, TOTAL_IMAGES // 8)
-    rows = [json.loads(line)["images"] for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
-    assert rows == sorted(rows), "a continued run's rows overlap those before it"
-    for item in (first, second, third):
-        assert "Traceback" not in item.output
+    _require_finished(run_dir)
+    assert "Traceback" not in first.output + second.output
 
 
-@pytest.mark.faults
+@pytest.mark.rest
 @pytest.mark.timeout(300)
 def test_launchers_stop_together_and_take_over_from_each_other(
     folder: Path, tmp_path: Path, processes: list[Process]

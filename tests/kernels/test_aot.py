@@ -116,7 +116,6 @@ def test_equal_compilations_share_a_row_and_alike_ones_a_class(toys: Callable[[l
     assert len({job.row.name for job in jobs}) == 4
 
 
-@pytest.mark.slow
 def test_a_spilling_kernel_is_caught_by_name(
     toys: Callable[[list[Launch]], None], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

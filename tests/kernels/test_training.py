@@ -86,7 +86,6 @@ def _train(config: Config) -> dict[str, Any]:
     return {"losses": losses, "ema": [value.clone() for value in ema.averages["ema"]], "paths": _paths_taken()}
 
 
-@pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_diffusion_trains_the_same_under_zero_2_on_two_ranks(folder: Path) -> None:
     # A program of a kernel takes milliseconds in the interpreter, so the UNet is as small as has one of each layer.

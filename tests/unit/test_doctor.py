@@ -57,7 +57,7 @@ def test_a_subject_whose_module_is_missing_leaves_the_others(monkeypatch: pytest
     assert main(["doctor", "data", str(make_dataset(tmp_path))]) == 0
 
 
-@pytest.mark.slow
+@pytest.mark.rest
 def test_the_machine_as_one_json_object(tmp_path: Path) -> None:
     overrides = ["experiment=demo_text", f"run_dir={tmp_path / 'run'}", "train.device=cpu", "train.global_batch=2"]
     done = subprocess.run(

@@ -185,7 +185,7 @@ def _train_here(overrides: list[str], rows: int | None) -> None:
     ended.set()
 
 
-@pytest.mark.faults
+@pytest.mark.rest
 @pytest.mark.usefixtures("quick")
 @pytest.mark.timeout(240)
 def test_two_calls_end_with_results(

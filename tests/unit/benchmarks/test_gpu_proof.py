@@ -30,8 +30,8 @@ def _run(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str
     return subprocess.run(command_line, cwd=ROOT, env=variables, capture_output=True, text=True, check=False)
 
 
-@pytest.mark.slow
 @pytest.mark.timeout(300)
+@pytest.mark.rest
 def test_a_dry_run_goes_through_every_step_and_says_that_it_means_nothing(tmp_path: Path) -> None:
     done = _run("-m", "benchmarks.gpu_proof", "--dry-run", "--out", str(tmp_path))
     assert done.returncode == 0, done.stdout + done.stderr

@@ -34,7 +34,6 @@ def test_edm2_as_laid_out_has_about_the_published_sizes(row: dict[str, float]) -
     assert parameters == pytest.approx(1e6 * row["mparams"], rel=0.08)  # without the embedding's layers
 
 
-@pytest.mark.slow  # records SD-2 three times
 @pytest.mark.timeout(400)
 def test_the_median_error_of_predicted_rows() -> None:
     speeds = compared(rows(), constants())
@@ -43,7 +42,6 @@ def test_the_median_error_of_predicted_rows() -> None:
     assert "all predicted rows" in summary(speeds)
 
 
-@pytest.mark.slow  # records SD-2 twice
 @pytest.mark.timeout(400)
 def test_memory_is_within_a_tenth() -> None:
     published = {row["micro_batch"]: row["error"] for row in memory_rows()}

@@ -23,6 +23,7 @@ def _measure(stages: list[int]) -> dict[str, Any]:
     return scaling.measure(CASE, here, stages, 2, "tiny")
 
 
+@pytest.mark.rest
 def test_ranks_train_the_same_images_and_communicate(tmp_path: Path) -> None:
     alone, both = run_ranks(_measure, 1, [0, 2])[0], run_ranks(_measure, 2, [0, 2])[0]
     assert [row["images"] for row in both["rows"]] == [8, 4, 8, 4]

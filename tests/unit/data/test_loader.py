@@ -327,6 +327,7 @@ KILLED = """
 """
 
 
+@pytest.mark.rest
 def test_a_run_that_is_killed_again_and_again_sees_the_sequence_of_an_unbroken_one(manifest: Path) -> None:
     data = DataConfig(manifest=str(manifest), resolution=8, num_workers=0, lanes=4)
     unbroken = build_loader(data, seed=2, global_batch=8, micro_batch=8, rank=0, world_size=1)

@@ -38,7 +38,6 @@ def test_bounds_cut_what_a_share_cannot_be() -> None:
     assert 0 < interval["low"] < 0.9
 
 
-@pytest.mark.slow
 def test_errors_are_as_large_as_figures_of_other_samples_differ(monkeypatch: pytest.MonkeyPatch) -> None:
     """Of 40 sets of samples of one model the figures spread as the halves of each say, within a factor of 1.6."""
     monkeypatch.setattr(fidelity, "SUBSETS", 10)
@@ -65,7 +64,6 @@ def test_errors_are_as_large_as_figures_of_other_samples_differ(monkeypatch: pyt
         assert 1 / 1.6 < claimed / spread < 1.6, f"{name}: {claimed:.4f} claimed, {spread:.4f} seen"
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(("num_made", "num_real", "dimensions"), [(60, 60, 32), (500, 500, 16)])
 def test_intervals_of_the_kernel_distance_hold_what_they_promise(
     monkeypatch: pytest.MonkeyPatch, num_made: int, num_real: int, dimensions: int

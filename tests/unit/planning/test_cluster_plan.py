@@ -24,7 +24,13 @@ from ldm_scale.planning.run_cost import checkpoints, run_cost
 from ldm_scale.planning.trace import trace_step
 
 LATENT = (4, 8, 8)
-DEMO = ("experiment=demo_text", "train.device=auto", "train.micro_batch=null")
+DEMO = (
+    "experiment=demo_text",
+    "train.device=auto",
+    "train.micro_batch=null",
+    "unet.num_res_blocks=1",
+    "conditioning.text.depth=1",
+)
 
 
 @cache
@@ -243,6 +249,7 @@ def test_stage_1_has_no_cache(capsys: pytest.CaptureFixture[str]) -> None:
     assert "--cached with stage=autoencoder" in capsys.readouterr().err
 
 
+@pytest.mark.rest
 def test_a_budget_chooses_blocks_on_a_cluster_too(capsys: pytest.CaptureFixture[str]) -> None:
     large = "train.global_batch=4096"  # activations are most of the memory
     plain = _plan(1, large)

@@ -120,6 +120,7 @@ def test_the_loss_is_the_same_to_the_last_bit_and_gradients_to_rounding() -> Non
     assert (kept - again).norm() <= 1e-6 * kept.norm()
 
 
+@pytest.mark.rest
 def test_a_gpus_budget_counts_the_kernels_of_a_gpu() -> None:
     """`plan`, `plan --gpu` and a run choose alike, and nothing is recomputed that fits as it is computed there."""
 
