@@ -31,7 +31,7 @@ from tests.helpers.ranks import run_ranks
 from tests.helpers.runs import AUTOENCODER, UNET, set_random_outputs, tiny_artifact, tiny_config
 from tests.helpers.shards import make_dataset
 
-STEPS = 50
+STEPS = 16  # of two images each; the interpreter takes a second and more for one
 KERNELS = ("group_norm_silu", "attention", "geglu", "ema_update")
 
 

@@ -178,10 +178,11 @@ def test_no_rows(device: str, backend: str) -> None:
 
 @pytest.mark.parametrize("dtype", FLOAT_DTYPES)
 def test_gradient_goes_to_the_codebook_alone(device: str, dtype: torch.dtype) -> None:
-    # Below 3,073 indices CUDA adds up half types in another way than above.
-    z = torch.randn(4000, 4, device=device).to(dtype).requires_grad_()
+    # Below 3,073 indices CUDA adds up half types in another way than above; the interpreter has one way, and is slow.
+    rows = 700 if launch.INTERPRETED else 4000
+    z = torch.randn(rows, 4, device=device).to(dtype).requires_grad_()
     codebook = torch.randn(7, 4, device=device).to(dtype)
-    dout = torch.randn(4000, 4, device=device).to(dtype)
+    dout = torch.randn(rows, 4, device=device).to(dtype)
     indices = vector_quantize(z, codebook, backend="triton")[1]
 
     def quantize(codes: Tensor) -> Tensor:
@@ -191,7 +192,7 @@ def test_gradient_goes_to_the_codebook_alone(device: str, dtype: torch.dtype) ->
     plain, (plain_gradient,) = gradients(lambda codes: codes[indices], [codebook], dout)
     _, (exact_gradient,) = gradients_in_float64(lambda codes: codes[indices], [codebook], dout)
     assert torch.equal(quantized, plain)
-    # Sums of 570 rows in the type itself, as torch's own are on this device.
+    # Sums of up to 570 rows in the type itself, as torch's own are on this device.
     assert_close_to_float64("gradient", gradient, plain_gradient, exact_gradient, rmse=32 * torch.finfo(dtype).eps)
     assert torch.autograd.grad(quantize(codebook.requires_grad_()).sum(), z, allow_unused=True) == (None,)
     again = gradients(quantize, [codebook], dout)[1][0]
