@@ -99,7 +99,7 @@ soak: $(STAMP) slurm-programs ## as root: a run on that cluster for two hours, a
 soak-short: $(STAMP) slurm-programs ## as root: five of the faults in ten minutes
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.soak --short
 
-test-rest: $(STAMP) ## kills at every point of a save, resumptions in many settings, other ranks and ZeRO stages, all conditioning (25 minutes)
+test-rest: $(STAMP) ## what `make test` leaves out: kills at every point of a save, hangs, resumptions, ranks and ZeRO stages, all conditioning
 	$(BIN)/python -m pytest --numprocesses 2 --dist load -m rest
 
 aot: $(STAMP) ## compile every kernel for sm_80, sm_90 and sm_100 and compare with the committed table (no GPU needed)

@@ -273,6 +273,7 @@ def test_the_run_ends_early_by_an_evaluation(tmp_path: Path) -> None:
     assert "has not been better than" in result["ended_early"]
 
 
+@pytest.mark.rest
 def test_what_the_last_evaluation_found_is_known_when_the_run_goes_on(tmp_path: Path) -> None:
     keys = {"best_metric": METRIC, "keep_checkpoints": 1, "total_images": 24, "best_is": "highest"}
     config = run_of("diffusion", tmp_path, "run", **keys)

@@ -11,11 +11,9 @@ from tests.helpers.resumptions import BATCH, STEPS, Setting, config_of, interrup
 
 ALL = tuple(range(1, 13))
 # Every pair of values of two columns stands in some row (a test says so).
-SETTINGS = (
-    Setting("autoencoder", 1, "fp32", 2, 2, 0, (5,)),
-    Setting("autoencoder", 2, "bf16", 2, 1, 2, (5,)),
-)
+SETTINGS = (Setting("autoencoder", 2, "bf16", 2, 1, 2, (5,)),)
 MORE = (
+    Setting("autoencoder", 1, "fp32", 2, 2, 0, (5,)),
     Setting("diffusion", 0, "fp32", 1, 1, 0, (5,)),
     Setting("autoencoder", 0, "fp32", 1, 1, 0),
     Setting("autoencoder", 0, "bf16", 2, 1, 2),

@@ -189,7 +189,7 @@ def _case(
         _case("autoencoder", 0, "fp32", "nan:at=step.gradients,rank=1,nth=4", rare=True, **GAN),
         _case("autoencoder", 1, "bf16", "nan:at=step.gradients,rank=1,nth=3", 2, rare=True),
         _case("autoencoder", 2, "fp32", "nan:at=step.input,rank=0,nth=4", 2, **GAN),
-        _case("autoencoder", 3, "fp32", "inf:at=step.loss,rank=1,nth=2", **VQ),
+        _case("autoencoder", 3, "fp32", "inf:at=step.loss,rank=1,nth=2", rare=True, **VQ),
         _case("autoencoder", 1, "fp32", "nan:at=step.input,rank=1,nth=3", 2, rare=True, **VQ),
     ],
 )

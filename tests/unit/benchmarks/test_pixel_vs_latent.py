@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import train_step
+from benchmarks import pixel_vs_latent, train_step
 from benchmarks.measured import environment
 from benchmarks.pixel_latent import command, costs, quality, rounds, steps, tables
 from benchmarks.pixel_latent.models import FAMILIES, SCALES, Model, Scale, models
@@ -303,9 +303,13 @@ def test_it_starts_by_its_path_and_refuses_in_one_line(tmp_path: Path) -> None:
     assert len(errors) == 1
     assert "nowhere.json: no such file" in errors[0]
     assert "Traceback" not in done.stderr
-    few = subprocess.run([*script, "--rounds", "3"], cwd=tmp_path, env={"PATH": ""}, capture_output=True, text=True)
-    assert few.returncode == 2
-    assert "at least 4" in few.stderr
+
+
+def test_few_rounds_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        pixel_vs_latent.parse(["--rounds", "3"])
+    assert ended.value.code == 2
+    assert "at least 4" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("device", ["cpu", "cuda"])

@@ -47,6 +47,7 @@ def _compiled() -> dict[str, Any]:
     return result
 
 
+@pytest.mark.rest
 def test_both_may_be_compiled() -> None:
     (result,) = run_ranks(_compiled, 1)
     assert result["compiled"]
