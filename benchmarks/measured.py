@@ -25,11 +25,13 @@ RESULTS = Path(__file__).resolve().parent / "results"
 MIN_TIMED = 10  # rounds or pairs; fewer are a trial: printed, not written
 
 
-def command_line(description: str, cases: Iterable[str], counted: str, default: int) -> argparse.ArgumentParser:
+def command_line(
+    description: str, cases: Iterable[str], counted: str, default: int, default_case: str = "all"
+) -> argparse.ArgumentParser:
     """A parser of --device, --case, --out, and how often is timed: `counted` is "pairs" or "rounds", and the option."""
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    parser.add_argument("--case", choices=tuple(cases), action="append", help="default: all")
+    parser.add_argument("--case", choices=tuple(cases), action="append", help=f"default: {default_case}")
     parser.add_argument(
         f"--{counted}",
         type=at_least_two,

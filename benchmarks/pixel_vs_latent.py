@@ -49,6 +49,7 @@ def main(argv: Sequence[str]) -> int:
     arguments = parse(argv)
     import torch
 
+    from benchmarks.measured import threads
     from benchmarks.pixel_latent.command import run
     from ldm_scale.errors import CheckpointError, ConfigError, DataError
 
@@ -57,6 +58,11 @@ def main(argv: Sequence[str]) -> int:
         return 2
     try:
         arguments.out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        print(f"error: --out {arguments.out}: cannot be a folder ({error.strerror}); give another", file=sys.stderr)
+        return 2
+    try:
+        threads()  # before a process for memory is started: what is wrong with OMP_NUM_THREADS is said once
         return run(arguments)
     except (ConfigError, DataError, CheckpointError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)

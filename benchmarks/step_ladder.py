@@ -63,6 +63,7 @@ from benchmarks.unet_step import Case, cases, random_batch
 from ldm_scale.config.schema import TrainConfig
 from ldm_scale.engine import env
 
+DEFAULT_CASE = "demo"
 LADDER = "ladder"
 
 
@@ -114,7 +115,8 @@ def measure(case: Case, device: torch.device, rounds: int, name: str) -> list[di
 
 def main(argv: Sequence[str]) -> int:
     """0; a rung that computes something else is in the table without a speed-up."""
-    parser = command_line("The training step, one switch at a time, and by what it trains.", cases(), "rounds", 20)
+    description = "The training step, one switch at a time, and by what it trains."
+    parser = command_line(description, cases(), "rounds", 20, DEFAULT_CASE)
     parts = (LADDER, *SWEEPS)
     parser.add_argument("--only", choices=parts, action="append", help="a part; may be repeated (default: all)")
     arguments = parse(parser, argv)
@@ -125,7 +127,7 @@ def main(argv: Sequence[str]) -> int:
     here = env.start(launch, TrainConfig(device=arguments.device))
     set_threads(here.device, here.launch.local_world_size)
     results: dict[str, Any] = {}
-    for name in arguments.case or ["demo"]:
+    for name in arguments.case or [DEFAULT_CASE]:
         case = cases()[name]
         rows = measure(case, here.device, arguments.rounds, name) if LADDER in wanted else []
         for part in SWEEPS:

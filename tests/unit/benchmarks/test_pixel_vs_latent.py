@@ -312,6 +312,18 @@ def test_few_rounds_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
     assert "at least 4" in capsys.readouterr().err
 
 
+def test_mistakes_are_one_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").touch()
+    assert pixel_vs_latent.main(["--out", str(tmp_path / "file")]) == 2
+    assert f"error: --out {tmp_path / 'file'}: cannot be a folder" in capsys.readouterr().err
+    monkeypatch.setenv("OMP_NUM_THREADS", "many")
+    assert pixel_vs_latent.main(["--out", str(tmp_path)]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: OMP_NUM_THREADS=many: must be a whole number")
+
+
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
 def test_batches_are_pinned_once_where_there_is_a_gpu(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
     pinned: list[bool] = []
