@@ -9,6 +9,7 @@ import math
 from collections.abc import Sequence
 
 from ldm_scale.command_line import Parser
+from ldm_scale.conditioning.open_clip_models import text_tower_parameters, text_tower_size
 from ldm_scale.config.compose import load_config
 from ldm_scale.config.fit import batch_plan
 from ldm_scale.config.schema import Config
@@ -18,7 +19,7 @@ from ldm_scale.planning.cluster import GB, GPUS, Cluster, find_gpu
 from ldm_scale.planning.cluster_plan import plan_on_cluster
 from ldm_scale.planning.cluster_table import cluster_dict, cluster_table
 from ldm_scale.planning.flops import NetworkSize, RunSize, measure_run
-from ldm_scale.planning.jobs import ranks_of
+from ldm_scale.planning.jobs import ranks_of, transformer_trace
 from ldm_scale.planning.memory import FP32, MemoryPlan, plan_memory
 from ldm_scale.planning.recomputation import recomputed_words
 
@@ -184,7 +185,7 @@ def plan_table(config: Config, size: RunSize) -> str:
         ("autoencoder encode", size.encoder),
         ("autoencoder decode", size.decoder),
         ("discriminator", size.discriminator),
-        *((_PARTS[name], part) for name, part in size.conditioner.items()),
+        *((_PARTS[name], _shown(config, name, part)) for name, part in size.conditioner.items()),
         ("UNet", size.unet),
         ("classifier", size.classifier),
     ]
@@ -198,6 +199,16 @@ def plan_table(config: Config, size: RunSize) -> str:
     lines += [_row(name, network) for name, network in networks if network is not None]
     lines.append(f"trained: {size.trained.parameters:,} parameters ({_trained(size)}); 1 multiply-add = 2 FLOP")
     return "\n".join(lines)
+
+
+def _shown(config: Config, name: str, part: NetworkSize) -> NetworkSize:
+    """A part of tau_theta; of `frozen_text`, which trains nothing, the tower that stands beside it."""
+    text = config.conditioning.frozen_text
+    if name != "frozen_text" or text is None:
+        return part
+    layers, width = text_tower_size(text.model)
+    flops = transformer_trace(layers, width, text.max_tokens, FP32).flops(1)
+    return NetworkSize(text_tower_parameters(text.model), round(flops))
 
 
 def memory_dict(memory: MemoryPlan) -> dict[str, object]:

@@ -102,7 +102,7 @@ def _reasons(best: Choice, choices: list[Choice], cluster: Cluster, offloads: bo
     micro, gib = best.batches.micro_batch, best.memory_bytes / 2**30
     reasons.append(
         f"micro-batch {micro}: the largest divisor of a rank's images that fits, {gib:.1f} of "
-        f"{cluster.gpu.memory / 2**30:.1f} GiB"
+        f"{USABLE_SHARE * cluster.gpu.memory / 2**30:.1f} GiB"
     )
     others = [choice for choice in choices if choice.stage != best.stage]
     if others:

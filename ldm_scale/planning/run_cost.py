@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 from ldm_scale.config.schema import BatchPlan
@@ -63,7 +62,7 @@ def images_per_s(job: Job, cluster: Cluster, step: StepTime) -> float:
 
 
 def scaling(job: Job, cluster: Cluster, software: Software, strong: bool, global_batch: int) -> list[ScalingRow]:
-    """From one GPU, and then whole nodes, doubling up to 4096 GPUs.
+    """From one GPU, and then whole nodes, doubling up to 4096 GPUs; the cluster itself is among them.
 
     Strong: the global batch stays, so that micro-batch x accumulation shrinks; sizes by which it does not divide are
     left out. Weak: a rank's work stays. The storage grows with the nodes, unless its rate was given.
@@ -88,13 +87,10 @@ def scaling(job: Job, cluster: Cluster, software: Software, strong: bool, global
     return rows
 
 
-def _sizes(cluster: Cluster) -> Iterator[int]:
-    if cluster.gpus_per_node > 1:
-        yield 1
-    size = cluster.gpus_per_node
-    while size <= LARGEST_CLUSTER:
-        yield size
-        size *= 2
+def _sizes(cluster: Cluster) -> list[int]:
+    """One GPU, whole nodes, and the cluster's own size among them."""
+    doubled = [cluster.gpus_per_node * 2**n for n in range(LARGEST_CLUSTER.bit_length())]
+    return sorted({1, cluster.num_gpus, *(size for size in doubled if size <= LARGEST_CLUSTER)})
 
 
 def _divided(global_batch: int, ranks: int, most: int) -> BatchPlan | None:

@@ -221,13 +221,20 @@ def _forward(
 def _backward(
     job: Job, cluster: Cluster, network: _Network, now: float, segments: list[Segment], reduces: bool
 ) -> float:
-    """When the last operation of the backward pass ends; buckets may still be under way."""
+    """When the last operation of the backward pass ends; buckets may still be under way.
+
+    Stage 3 gathers again what it has let go, a bucket ahead of its use.
+    """
     gradient_bytes = job.gradient_bytes or job.compute_bytes
     gathers = job.stage == 3 and job.parameters > job.live_elements
     again = 1 - job.live_elements / job.parameters if gathers else 0.0
-    for seconds, elements in _buckets(job, segments):
+    buckets = _buckets(job, segments)
+    arrivals: list[float] = []
+    for index, (seconds, elements) in enumerate(buckets):
         if gathers:
-            now = max(now, network.carry(now, scatter_s(again * job.compute_bytes * elements, cluster)))
+            for _, ahead in buckets[len(arrivals) : index + 2]:
+                arrivals.append(network.carry(now, scatter_s(again * job.compute_bytes * ahead, cluster)))
+            now = max(now, arrivals[index])
         now += seconds
         if reduces and elements:
             reduction = all_reduce_s if job.stage == 0 else scatter_s

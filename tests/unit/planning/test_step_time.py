@@ -90,6 +90,17 @@ def test_buckets_travel_during_the_backward_pass(bucket_ms: float) -> None:
 
 
 @pytest.mark.usefixtures("no_latency")
+def test_stage_3_gathers_a_bucket_ahead() -> None:
+    """With messages of 4 ms: the three stretches of the forward pass, 3.3 ms each, end at 15.3 instead of 10.
+
+    Of the backward pass (20, 10 and 0 ms before the buckets' ends) the first gather is waited for, the second and third
+    hide behind the stretches before them, and of three reductions, the first of which hides, two come after its end.
+    """
+    step = simulate(_job(stage=3, live_elements=1), _cluster(8), SOFTWARE)
+    assert step.communication_exposed == pytest.approx((4 + 4 / 3 + 4 + 4 + 4) * 1e-3, rel=1e-6)
+
+
+@pytest.mark.usefixtures("no_latency")
 def test_without_overlap_all_of_it_is_exposed() -> None:
     step = simulate(_job(overlaps=False), _cluster(4), SOFTWARE)
     assert step.communication_exposed == pytest.approx(12e-3)
