@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from benchmarks.both import give_both
 from benchmarks.harness import Turns, Way, are_same, take_turns
 from benchmarks.measured import command_line, is_trial, parse, set_threads, spread, step_clock, write_results
+from ldm_scale.__main__ import run_command
 from ldm_scale.config.compose import load_config
 from ldm_scale.config.schema import AutoencoderConfig
 from ldm_scale.interchange.artifact import make_artifact
@@ -162,4 +163,4 @@ def table(results: dict[str, Any]) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(run_command(main, sys.argv[1:]))

@@ -26,6 +26,7 @@ import torch.nn.functional as F
 
 from benchmarks.harness import Way, take_turns
 from benchmarks.measured import RESULTS, set_threads, write_results
+from ldm_scale.__main__ import run_command
 from ldm_scale.config.compose import load_config
 from ldm_scale.config.fit import batch_plan
 from ldm_scale.config.schema import Recomputation
@@ -144,4 +145,4 @@ def _peak_gib() -> float:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(run_command(main, sys.argv[1:]))

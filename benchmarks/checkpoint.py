@@ -35,6 +35,7 @@ from benchmarks.harness import Way, take_turns
 from benchmarks.measured import command_line, is_trial, parse, set_threads, spread, write_results
 from benchmarks.unet_step import Case, random_batch
 from benchmarks.unet_step import common_cases as cases
+from ldm_scale.__main__ import run_command
 from ldm_scale.config.schema import OptimizerConfig, TrainConfig, ZeroConfig
 from ldm_scale.engine import collectives, env
 from ldm_scale.engine.background_save import HostMemory
@@ -235,4 +236,4 @@ def forget(folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(run_command(main, sys.argv[1:]))

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import shlex
 import subprocess
@@ -35,6 +36,7 @@ from tqdm import tqdm
 
 from benchmarks.compression_plots import Point, plot_over_sampling, plot_over_training
 from benchmarks.measured import RESULTS, make_folder, write_results
+from ldm_scale.__main__ import run_command
 from ldm_scale.config.compose import load_config
 from ldm_scale.engine.rank_files import complete_folders, images_of, read_manifest
 from ldm_scale.evaluation.sweep import write_csv
@@ -122,7 +124,8 @@ def main(argv: Sequence[str]) -> int:
     plot_over_sampling(sampling, arguments.out / "compression_sampling.png")
     samples_sheet(study, factors, arguments.out / "compression_samples.png")
     rows = {"models": models, "training": [*map(vars, training)], "sampling": [*map(vars, sampling)]}
-    settings = {"minutes": study.minutes, "samples": study.samples, "stage_1_images": study.stage_1_images}
+    settings = {name: str(value) if isinstance(value, Path) else value for name, value in vars(study).items()}
+    settings |= {"jobs": arguments.jobs, "crops": CROPS, "steps_of_points": POINT_STEPS}
     write_results(arguments.out, "compression", torch.device("cpu"), {"settings": settings} | rows)
     return 0
 
@@ -334,14 +337,16 @@ def _arguments(argv: Sequence[str]) -> argparse.Namespace:
             f"--data {arguments.data} is not there; make it: ldm-scale prepare openmoji --resolution 128 "
             "--subset no-skin-tones --out data/openmoji_no_skin_tones_128"
         )
-    make_folder(parser, arguments.out)
+    make_folder(arguments.out)
     if arguments.jobs > len(os.sched_getaffinity(0)):
         parser.error(f"--jobs {arguments.jobs}: each takes a core, and there are {len(os.sched_getaffinity(0))}")
     for name in ("minutes", "points", "samples", "jobs", "stage_1_images"):
-        if getattr(arguments, name) <= 0:
-            parser.error(f"--{name.replace('_', '-')} {getattr(arguments, name)}: must be above 0")
+        if not 0 < getattr(arguments, name) < math.inf:
+            parser.error(f"--{name.replace('_', '-')} {getattr(arguments, name)}: must be above 0 and finite")
+    if min(arguments.steps) < 1:
+        parser.error(f"--steps {min(arguments.steps)}: must be at least 1")
     return arguments
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(run_command(main, sys.argv[1:]))

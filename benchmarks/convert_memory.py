@@ -28,6 +28,7 @@ import torch
 from tqdm import tqdm
 
 from benchmarks.measured import RESULTS, write_results
+from ldm_scale.__main__ import run_command
 from ldm_scale.config.schema import (
     AutoencoderConfig,
     ConditioningConfig,
@@ -227,4 +228,4 @@ def _status(field: str) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(run_command(main, sys.argv[1:]))

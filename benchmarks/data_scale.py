@@ -27,6 +27,7 @@ import webdataset as wds
 
 from benchmarks.data_shards import one_pixel
 from benchmarks.measured import RESULTS, write_results
+from ldm_scale.__main__ import run_command
 from ldm_scale.config.schema import DataConfig
 from ldm_scale.data import build_loader, open_manifest, shards
 from ldm_scale.data.manifest import Split, read_split
@@ -199,4 +200,4 @@ def table(results: dict[str, dict[str, float]]) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(run_command(main, sys.argv[1:]))

@@ -38,6 +38,7 @@ import matplotlib.pyplot as plt
 
 from benchmarks.data_shards import make_pictures
 from benchmarks.measured import RESULTS, write_results
+from ldm_scale.__main__ import run_command
 from ldm_scale.config.schema import DataConfig
 from ldm_scale.data import build_loader
 from ldm_scale.data.sources.tars import index_tars
@@ -247,4 +248,4 @@ def draw(samples: dict[str, list[list[float]]], path: Path) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(run_command(main, sys.argv[1:]))

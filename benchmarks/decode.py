@@ -30,6 +30,7 @@ from torchvision.io import ImageReadMode, decode_jpeg
 
 from benchmarks.harness import Way, take_turns
 from benchmarks.measured import command_line, is_trial, parse, spread, write_results
+from ldm_scale.__main__ import run_command
 from ldm_scale.data.pictures import Picture, resize
 
 Pixels = NDArray[np.uint8]
@@ -178,4 +179,4 @@ def _jpeg_ways() -> dict[str, Decoder]:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(run_command(main, sys.argv[1:]))

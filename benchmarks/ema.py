@@ -27,6 +27,7 @@ from benchmarks.harness import Way, take_turns
 from benchmarks.measured import command_line, is_trial, parse, set_threads, spread, step_clock, write_results
 from benchmarks.unet_step import Case, random_batch
 from benchmarks.unet_step import common_cases as cases
+from ldm_scale.__main__ import run_command
 from ldm_scale.config.schema import EmaConfig, OptimizerConfig, TrainConfig, ZeroConfig
 from ldm_scale.engine import env
 from ldm_scale.engine.ema import ShardedEma
@@ -133,4 +134,4 @@ def _bytes_per_parameter(model: ShardedModel, averages: dict[str, ShardedEma], p
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(run_command(main, sys.argv[1:]))

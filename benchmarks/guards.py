@@ -30,6 +30,7 @@ from unittest import mock
 from benchmarks.harness import Way, median_range, take_turns
 from benchmarks.measured import command_line, is_trial, parse, set_threads, spread, step_clock, write_results
 from benchmarks.train_step import Case, cases, prepared, random_batch
+from ldm_scale.__main__ import run_command
 from ldm_scale.config.convert import config_to_dict
 from ldm_scale.config.schema import DataConfig
 from ldm_scale.data import Loader
@@ -179,4 +180,4 @@ def table(results: dict[str, Any]) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(run_command(main, sys.argv[1:]))

@@ -30,6 +30,7 @@ import torch
 from benchmarks.loader_cost import cost
 from benchmarks.loader_ways import BATCH, INSTALL, NEEDED, prepare, ways
 from benchmarks.measured import command_line, is_trial, parse, spread, write_results
+from ldm_scale.__main__ import run_command
 
 CASES = {"pictures": (2000, 8), "latents": (16384, 128)}  # samples, batches a turn
 AHEAD = 3  # batches that a way may have made before its turn
@@ -147,4 +148,4 @@ def table(results: dict[str, Any]) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(run_command(main, sys.argv[1:]))

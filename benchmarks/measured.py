@@ -7,6 +7,7 @@ import json
 import os
 import platform
 import statistics
+import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -53,24 +54,29 @@ def at_least_two(text: str) -> int:
 
 
 def parse(parser: argparse.ArgumentParser, argv: Sequence[str]) -> argparse.Namespace:
-    """The arguments, and the folder of --out before anything is timed; ends the process without the device."""
+    """The arguments, and the folder of --out before anything is timed; ends the process without the device.
+
+    Raises: ConfigError for a folder that cannot be written to, or a wrong OMP_NUM_THREADS.
+    """
     arguments = parser.parse_args(argv)
     if arguments.device == "cuda" and not torch.cuda.is_available():
         parser.error("--device cuda: torch sees no CUDA device")
-    try:
-        threads()
-    except ConfigError as error:
-        parser.error(str(error))
-    make_folder(parser, arguments.out)
+    threads()
+    make_folder(arguments.out)
     return arguments
 
 
-def make_folder(parser: argparse.ArgumentParser, out: Path) -> None:
-    """Nothing; the folder of --out is there. Ends the process with a line where it cannot be."""
+def make_folder(out: Path) -> None:
+    """Nothing; the folder of --out is there and can be written to, which is tried before minutes are spent.
+
+    Raises: ConfigError if not.
+    """
     try:
         out.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=out):
+            pass
     except OSError as error:
-        parser.error(f"--out {out}: cannot be a folder ({error.strerror}); give another")
+        raise ConfigError(f"--out {out}: is no folder to write to ({error.strerror}); give another") from error
 
 
 def threads(processes: int = 1) -> int:

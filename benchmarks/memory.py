@@ -25,6 +25,7 @@ from tqdm import tqdm
 
 from benchmarks.high_water import give_back_freed, set_back_high_water, status
 from benchmarks.measured import RESULTS, write_results
+from ldm_scale.__main__ import run_command
 from ldm_scale.conditioning.latent_diffusion import LatentDiffusion
 from ldm_scale.config.fit import batch_plan
 from ldm_scale.config.schema import (
@@ -197,4 +198,4 @@ def _import_all(here: env.Environment) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(run_command(main, sys.argv[1:]))

@@ -49,27 +49,21 @@ def main(argv: Sequence[str]) -> int:
     arguments = parse(argv)
     import torch
 
-    from benchmarks.measured import threads
+    from benchmarks.measured import make_folder, threads
     from benchmarks.pixel_latent.command import run
-    from ldm_scale.errors import CheckpointError, ConfigError, DataError
 
     if arguments.device == "cuda" and not torch.cuda.is_available():
         print("error: --device cuda: torch sees no CUDA device", file=sys.stderr)
         return 2
-    try:
-        arguments.out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        print(f"error: --out {arguments.out}: cannot be a folder ({error.strerror}); give another", file=sys.stderr)
-        return 2
-    try:
-        threads()  # before a process for memory is started: what is wrong with OMP_NUM_THREADS is said once
-        return run(arguments)
-    except (ConfigError, DataError, CheckpointError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    if not arguments.peaks:
+        make_folder(arguments.out)
+    threads()  # before a process for memory is started: what is wrong with OMP_NUM_THREADS is said once
+    return run(arguments)
 
 
 if __name__ == "__main__":
     # Run by its path, this file sees its own folder, whose names are nobody else's business.
     sys.path[0:1] = [str(ROOT), str(ROOT / "kernels")]
-    sys.exit(main(sys.argv[1:]))
+    from ldm_scale.__main__ import run_command
+
+    sys.exit(run_command(main, sys.argv[1:]))

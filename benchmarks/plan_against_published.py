@@ -27,6 +27,7 @@ import torch
 
 from benchmarks.published_networks import edm2_trace
 from benchmarks.published_plot import plot
+from ldm_scale.__main__ import run_command
 from ldm_scale.config.compose import load_config
 from ldm_scale.config.schema import BatchPlan
 from ldm_scale.planning.cluster import GPUS, Cluster
@@ -332,4 +333,4 @@ def main(argv: Sequence[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(run_command(main, sys.argv[1:]))

@@ -34,6 +34,7 @@ import torch
 
 from benchmarks.harness import Way, take_turns
 from benchmarks.measured import command_line, is_trial, parse, set_threads, step_clock, write_results
+from ldm_scale.__main__ import run_command
 from ldm_scale.config.compose import load_config
 from ldm_scale.config.schema import Config
 from ldm_scale.diffusion.sampler import Sampler
@@ -223,4 +224,4 @@ def draw(results: dict[str, Any], path: Path) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(run_command(main, sys.argv[1:]))

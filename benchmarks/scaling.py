@@ -45,6 +45,7 @@ from benchmarks.scaling_report import draw, report, table
 from benchmarks.step_sweeps import first_losses, sharded, train_sharded
 from benchmarks.step_ways import cast, network, rows
 from benchmarks.unet_step import Batch, Case, cases, random_batch
+from ldm_scale.__main__ import run_command
 from ldm_scale.config.schema import TrainConfig
 from ldm_scale.engine import env
 
@@ -98,7 +99,7 @@ def parsed(argv: Sequence[str]) -> argparse.Namespace:
         parser.error("--turns and --ranks: must be at least 1")
     if arguments.join:
         arguments.join = [_measured(parser, path) for path in arguments.join]
-    make_folder(parser, arguments.out)
+    make_folder(arguments.out)
     if arguments.measure and arguments.join:
         parser.error("--measure and --join: the first makes the files that the second takes; give one")
     if arguments.device == "cuda" and not arguments.join and not torch.cuda.is_available():
@@ -214,4 +215,4 @@ def finish(found: Sequence[dict[str, Any]], out: Path) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(run_command(main, sys.argv[1:]))

@@ -32,6 +32,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
 from benchmarks.measured import RESULTS, write_results
+from ldm_scale.__main__ import run_command
 from ldm_scale.data.order import BLOCK_CHUNKS, CHUNK, LANES, Numbers, Order
 
 CASES = {"large": (400, 2500), "small": (40, 250)}  # shards, samples of each
@@ -184,4 +185,4 @@ def draw(results: list[dict[str, Any]], path: Path) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(run_command(main, sys.argv[1:]))

@@ -28,6 +28,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.measured import environment
+from ldm_scale.__main__ import run_command
 from ldm_scale.config.compose import load_config
 from ldm_scale.config.schema import Config, SpikesConfig
 from ldm_scale.config.validate import validate
@@ -186,4 +187,4 @@ def _other_noise(task: Task, batches: Sequence[Batch]) -> Iterator[Sequence[Batc
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(run_command(main, sys.argv[1:]))

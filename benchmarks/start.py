@@ -29,6 +29,7 @@ import torch
 from tqdm import tqdm
 
 from benchmarks.measured import command_line, is_trial, parse, spread, write_results
+from ldm_scale.__main__ import run_command
 
 INTERPRETER, CONFIGURED, MET, ENGINES = "interpreter", "configuration, inputs", "rendezvous, comparison", "engines"
 RESUMED, BATCH, FIRST_STEP, STEP = "checkpoint", "first batch", "first step", "step"
@@ -215,4 +216,4 @@ def _free_port() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(run_command(main, sys.argv[1:]))

@@ -60,6 +60,7 @@ from benchmarks.step_ways import (
     variants,
 )
 from benchmarks.unet_step import Case, cases, random_batch
+from ldm_scale.__main__ import run_command
 from ldm_scale.config.schema import TrainConfig
 from ldm_scale.engine import env
 
@@ -221,4 +222,4 @@ def draw(results: dict[str, Any], path: Path) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(run_command(main, sys.argv[1:]))

@@ -32,6 +32,7 @@ import torch.nn.functional as F
 from benchmarks import unet_step
 from benchmarks.harness import Way, take_turns
 from benchmarks.measured import command_line, is_trial, parse, set_threads, spread, step_clock, write_results
+from ldm_scale.__main__ import run_command
 from ldm_scale.config.compose import load_config
 from ldm_scale.config.convert import config_to_dict
 from ldm_scale.config.fit import batch_plan
@@ -244,4 +245,4 @@ def table(results: dict[str, Any]) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(run_command(main, sys.argv[1:]))

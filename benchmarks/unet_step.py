@@ -35,6 +35,7 @@ from torch import Tensor, nn
 from benchmarks.both import give_both
 from benchmarks.harness import Way, are_same, median_range, take_turns
 from benchmarks.measured import command_line, is_trial, own_peak, parse, set_threads, spread, step_clock, write_cases
+from ldm_scale.__main__ import run_command
 from ldm_scale.config.compose import load_config
 from ldm_scale.config.schema import UNetConfig
 from ldm_scale.errors import ConfigError
@@ -131,7 +132,9 @@ def _narrow(model: str, base_channels: int, **fields: Any) -> UNetConfig:
 def main(argv: Sequence[str]) -> int:
     """0; 1 if two UNets of a case do not compute the same."""
     known = cases() | full_cases()
-    parser = command_line("Training step of our UNet against diffusers'.", known, "pairs", 20)
+    parser = command_line(
+        "Training step of our UNet against diffusers'.", known, "pairs", 20, "all but the full-width ones"
+    )
     parser.add_argument("--compile", action="store_true", help="theirs as a whole, ours block by block")
     arguments = parse(parser, argv)
     device = torch.device(arguments.device)
@@ -289,4 +292,4 @@ def _flat(tensors: dict[str, Tensor], order: Sequence[str]) -> Tensor:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(run_command(main, sys.argv[1:]))

@@ -21,6 +21,7 @@ from tqdm import tqdm
 from benchmarks.checkpoint import forget
 from benchmarks.measured import command_line, is_trial, parse, spread, write_results
 from benchmarks.start import RESUMED, TOTAL, Run, make_inputs
+from ldm_scale.__main__ import run_command
 from ldm_scale.engine.rank_files import complete_folders
 
 VERIFIED, UNVERIFIED = "verified", "unverified"
@@ -86,4 +87,4 @@ def table(results: dict[str, Any]) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(run_command(main, sys.argv[1:]))

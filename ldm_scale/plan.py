@@ -14,6 +14,7 @@ from ldm_scale.config.compose import load_config
 from ldm_scale.config.fit import batch_plan
 from ldm_scale.config.schema import Config
 from ldm_scale.config.validate import validate_architecture
+from ldm_scale.engine.cuda_graphs import check_cuda_graphs
 from ldm_scale.errors import ConfigError
 from ldm_scale.planning.cluster import GB, GPUS, Cluster, find_gpu
 from ldm_scale.planning.cluster_plan import plan_on_cluster
@@ -53,6 +54,8 @@ def main(argv: Sequence[str]) -> int:
     cluster = read_cluster(arguments)
     ranks = (arguments.ranks or 1) if cluster is None else ranks_of(cluster, config)
     batches = batch_plan(config, ranks)
+    if config.train.cuda_graphs:
+        check_cuda_graphs(config, ranks)
     size = measure_run(config)
     if cluster is not None:
         plan = plan_on_cluster(

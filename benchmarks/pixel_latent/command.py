@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from benchmarks.measured import environment, is_trial, set_threads, threads, write_results
 from benchmarks.pixel_latent import costs, quality, tables
-from benchmarks.pixel_latent.models import SCALES, Model, Scale, models
+from benchmarks.pixel_latent.models import FAMILIES, SCALES, Model, Scale, models
 from benchmarks.pixel_latent.plots import plot_cost, plot_quality
 from benchmarks.pixel_latent.rounds import groups, peaks, take_turns
 from ldm_scale.config.schema import TrainConfig
@@ -80,17 +80,26 @@ def write_all(
 ) -> None:
     """JSON, CSV, Markdown and the pictures, that of quality where evaluations were given."""
     results = {"scale": asdict(scale), "rounds": rounds, "models": dict(figures), "evaluations": list(evaluated)}
-    write_results(out, BENCHMARK, device, results)
-    stem = f"{BENCHMARK}-{device.type}-{described['date']}"
+    stem = write_results(out, name_of(figures, scale), device, results).stem
     (out / f"{stem}.csv").write_text(tables.csv_text(figures))
     (out / f"{stem}.md").write_text(tables.markdown(figures, scale, rounds, described))
     where = f"{described['device']}, {scale.resolution} px, batch {scale.batch}, {rounds} rounds"
     narrowed = (
         "" if scale.narrowing == 1 else f"; measured networks are {scale.narrowing} times narrower than published"
     )
-    plot_cost(figures, where + narrowed, out / f"{stem}-cost.png")
+    if any(entry["family"] != "inpainting" for entry in figures.values()):
+        plot_cost(figures, where + narrowed, out / f"{stem}-cost.png")
+    else:
+        print("no plot over f: the inpainting models have one f beside pixels; the table has their ratios")
     if evaluated:
         plot_quality(evaluated, "quality against counted cost", out / f"{stem}-quality.png")
+
+
+def name_of(figures: Mapping[str, dict[str, Any]], scale: Scale) -> str:
+    """What the files are called: a run of some families, or of another scale, does not replace one of all."""
+    families = list(dict.fromkeys(entry["family"] for entry in figures.values()))
+    scales = [name for name, known in SCALES.items() if known == scale and name != "small"]
+    return "-".join([BENCHMARK, *scales, *(families if set(families) < set(FAMILIES) else [])])
 
 
 def _peaks(chosen: Sequence[Model], scale: Scale, device: str) -> dict[str, dict[str, int]]:

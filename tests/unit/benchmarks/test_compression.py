@@ -15,6 +15,7 @@ from benchmarks.compression import FACTORS, Study, main, samples_sheet, table, u
 from benchmarks.compression_plots import Point, plot_over_sampling, plot_over_training
 from benchmarks.measured import RESULTS
 from ldm_scale.config.compose import load_config
+from ldm_scale.errors import ConfigError
 from ldm_scale.planning.flops import measure_run
 
 STUDY = Study(Path("runs"), minutes=2.0, points=4, samples=16, data="manifest.json", stage_1_images=100, steps=(5,))
@@ -117,6 +118,10 @@ def test_an_out_that_is_a_file_is_refused_before_anything_runs(
 ) -> None:
     for name in ("file", "manifest.json"):
         (tmp_path / name).write_text("{}")
-    with pytest.raises(SystemExit):
-        main(["--data", str(tmp_path / "manifest.json"), "--out", str(tmp_path / "file")])
-    assert "cannot be a folder" in capsys.readouterr().err
+    data = ["--data", str(tmp_path / "manifest.json")]
+    with pytest.raises(ConfigError, match="is no folder to write to"):
+        main([*data, "--out", str(tmp_path / "file")])
+    for words, why in ((["--steps", "5", "0"], "--steps 0: must be"), (["--minutes", "nan"], "--minutes nan: must be")):
+        with pytest.raises(SystemExit):
+            main([*data, "--out", str(tmp_path / "out"), *words])
+        assert why in capsys.readouterr().err

@@ -10,6 +10,7 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
+from datetime import UTC, datetime
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -23,6 +24,7 @@ from benchmarks.pixel_latent import command, costs, quality, rounds, steps, tabl
 from benchmarks.pixel_latent.models import FAMILIES, SCALES, Model, Scale, models
 from benchmarks.pixel_latent.published import CLAIM, GPUS, TABLE_6, TABLE_18
 from benchmarks.pixel_latent.steps import CACHED, DENOISE, ON_THE_FLY, Prepared
+from ldm_scale.__main__ import run_command
 from ldm_scale.config.fit import batch_plan
 from ldm_scale.config.schema import ConditioningConfig, TrainConfig
 from ldm_scale.data import Batch, batch
@@ -78,13 +80,13 @@ def test_a_shortened_comparison_has_all_figures(figures: dict[str, dict[str, Any
 
 
 def test_the_files_say_what_was_measured(figures: dict[str, dict[str, Any]], tmp_path: Path) -> None:
-    described = environment(CPU, "2026-11-27")
+    described = environment(CPU, datetime.now(UTC).date().isoformat())
     with_peak = {key: entry | {"peak_bytes": {ON_THE_FLY: 2**20 * 77}} for key, entry in figures.items()}
     points = [{"f": 1, "training_flops": 1e9, "sample_flops": 1e9, "distance": 3.0, "distance_name": "FD"}]
     command.write_all(tmp_path, with_peak, SHORT, 4, CPU, described, points)
-    names = {path.name for path in tmp_path.iterdir() if "2026-11-27" in path.name}
-    stem = "pixel_vs_latent-cpu-2026-11-27"
-    assert names >= {f"{stem}.csv", f"{stem}.md", f"{stem}-cost.png", f"{stem}-quality.png"}
+    stem = f"pixel_vs_latent-imagenet-inpainting-cpu-{described['date']}"
+    endings = (".json", ".csv", ".md", "-cost.png", "-quality.png")
+    assert {path.name for path in tmp_path.iterdir()} == {stem + ending for ending in endings}
     rows = list(csv.DictReader(io.StringIO((tmp_path / f"{stem}.csv").read_text())))
     assert [f"{row['family']}/{row['name']}" for row in rows] == list(CHOSEN)
     assert float(rows[1]["train_cached_ratio"]) == figures["imagenet/LDM-4"]["ratio"][CACHED]["median"]
@@ -99,6 +101,19 @@ def test_the_files_say_what_was_measured(figures: dict[str, dict[str, Any]], tmp
     (document,) = (json.loads(path.read_text()) for path in tmp_path.glob("*.json"))
     assert document["environment"]["torch"] == torch.__version__
     assert document["results"]["evaluations"] == points
+
+
+def test_a_run_of_some_families_replaces_no_other_and_draws_no_empty_plot(
+    figures: dict[str, dict[str, Any]], tmp_path: Path
+) -> None:
+    full, small = SCALES["full"], SCALES["small"]
+    every = {model.key: {"family": model.family} for model in ALL}
+    assert command.name_of(every, small) == "pixel_vs_latent"
+    assert command.name_of(every, full) == "pixel_vs_latent-full"
+    pairs = {key: entry for key, entry in figures.items() if entry["family"] == "inpainting"}
+    assert command.name_of(pairs, full) == "pixel_vs_latent-full-inpainting"
+    command.write_all(tmp_path, pairs, SHORT, 4, CPU, environment(CPU, ""), [])
+    assert sorted(path.suffix for path in tmp_path.iterdir()) == [".csv", ".json", ".md"]
 
 
 def _memory_and_steps(folder: Path) -> tuple[dict[str, int], int, list[list[int]], bool]:
@@ -316,10 +331,10 @@ def test_mistakes_are_one_line(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "file").touch()
-    assert pixel_vs_latent.main(["--out", str(tmp_path / "file")]) == 2
-    assert f"error: --out {tmp_path / 'file'}: cannot be a folder" in capsys.readouterr().err
+    assert run_command(pixel_vs_latent.main, ["--out", str(tmp_path / "file")]) == 2
+    assert f"error: --out {tmp_path / 'file'}: is no folder to write to" in capsys.readouterr().err
     monkeypatch.setenv("OMP_NUM_THREADS", "many")
-    assert pixel_vs_latent.main(["--out", str(tmp_path)]) == 2
+    assert run_command(pixel_vs_latent.main, ["--out", str(tmp_path)]) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("error: OMP_NUM_THREADS=many: must be a whole number")
 

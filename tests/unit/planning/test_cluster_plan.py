@@ -267,6 +267,18 @@ def test_a_budget_chooses_blocks_on_a_cluster_too(capsys: pytest.CaptureFixture[
     assert "train.memory_budget_gib=0.001" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("words", "why"),
+    [
+        (["zero.stage=2", "--ranks", "1"], "needs zero.stage=0, got 2"),
+        (["zero.stage=0", "--gpu", "h100"], "one rank, got 8"),
+    ],
+)
+def test_what_no_run_could_do_is_not_planned(words: list[str], why: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run_command(main, [*DEMO, "train.cuda_graphs=true", "train.global_batch=256", *words]) == 2
+    assert why in capsys.readouterr().err
+
+
 def test_a_v100_computes_in_fp32() -> None:
     config = _config("train.global_batch=256")
     plan = plan_on_cluster(config, measure_run(config), Cluster(GPUS["v100"], 8, 1))
