@@ -115,7 +115,7 @@ docs: $(STAMP) ## the documentation as a site that needs no network, in build/si
 bench: $(STAMP) ## the training step's speed against diffusers' UNet, on this machine
 	$(BIN)/python -m benchmarks.unet_step
 
-pixel-vs-latent: $(STAMP) ## what diffusion costs in pixels and in latents, narrowed networks on this machine (about 6 minutes)
+pixel-vs-latent: $(STAMP) ## what diffusion costs in pixels and in latents, narrowed networks on this machine (about 5 minutes)
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/pixel_vs_latent.py
 
 data-soak: MINUTES ?= 30

@@ -9,7 +9,14 @@ from typing import Any
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from matplotlib.ticker import FixedLocator, FormatStrFormatter, NullFormatter, NullLocator
+from matplotlib.ticker import (
+    FixedLocator,
+    FormatStrFormatter,
+    LogFormatterSciNotation,
+    LogLocator,
+    NullFormatter,
+    NullLocator,
+)
 
 from benchmarks.pixel_latent.models import FAMILIES
 from benchmarks.pixel_latent.published import CLAIM
@@ -87,6 +94,9 @@ def plot_quality(rows: Sequence[dict[str, Any]], title: str, path: Path) -> None
             line = sorted((row[column], row["distance"]) for row in rows if row["f"] == f)
             axes.plot([x for x, _ in line], [y for _, y in line], "o-", label=f"f = {f}")
         axes.set_xscale("log")
+        axes.xaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+        axes.xaxis.set_major_formatter(LogFormatterSciNotation(labelOnlyBase=False))
+        axes.xaxis.set_minor_formatter(NullFormatter())
         axes.set_xlabel(what)
         axes.set_ylabel(rows[0]["distance_name"])
         axes.grid(alpha=0.3)

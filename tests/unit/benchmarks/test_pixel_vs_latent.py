@@ -9,7 +9,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from types import SimpleNamespace
@@ -19,7 +19,7 @@ import pytest
 import torch
 
 from benchmarks import pixel_vs_latent, train_step
-from benchmarks.measured import environment
+from benchmarks.measured import RESULTS, environment
 from benchmarks.pixel_latent import command, costs, quality, rounds, steps, tables
 from benchmarks.pixel_latent.models import FAMILIES, SCALES, Model, Scale, models
 from benchmarks.pixel_latent.published import CLAIM, GPUS, TABLE_6, TABLE_18
@@ -114,6 +114,16 @@ def test_a_run_of_some_families_replaces_no_other_and_draws_no_empty_plot(
     assert command.name_of(pairs, full) == "pixel_vs_latent-full-inpainting"
     command.write_all(tmp_path, pairs, SHORT, 4, CPU, environment(CPU, ""), [])
     assert sorted(path.suffix for path in tmp_path.iterdir()) == [".csv", ".json", ".md"]
+
+
+def test_the_committed_report_is_of_the_committed_figures() -> None:
+    (path,) = RESULTS.glob("pixel_vs_latent-cpu-*.json")
+    document = json.loads(path.read_text())
+    results, scale = document["results"], SCALES["small"]
+    assert results["scale"] == json.loads(json.dumps(asdict(scale)))
+    text = tables.markdown(results["models"], scale, results["rounds"], document["environment"])
+    assert path.with_suffix(".md").read_text() == text
+    assert path.with_suffix(".csv").read_bytes().decode() == tables.csv_text(results["models"])
 
 
 def _memory_and_steps(folder: Path) -> tuple[dict[str, int], int, list[list[int]], bool]:
