@@ -57,7 +57,7 @@ types: $(STAMP) ## mypy, strict
 
 # In order of folders: xdist would leave the files of few tests, which are the slow ones, to the end, and one process to them.
 # Three processes: Triton interprets all kernels of a process or none, and ahead-of-time compilation needs real ones.
-test: lint types ## lint, types and the whole test suite (no GPU and no root needed)
+test: lint types ## lint, types and the test suite (no GPU and no root needed; what is long beyond: test-rest)
 	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder --durations 15
 	TRITON_INTERPRET=1 $(BIN)/python -m pytest --numprocesses 2 --dist load tests/kernels
 	$(BIN)/python -m ldm_kernels.common.aot
