@@ -45,7 +45,10 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
 
 
 def main(argv: Sequence[str]) -> int:
-    """0; 1 if a model gave no figures; 2 for what cannot be used."""
+    """0; 1 if a model gave no figures; 2 without the device.
+
+    Raises: LdmScaleError for what cannot be used.
+    """
     arguments = parse(argv)
     import torch
 
