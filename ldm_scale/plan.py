@@ -171,6 +171,7 @@ def plan_dict(config: Config, size: RunSize) -> dict[str, object]:
     for name, network in (
         ("unet", size.unet),
         ("conditioner", size.tau_theta),
+        ("frozen_text_encoder", _frozen_tower(config)),
         ("classifier", size.classifier),
         ("discriminator", size.discriminator),
     ):
@@ -188,7 +189,10 @@ def plan_table(config: Config, size: RunSize) -> str:
         ("autoencoder encode", size.encoder),
         ("autoencoder decode", size.decoder),
         ("discriminator", size.discriminator),
-        *((_PARTS[name], _shown(config, name, part)) for name, part in size.conditioner.items()),
+        *(
+            (_PARTS[name], _frozen_tower(config) if name == "frozen_text" else part)
+            for name, part in size.conditioner.items()
+        ),
         ("UNet", size.unet),
         ("classifier", size.classifier),
     ]
@@ -204,11 +208,11 @@ def plan_table(config: Config, size: RunSize) -> str:
     return "\n".join(lines)
 
 
-def _shown(config: Config, name: str, part: NetworkSize) -> NetworkSize:
-    """A part of tau_theta; of `frozen_text`, which trains nothing, the tower that stands beside it."""
+def _frozen_tower(config: Config) -> NetworkSize | None:
+    """What stands beside tau_theta's `frozen_text` and is not trained; None where the model has none."""
     text = config.conditioning.frozen_text
-    if name != "frozen_text" or text is None:
-        return part
+    if text is None or config.stage != "diffusion":
+        return None
     layers, width = text_tower_size(text.model)
     flops = transformer_trace(layers, width, text.max_tokens, FP32).flops(1)
     return NetworkSize(text_tower_parameters(text.model), round(flops))

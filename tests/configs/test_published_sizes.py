@@ -283,6 +283,19 @@ def test_the_table_names_the_parts_of_tau_theta(capsys: pytest.CaptureFixture[st
     assert "(UNet + class embedding)" in lines[-1]
 
 
+def test_a_frozen_tower_is_shown_and_not_counted(capsys: pytest.CaptureFixture[str]) -> None:
+    """OpenCLIP ViT-H's has 354.0M weights (open_clip's table of models); two FLOPs for each of 302M and 77 tokens."""
+    overrides = ["experiment=demo_text", "conditioning=frozen_openclip_h"]
+    assert main([*overrides, "--json"]) == 0
+    plan = json.loads(capsys.readouterr().out)
+    assert plan["frozen_text_encoder_parameters"] == pytest.approx(354.0e6, rel=0.01)
+    assert plan["frozen_text_encoder_forward_flops"] == pytest.approx(2 * 24 * 12 * 1024**2 * 77, rel=0.03)
+    assert plan["parameters"] == plan["unet_parameters"]
+    assert main(overrides) == 0
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("frozen text encoder")]
+    assert f"{plan['frozen_text_encoder_parameters']:,}" in line
+
+
 def test_the_classifier_of_ldm8_g_has_the_papers_size() -> None:
     """With LDM-8 506M in arXiv:2112.10752, Table 18; here 506.5M."""
     classifier, model = measured("experiment=imagenet_ldm8_classifier"), measured("experiment=imagenet_ldm8")

@@ -100,12 +100,7 @@ def test_stops_on_a_signal_and_continues_where_it_stopped(
 ) -> None:
     run_dir = tmp_path / "run"
     first = _start(processes, tmp_path / "first.log", "ldm_scale/train.py", *stage1(folder, run_dir))
-    first.wait_for_progress(run_dir)
-    os.killpg(first.process.pid, signal.SIGTERM)  # as schedulers do: the loader's worker gets it as well
-    assert first.wait() == 0, first.output
-    stopped = _images(run_dir)
-    assert 0 < stopped < TOTAL_IMAGES
-    assert f"stopped by SIGTERM at {stopped} images" in first.output
+    stopped = _stop(first, run_dir, signal.SIGTERM)  # as schedulers do: the loader's worker gets it as well
     assert not (run_dir / "result.json").exists()
 
     second = _start(processes, tmp_path / "second.log", "-m", "ldm_scale", "train", *stage1(folder, run_dir))
@@ -113,6 +108,17 @@ def test_stops_on_a_signal_and_continues_where_it_stopped(
     assert f"continuing at {stopped} images" in second.output
     _require_finished(run_dir)
     assert "Traceback" not in first.output + second.output
+
+
+def _stop(run: Process, run_dir: Path, number: signal.Signals) -> int:
+    """At how many images the run has stopped, once it had got anywhere and its processes got the signal."""
+    run.wait_for_progress(run_dir)
+    os.killpg(run.process.pid, number)
+    assert run.wait() == 0, run.output
+    stopped = _images(run_dir)
+    assert 0 < stopped < TOTAL_IMAGES
+    assert f"stopped by {number.name} at {stopped} images" in run.output
+    return stopped
 
 
 def _require_finished(run_dir: Path) -> None:
@@ -129,12 +135,7 @@ def test_ctrl_c_stops_it_and_another_batch_does_not_continue_it(
 ) -> None:
     run_dir = tmp_path / "run"
     first = _start(processes, tmp_path / "first.log", "-m", "ldm_scale", "train", *stage1(folder, run_dir))
-    first.wait_for_progress(run_dir)
-    os.killpg(first.process.pid, signal.SIGINT)  # as a terminal does for Ctrl-C
-    assert first.wait() == 0, first.output
-    stopped = _images(run_dir)
-    assert 0 < stopped < TOTAL_IMAGES
-    assert f"stopped by SIGINT at {stopped} images" in first.output
+    stopped = _stop(first, run_dir, signal.SIGINT)  # as a terminal does for Ctrl-C
 
     other = stage1(folder, run_dir, "train.global_batch=16")
     other_batch = _start(processes, tmp_path / "batch.log", "ldm_scale/train.py", *other)

@@ -121,6 +121,18 @@ def test_the_scaling_table_reaches_4096_gpus() -> None:
         assert row.images_per_s == pytest.approx(256 / row.step_s)
 
 
+def test_a_cluster_of_any_size_has_its_own_row() -> None:
+    config = _config("train.global_batch=384")
+    plan = plan_on_cluster(config, measure_run(config), Cluster(GPUS["h100"], 8, 3))
+    assert [row.num_gpus for row in plan.weak[:5]] == [1, 8, 16, 24, 32]
+    assert 24 in [row.num_gpus for row in plan.strong]
+    assert plan.recommendation is not None
+    assert any(
+        "GiB" in reason and f"of {0.95 * GPUS['h100'].memory / 2**30:.1f} GiB" in reason
+        for reason in plan.recommendation.reasons
+    )
+
+
 def test_a_run_costs_its_gpu_hours() -> None:
     cost = run_cost(3_600_000, 1000.0, 0.1, Cluster(GPUS["h100"], 8, 1), 500.0, 2.0)
     assert cost.seconds == pytest.approx(4000)
