@@ -23,7 +23,8 @@ for number in (signal.SIGINT, signal.SIGHUP):  # where tests run in the backgrou
 with published_folder(Path(sys.argv[1]), may_replace=bool) as folder, temporary_folder(folder.parent.parent):
     (folder / "part").write_text("half")
     print("writing", flush=True)
-    time.sleep(60)
+    for _ in range(6000):  # a signal that Python notices just before a sleep is handled after it
+        time.sleep(0.01)
 """
 
 
