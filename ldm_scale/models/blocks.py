@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ldm_scale.models.convolution import Conv2d
 from ldm_scale.models.fused import GroupNorm
 
 Resampling = Literal["down", "up"]
@@ -36,13 +37,13 @@ class ResidualBlock(nn.Module):
         super().__init__()
         self.scale_shift, self.resampling = scale_shift, resampling
         self.norm1 = GroupNorm(norm_groups, in_channels, eps)
-        self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
+        self.conv1 = Conv2d(in_channels, out_channels, 3, padding=1)
         time_channels = 2 * out_channels if scale_shift else out_channels
         self.time_projection = nn.Linear(time_dim, time_channels) if time_dim is not None else None
         self.norm2 = GroupNorm(norm_groups, out_channels, eps)
         self.norm2.take_bias(self.conv1)
         self.dropout = nn.Dropout(dropout)
-        self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
+        self.conv2 = Conv2d(out_channels, out_channels, 3, padding=1)
         self.skip = nn.Conv2d(in_channels, out_channels, 1) if in_channels != out_channels else None
 
     def forward(self, x: Tensor, time: Tensor | None = None) -> Tensor:
@@ -101,7 +102,7 @@ class Downsample(nn.Module):
     def __init__(self, channels: int, asymmetric: bool) -> None:
         super().__init__()
         self.asymmetric = asymmetric
-        self.conv = nn.Conv2d(channels, channels, 3, stride=2, padding=2 if asymmetric else 1)
+        self.conv = Conv2d(channels, channels, 3, stride=2, padding=2 if asymmetric else 1)
 
     def forward(self, x: Tensor) -> Tensor:
         """Shapes: (B, C, H, W) to (B, C, H/2, W/2)."""
@@ -120,7 +121,7 @@ class Upsample(nn.Module):
 
     def __init__(self, channels: int) -> None:
         super().__init__()
-        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
+        self.conv = Conv2d(channels, channels, 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
         """Shapes: (B, C, H, W) to (B, C, 2H, 2W)."""
