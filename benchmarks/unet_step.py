@@ -1,13 +1,14 @@
 """Speed of a stage-2 training step: our UNet against diffusers' UNet2DConditionModel with the same weights.
 
 A step is forward, eps loss, backward and AdamW, on the same batch in the same process. The context asks for its
-gradient, as it does when tau_theta trains jointly. Both sides compute in channels_last; ours keeps its weights in the
-plain layout, as it does under ZeRO, which flattens them.
+gradient, as it does when tau_theta trains jointly. Ours keeps its weights in torch's order, as it does under ZeRO,
+which flattens them. On a CPU theirs runs as it comes and again in channels_last, weights and all, and the faster of the
+two is what ours is compared with; on CUDA it is in channels_last.
 
-Steps alternate (ours, theirs, theirs, ours, ...), and the result is the median over pairs of neighbouring steps of
-their times' ratio: whatever else slows the machine down hits both steps of a pair. On one CPU thread the clock is the
-process's own time. That costs twice the memory and some cache, equally on both sides. Before anything is timed, outputs
-and gradients are compared in fp32; if they differ, the two are not the same function and no figure is printed.
+Steps alternate (ours, theirs, theirs, ours, ...), and the result is the median over rounds of neighbouring steps of
+their times' ratio: whatever else slows the machine down hits all steps of a round. On one CPU thread the clock is the
+process's own time. That costs a multiple of the memory and some cache, equally on all sides. Before anything is timed,
+outputs and gradients are compared in fp32; if they differ, the two are not the same function and no figure is printed.
 
 There is a case for every family of models that the paper trains, its UNet made narrower: captions (SD-1, SD-2 with
 linear projections), classes, boxes, nothing, a label map, a small picture, a picture with a hole.
@@ -22,11 +23,12 @@ the peak memory of either alone is counted: of its weights, moments and gradient
 
 from __future__ import annotations
 
+import copy
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -47,6 +49,7 @@ from ldm_scale.models.compiled import check_compiler, compile_blocks
 
 TOLERANCE = 1e-4  # of the norm, for outputs and for gradients
 WARMUP_PAIRS = 3
+CHANNELS_LAST, AS_IT_COMES = "theirs in channels_last", "theirs as it comes"
 LEARNING_RATE = 1e-5
 
 
@@ -172,24 +175,17 @@ def measure(
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     if dtype != torch.float32:
         ours, theirs = ours.to(dtype), theirs.to(dtype)
-    context = None if batch.context is None else batch.context.detach().to(dtype).requires_grad_()
-    batch = Batch(batch.z_t.to(dtype), batch.t, context, batch.noise)
-    call_theirs: Callable[..., Any] = theirs
+    networks = {"ours": ours, CHANNELS_LAST: theirs}
+    if device.type == "cpu":
+        networks[AS_IT_COMES] = copy.deepcopy(theirs).to(memory_format=torch.contiguous_format)
     if backend is not None:
         compile_blocks(ours, backend)
-        call_theirs = torch.compile(theirs, backend=backend)
-    predict = {
-        "ours": lambda: ours(*inputs(batch)),
-        "theirs": lambda: call_theirs(*inputs(batch), return_dict=False)[0],
-    }
-    networks, peaks = {"ours": ours, "theirs": theirs}, dict[str, float]()
-    ways, clock = {}, step_clock(device, ranks=1)
-    for way, network in networks.items():
-        optimizer = torch.optim.AdamW(network.parameters(), lr=LEARNING_RATE, fused=True)
-        ways[way] = Way(
-            partial(train, predict[way], optimizer, batch), partial(own_peak, device, network, optimizer, peaks, way)
-        )
+    peaks, clock = dict[str, float](), step_clock(device, ranks=1)
+    ways = {way: _way(way, network, _laid_out(batch, way, dtype), peaks, backend) for way, network in networks.items()}
     turns = take_turns(ways, num_pairs, warmup=WARMUP_PAIRS, clock=clock, name=name, unit="pair")
+    steps = turns.spreads()
+    baseline = min(networks.keys() - {"ours"}, key=lambda way: steps[way]["median"])
+    ratios = turns.ratios(baseline, "ours")
     return {
         "parameters": sum(parameter.numel() for parameter in ours.parameters()),
         "dtype": str(dtype).removeprefix("torch."),
@@ -198,10 +194,11 @@ def measure(
         "pairs": num_pairs,
         "compiled": backend is not None,
         "peak_mem_gib": peaks,
-        "ratio_images_per_s": spread(turns.ratios("theirs", "ours")),
-        "ratio_median_range": list(median_range(turns.ratios("theirs", "ours"))),
-        "ours_step_s": turns.spreads()["ours"],
-        "theirs_step_s": turns.spreads()["theirs"],
+        "baseline": baseline,
+        "ratio_images_per_s": spread(ratios),
+        "ratio_median_range": list(median_range(ratios)),
+        "ours_step_s": steps["ours"],
+        "theirs_step_s": {way: steps[way] for way in networks if way != "ours"},
     }
 
 
@@ -258,6 +255,26 @@ def differences(ours: nn.Module, theirs: nn.Module, names: NameMap, batch: Batch
     )
 
 
+def _way(name: str, network: nn.Module, batch: Batch, peaks: dict[str, float], backend: str | None) -> Way:
+    optimizer = torch.optim.AdamW(network.parameters(), lr=LEARNING_RATE, fused=True)
+    call: Callable[..., Any] = network if backend is None or name == "ours" else torch.compile(network, backend=backend)
+
+    def predict() -> Tensor:
+        output = call(*inputs(batch)) if name == "ours" else call(*inputs(batch), return_dict=False)[0]
+        return cast(Tensor, output)
+
+    around = partial(own_peak, batch.z_t.device, network, optimizer, peaks, name)
+    return Way(partial(train, predict, optimizer, batch), around)
+
+
+def _laid_out(batch: Batch, way: str, dtype: torch.dtype) -> Batch:
+    """The batch in a network's type, and in its layout."""
+    layout = torch.contiguous_format if way == AS_IT_COMES else torch.channels_last
+    context = None if batch.context is None else batch.context.detach().to(dtype).requires_grad_()
+    z_t, noise = batch.z_t.to(dtype).contiguous(memory_format=layout), batch.noise.contiguous(memory_format=layout)
+    return Batch(z_t, batch.t, context, noise)
+
+
 def train(predict: Callable[[], Tensor], optimizer: torch.optim.Optimizer, batch: Batch) -> None:
     """One optimizer step on the batch; the weights move, so no step repeats another's values."""
     optimizer.zero_grad(set_to_none=True)
@@ -269,17 +286,18 @@ def train(predict: Callable[[], Tensor], optimizer: torch.optim.Optimizer, batch
 
 def table(results: dict[str, Any]) -> str:
     """Images/s of ours as a multiple of theirs, a line per case."""
-    lines = [f"{'images/s, ours / diffusers':<28}{'median':>8}{'quartiles':>18}{'holds at 95%':>18}{'pairs':>7}"]
+    lines = [
+        f"{'images/s, ours / diffusers':<28}{'median':>8}{'quartiles':>18}{'holds at 95%':>18}{'rounds':>8}  against"
+    ]
     for name, result in results.items():
         ratio = result["ratio_images_per_s"]
         quartiles = f"{ratio['lower_quartile']:.3f} .. {ratio['upper_quartile']:.3f}"
         low, high = result["ratio_median_range"]
         holds = f"{low:.3f} .. {high:.3f}"
         label = f"{name} ({result['parameters'] / 1e6:.1f}M, {result['dtype']})"
-        peaks = ", ".join(f"{way} {gib:.2f} GiB" for way, gib in result["peak_mem_gib"].items())
-        lines.append(
-            f"{label:<28}{ratio['median']:>8.3f}{quartiles:>18}{holds:>18}{result['pairs']:>7}  {peaks}".rstrip()
-        )
+        notes = [result["baseline"], *(f"{way} {gib:.2f} GiB" for way, gib in result["peak_mem_gib"].items())]
+        figures = f"{ratio['median']:>8.3f}{quartiles:>18}{holds:>18}{result['pairs']:>8}"
+        lines.append(f"{label:<28}{figures}  {', '.join(notes)}")
     return "\n".join(lines)
 
 

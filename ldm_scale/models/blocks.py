@@ -52,7 +52,7 @@ class ResidualBlock(nn.Module):
         h = self.norm1(x)
         if self.resampling is not None:
             h, x = resample(h, self.resampling), resample(x, self.resampling)
-        h = self.conv1(h)
+        h = self.conv1(h, any_layout=True)  # the norm takes either, and the next convolution what the first took
         if self.scale_shift and moved is not None:
             scale, shift = moved.chunk(2, dim=1)
             h = self.norm2(h, scale=scale, shift=shift)

@@ -16,22 +16,24 @@ class Conv2d(nn.Conv2d):
     Where there are fewer pixels than channels it costs less to copy the activations.
     """
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Shapes: (B, C, H, W) to (B, O, H', W'), in channels_last."""
+    def forward(self, x: Tensor, any_layout: bool = False) -> Tensor:
+        """Shapes: (B, C, H, W) to (B, O, H', W'), in channels_last; with `any_layout` in the one it was computed in."""
         if not self._weight_is_larger(x):
             return super().forward(x)
-        y = super().forward(cast(Tensor, _InPlanes.apply(x)))
-        return y.contiguous(memory_format=torch.channels_last)
+        y = super().forward(x if x.is_contiguous() else cast(Tensor, _InPlanes.apply(x)))
+        return y if any_layout else y.contiguous(memory_format=torch.channels_last)
 
     def _weight_is_larger(self, x: Tensor) -> bool:
         if x.device.type != "cpu" or not self.weight.is_contiguous() or torch.compiler.is_compiling():
             return False
-        # Measured with one thread, forward alone and with backward, fp32 and bf16 (docs/decisions.md).
-        return x.shape[0] * x.shape[2] * x.shape[3] <= min(self.in_channels, self.out_channels)
+        # Three copies of the weight in training against one in a forward pass alone. Measured with one thread, fp32 and
+        # bf16 (docs/decisions.md).
+        most = min(self.in_channels, self.out_channels) * (2 if torch.is_grad_enabled() else 1)
+        return x.shape[0] * x.shape[2] * x.shape[3] <= most
 
 
 class _InPlanes(torch.autograd.Function):
-    """x in torch's order, its gradient in channels_last as all others; `contiguous` would leave that as it comes."""
+    """x in torch's order, its gradient in channels_last as x; `contiguous` would leave that as it comes."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:

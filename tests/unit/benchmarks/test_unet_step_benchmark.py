@@ -37,7 +37,11 @@ def test_a_case_is_measured(name: str) -> None:
     assert result["output_difference"] < 1e-5
     assert result["gradient_difference"] < 1e-5
     assert result["ours_step_s"]["min"] > 0
-    assert result["theirs_step_s"]["min"] > 0
+    theirs = result["theirs_step_s"]
+    assert theirs.keys() == {unet_step.CHANNELS_LAST, unet_step.AS_IT_COMES}
+    assert result["baseline"] == min(theirs, key=lambda way: float(theirs[way]["median"])), "the faster of the two"
+    faster, ours = theirs[result["baseline"]], result["ours_step_s"]
+    assert faster["min"] / ours["max"] <= result["ratio_images_per_s"]["median"] <= faster["max"] / ours["min"]
     assert name in unet_step.table({name: result})
 
 

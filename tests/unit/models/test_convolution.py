@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from ldm_scale.models.blocks import ResidualBlock
 from ldm_scale.models.convolution import Conv2d
 
 CHANNELS = (32, 48)
@@ -28,7 +29,7 @@ class _Layouts(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("stride", [1, 2])
-@pytest.mark.parametrize(("batch", "side", "in_channels_last"), [(2, 4, False), (1, 6, True), (2, 6, True)])
+@pytest.mark.parametrize(("batch", "side", "in_channels_last"), [(2, 4, False), (1, 8, False), (2, 6, True)])
 def test_it_is_torchs_in_the_layout_of_less_copying(batch: int, side: int, in_channels_last: bool, stride: int) -> None:
     convolution = Conv2d(*CHANNELS, 3, padding=1, stride=stride).double()
     x = torch.randn(batch, CHANNELS[0], side, side, dtype=torch.float64)
@@ -54,3 +55,39 @@ def test_a_weight_in_channels_last_has_nothing_to_copy() -> None:
     with _Layouts() as layouts:
         convolution(x)
     assert layouts.channels_last == [True]
+
+
+def test_a_forward_pass_alone_copies_less() -> None:
+    convolution, x = Conv2d(*CHANNELS, 3, padding=1), torch.randn(1, CHANNELS[0], 8, 8)
+    x = x.contiguous(memory_format=torch.channels_last)
+    with torch.no_grad(), _Layouts() as layouts:
+        convolution(x)
+        convolution(x[:, :, :5, :5].contiguous(memory_format=torch.channels_last))
+    assert layouts.channels_last == [True, False]
+
+
+@pytest.mark.parametrize("out_channels", [16, 32])
+def test_a_residual_block_goes_to_the_other_layout_once_and_back_once(out_channels: int) -> None:
+    block = ResidualBlock(32, out_channels, norm_groups=4, eps=1e-5, time_dim=8).double()
+    norms: list[str] = []
+    block.norm2.register_forward_hook(lambda _, inputs, y: norms.append(f"{inputs[0].stride()} {y.stride()}"))
+    x = torch.randn(1, 32, 4, 4, dtype=torch.float64).contiguous(memory_format=torch.channels_last).requires_grad_()
+    time = torch.randn(1, 8, dtype=torch.float64)
+    with _Layouts() as layouts:
+        y = block(x, time)
+        gradient = torch.randn_like(y)
+        y.backward(gradient)
+    assert layouts.channels_last == [False, False] + [True] * (out_channels != 32)  # the skip is 1x1
+    planes = (16 * out_channels, 16, 4, 1)
+    assert norms == [f"{planes} {planes}"]
+    assert y.is_contiguous(memory_format=torch.channels_last)
+    found = {name: parameter.grad for name, parameter in block.named_parameters()} | {"x": x.grad}
+    block.zero_grad()
+    block.to(memory_format=torch.channels_last)  # then nothing is converted
+    plain = x.detach().clone().requires_grad_()
+    expected = block(plain, time)
+    expected.backward(gradient)
+    torch.testing.assert_close(y, expected)
+    torch.testing.assert_close(
+        found, {name: parameter.grad for name, parameter in block.named_parameters()} | {"x": plain.grad}
+    )
