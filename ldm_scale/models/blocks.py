@@ -52,13 +52,16 @@ class ResidualBlock(nn.Module):
         h = self.norm1(x)
         if self.resampling is not None:
             h, x = resample(h, self.resampling), resample(x, self.resampling)
-        h = self.conv1(h, any_layout=True)  # the norm takes either, and the next convolution what the first took
+        channels_last = h.is_contiguous(memory_format=torch.channels_last)
+        h = self.conv1(h, any_layout=True)  # the norm and the second convolution keep what they get
         if self.scale_shift and moved is not None:
             scale, shift = moved.chunk(2, dim=1)
             h = self.norm2(h, scale=scale, shift=shift)
         else:
             h = self.norm2(h, sample_shift=moved)
         h = self.conv2(self.dropout(h))
+        if channels_last:
+            h = h.contiguous(memory_format=torch.channels_last)
         return add_to(h, x if self.skip is None else self.skip(x))
 
 

@@ -17,10 +17,10 @@ class Conv2d(nn.Conv2d):
     """
 
     def forward(self, x: Tensor, any_layout: bool = False) -> Tensor:
-        """Shapes: (B, C, H, W) to (B, O, H', W'), in channels_last; with `any_layout` in the one it was computed in."""
-        if not self._weight_is_larger(x):
+        """Shapes: (B, C, H, W) to (B, O, H', W'), in x's layout; with `any_layout` in the one it was computed in."""
+        if x.is_contiguous() or not self._weight_is_larger(x):
             return super().forward(x)
-        y = super().forward(x if x.is_contiguous() else cast(Tensor, _InPlanes.apply(x)))
+        y = super().forward(cast(Tensor, _InPlanes.apply(x)))
         return y if any_layout else y.contiguous(memory_format=torch.channels_last)
 
     def _weight_is_larger(self, x: Tensor) -> bool:
