@@ -29,7 +29,8 @@ def build_seeded(build: Callable[[], ModuleT], seed: int) -> ModuleT:
     """What `build` returns, its random weights a function of the seed alone; the global generator stays as it was.
 
     Every rank builds the same network so. Weights keep their plain layout (ZeRO flattens them); the networks take
-    their activations to channels_last, which is enough for the convolutions to choose that layout.
+    their activations to channels_last, which is enough for the convolutions to choose that layout (`convolution.py`
+    says where a CPU's do not).
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)

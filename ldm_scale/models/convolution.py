@@ -13,7 +13,7 @@ class Conv2d(nn.Conv2d):
 
     Activations lie in channels_last and weights in torch's order, since ZeRO flattens them. Of such a pair a CPU copies
     the weight into the activations' layout in the forward and in the backward pass, and the weight's gradient back.
-    Where there are fewer pixels than channels it costs less to copy the activations.
+    Up to twice as many pixels in the batch as channels it costs less to copy the activations.
     """
 
     def forward(self, x: Tensor, any_layout: bool = False) -> Tensor:
